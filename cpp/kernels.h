@@ -1,0 +1,63 @@
+// What every instruction set provides, as plain structs and one table of functions.
+//
+// All matrices are feature-major: a row is a feature, the batch is contiguous within it, `ld` floats lie between rows.
+#pragma once
+#include <cstdint>
+
+namespace noctule {
+
+// The places of a sparse matrix: row r holds columns[row_ptr[r] .. row_ptr[r + 1]).
+template <class Ptr, class Col>
+struct Pattern {
+    int64_t rows;
+    const Ptr* row_ptr;
+    const Col* columns;
+    const Ptr* slots;  // where each place's value lies; null: in order
+};
+
+struct Matrix {
+    float* data;
+    int64_t ld;
+};
+
+// What happens to a row of the product while it is in registers: bias, two-slope activation, dropout.
+struct Epilogue {
+    const float* bias;  // (rows), or null
+    float slope;        // of the negative side; 1: no activation
+    float scale;        // of what dropout keeps
+    uint32_t drop_below;  // drop where the random word is below; 0: no dropout
+    uint64_t seed;
+    uint8_t* positive;  // (rows, bits_ld) bits of z > 0, or null: not kept
+    uint8_t* kept;      // (rows, bits_ld) bits of what dropout kept, or null
+    int64_t bits_ld;
+};
+
+template <class Ptr, class Col>
+struct Products {
+    void (*spmm)(const Pattern<Ptr, Col>&, const float* values, Matrix x, Matrix y, int64_t batch, const Epilogue&, int threads);
+    void (*sddmm)(const Pattern<Ptr, Col>&, Matrix dy, Matrix x, float* dvalues, int64_t batch, int threads);
+};
+
+struct Kernels {
+    Products<int32_t, uint16_t> p32c16;
+    Products<int32_t, int32_t> p32c32;
+    Products<int64_t, uint16_t> p64c16;
+    Products<int64_t, int32_t> p64c32;
+    // dz = dy through activation and dropout (dz.data null: only the sums); dbias = sums of the rows, or null.
+    void (*epilogue_backward)(Matrix dy, Matrix dz, float* dbias, int64_t rows, int64_t batch, const Epilogue&, int threads);
+    // y (columns, rows) = x (rows, columns) transposed.
+    void (*transpose)(Matrix x, Matrix y, int64_t rows, int64_t columns, int threads);
+    // y = x, row by row.
+    void (*copy_rows)(Matrix x, Matrix y, int64_t rows, int64_t columns, int threads);
+
+    const Products<int32_t, uint16_t>& products(int32_t, uint16_t) const { return p32c16; }
+    const Products<int32_t, int32_t>& products(int32_t, int32_t) const { return p32c32; }
+    const Products<int64_t, uint16_t>& products(int64_t, uint16_t) const { return p64c16; }
+    const Products<int64_t, int32_t>& products(int64_t, int32_t) const { return p64c32; }
+};
+
+Kernels avx512_kernels();
+Kernels avx2_kernels();
+Kernels portable_kernels();
+
+}  // namespace noctule

@@ -1,0 +1,5 @@
+#include "simd_portable.h"
+
+#include "kernels.inl"
+
+noctule::Kernels noctule::portable_kernels() { return portable::table(); }

@@ -1,0 +1,133 @@
+// noctule._native: the kernels for Python, on raw addresses. It needs neither torch nor numpy.
+//
+// Whoever calls checks types and shapes first: noctule.kernels.native for tensors, noctule.runtime for arrays.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using Address = uintptr_t;
+
+namespace {
+
+using namespace noctule;
+
+struct InstructionSet {
+    const char* name;
+    Kernels (*kernels)();
+};
+
+// What this machine can run, the fastest first.
+std::vector<InstructionSet> available() {
+    std::vector<InstructionSet> sets;
+#ifdef NOCTULE_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl"))
+        sets.push_back({"avx512", avx512_kernels});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back({"avx2", avx2_kernels});
+#endif
+    sets.push_back({"portable", portable_kernels});
+    return sets;
+}
+
+const std::vector<InstructionSet> sets = available();
+InstructionSet chosen = sets.front();
+Kernels kernels = chosen.kernels();
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const auto& set : sets) names.emplace_back(set.name);
+    return names;
+}
+
+void use_instruction_set(const std::string& name) {
+    for (const auto& set : sets)
+        if (name == set.name) {
+            chosen = set;
+            kernels = set.kernels();
+            return;
+        }
+    throw std::invalid_argument("this machine cannot run the instruction set '" + name + "'; see instruction_sets()");
+}
+
+Matrix matrix(Address data, int64_t ld) { return {reinterpret_cast<float*>(data), ld}; }
+
+template <class T>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// Calls f with the index types that these widths name.
+template <class F>
+void with_types(int pointer_bytes, int column_bytes, F&& f) {
+    if (pointer_bytes == 4 && column_bytes == 2) f(int32_t{}, uint16_t{});
+    else if (pointer_bytes == 4 && column_bytes == 4) f(int32_t{}, int32_t{});
+    else if (pointer_bytes == 8 && column_bytes == 2) f(int64_t{}, uint16_t{});
+    else if (pointer_bytes == 8 && column_bytes == 4) f(int64_t{}, int32_t{});
+    else throw std::invalid_argument("row pointers have 4 or 8 bytes, columns 2 or 4");
+}
+
+void spmm(int64_t rows, int pointer_bytes, int column_bytes, Address row_ptr, Address columns, Address slots, Address values,
+          Address x, int64_t x_ld, Address y, int64_t y_ld, int64_t batch, int threads, Address bias, float slope,
+          uint32_t drop_below, float scale, uint64_t seed, Address positive, Address kept, int64_t bits_ld) {
+    const Epilogue epilogue{pointer<const float>(bias), slope, scale, drop_below, seed, pointer<uint8_t>(positive),
+                            pointer<uint8_t>(kept), bits_ld};
+    nb::gil_scoped_release release;
+    with_types(pointer_bytes, column_bytes, [&](auto p, auto c) {
+        using Ptr = decltype(p);
+        using Col = decltype(c);
+        const Pattern<Ptr, Col> pattern{rows, pointer<const Ptr>(row_ptr), pointer<const Col>(columns), pointer<const Ptr>(slots)};
+        kernels.products(p, c).spmm(pattern, pointer<const float>(values), matrix(x, x_ld), matrix(y, y_ld), batch, epilogue, threads);
+    });
+}
+
+void sddmm(int64_t rows, int pointer_bytes, int column_bytes, Address row_ptr, Address columns, Address dy, int64_t dy_ld,
+           Address x, int64_t x_ld, Address dvalues, int64_t batch, int threads) {
+    nb::gil_scoped_release release;
+    with_types(pointer_bytes, column_bytes, [&](auto p, auto c) {
+        using Ptr = decltype(p);
+        using Col = decltype(c);
+        const Pattern<Ptr, Col> pattern{rows, pointer<const Ptr>(row_ptr), pointer<const Col>(columns), nullptr};
+        kernels.products(p, c).sddmm(pattern, matrix(dy, dy_ld), matrix(x, x_ld), pointer<float>(dvalues), batch, threads);
+    });
+}
+
+void epilogue_backward(Address dy, int64_t dy_ld, Address dz, int64_t dz_ld, Address dbias, int64_t rows, int64_t batch,
+                       int threads, float slope, float scale, Address positive, Address kept, int64_t bits_ld) {
+    const Epilogue epilogue{nullptr, slope, scale, 0, 0, pointer<uint8_t>(positive), pointer<uint8_t>(kept), bits_ld};
+    nb::gil_scoped_release release;
+    kernels.epilogue_backward(matrix(dy, dy_ld), matrix(dz, dz_ld), pointer<float>(dbias), rows, batch, epilogue, threads);
+}
+
+void transpose(Address x, int64_t x_ld, Address y, int64_t y_ld, int64_t rows, int64_t columns, int threads) {
+    nb::gil_scoped_release release;
+    kernels.transpose(matrix(x, x_ld), matrix(y, y_ld), rows, columns, threads);
+}
+
+void copy_rows(Address x, int64_t x_ld, Address y, int64_t y_ld, int64_t rows, int64_t columns, int threads) {
+    nb::gil_scoped_release release;
+    kernels.copy_rows(matrix(x, x_ld), matrix(y, y_ld), rows, columns, threads);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.doc() = "The compiled kernels of Noctule, on raw addresses; call them through noctule.kernels.";
+    m.def("instruction_sets", &instruction_sets, "Names of the instruction sets this machine can run, the fastest first.");
+    m.def("instruction_set", [] { return std::string(chosen.name); }, "Name of the instruction set in use.");
+    m.def("use_instruction_set", &use_instruction_set, "name"_a, "Chooses the instruction set of all later calls.");
+    m.def("spmm", &spmm);
+    m.def("sddmm", &sddmm);
+    m.def("epilogue_backward", &epilogue_backward);
+    m.def("transpose", &transpose);
+    m.def("copy_rows", &copy_rows);
+}

@@ -1,0 +1,85 @@
+// Eight floats in a register: AVX2 and FMA.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+#define NOCTULE_ISA avx2
+
+namespace noctule::NOCTULE_ISA {
+namespace {
+
+struct Lanes {
+    static constexpr int width = 8;
+    static constexpr int spmm_vectors = 8;   // 8 sums in 16 registers
+    static constexpr int sddmm_vectors = 4;  // 4 of the gradient's row + 8 sums
+    using Float = __m256;
+    using Word = __m256i;
+    using Tail = __m256i;
+
+    static Tail tail(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), iota()); }
+    static Float zero() { return _mm256_setzero_ps(); }
+    static Float broadcast(float x) { return _mm256_set1_ps(x); }
+    static Float load(const float* p) { return _mm256_loadu_ps(p); }
+    static Float load(const float* p, Tail t) { return _mm256_maskload_ps(p, t); }
+    static void store(float* p, Float x) { _mm256_storeu_ps(p, x); }
+    static void store(float* p, Float x, Tail t) { _mm256_maskstore_ps(p, t, x); }
+    static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+    static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+    static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+    static float sum(Float a) {
+        __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+        return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+    }
+
+    static uint32_t positive(Float a) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, zero(), _CMP_GT_OQ))); }
+    static Float select(uint32_t bits, Float yes, Float no) {
+        const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        const __m256i hit = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
+        return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(hit));
+    }
+
+    static Word words(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+    static Word iota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+    static Word add(Word a, Word b) { return _mm256_add_epi32(a, b); }
+    static Word mul(Word a, Word b) { return _mm256_mullo_epi32(a, b); }
+    template <int n> static Word fold(Word a) { return _mm256_xor_si256(a, _mm256_srli_epi32(a, n)); }
+    static uint32_t at_least(Word a, Word b) {
+        return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(a, b), a))));
+    }
+
+    static Float lane_sums(Float a, Float b, Float c, Float d) {
+        return _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    }
+    static Float sums(const Float* s) {
+        const Float p = lane_sums(s[0], s[1], s[2], s[3]), q = lane_sums(s[4], s[5], s[6], s[7]);
+        return add(_mm256_permute2f128_ps(p, q, 0x20), _mm256_permute2f128_ps(p, q, 0x31));
+    }
+    static void four_sums(const Float* s, float* out) {
+        const Float p = lane_sums(s[0], s[1], s[2], s[3]);
+        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(p), _mm256_extractf128_ps(p, 1)));
+    }
+
+    static void transpose(const float* x, int64_t ldx, float* y, int64_t ldy) {
+        __m256 r[8], t[8];
+        for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(x + i * ldx);
+        for (int i = 0; i < 4; ++i) {
+            t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+            t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+        }
+        for (int i = 0; i < 2; ++i) {
+            r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+            r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xEE);
+            r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+            r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xEE);
+        }
+        for (int i = 0; i < 4; ++i) {
+            _mm256_storeu_ps(y + i * ldy, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+            _mm256_storeu_ps(y + (i + 4) * ldy, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+        }
+    }
+};
+
+}  // namespace
+}  // namespace noctule::NOCTULE_ISA

@@ -1,0 +1,1 @@
+"""Noctule: train, shrink and ship neural networks on the hardware people have."""

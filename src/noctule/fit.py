@@ -1,0 +1,212 @@
+"""The training loop, made of nothing but the public pieces: the first example of how they go together."""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from noctule.checkpoint import Checkpoints
+from noctule.data import Batches, Dataset
+from noctule.errors import CheckpointError
+from noctule.finite import check_parameters, explain
+from noctule.interrupt import deferred_interrupt
+from noctule.measure import Progress
+from noctule.method import Method, attach
+from noctule.optim import sparse_layers
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Journal(Protocol):
+    """Where `fit` writes its records and keeps its checkpoints."""
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints of this training."""
+        ...
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Keep the record of an epoch."""
+        ...
+
+    def rewind(self, step: int) -> None:
+        """Forget the records past a step: training goes on from there."""
+        ...
+
+
+@dataclass
+class Fitted:
+    """How far a training is and what it found; all of it is in the checkpoints."""
+
+    epoch: int = 0
+    """Epochs finished."""
+    batch: int = 0
+    """Batches done in the epoch that runs."""
+    step: int = 0
+    """Optimizer steps done."""
+    seconds: float = 0.0
+    """Spent in training, without validation and checkpoints."""
+    epoch_seconds: list[float] = field(default_factory=list)
+    """The same, epoch by epoch."""
+    best_epoch: int = 0
+    """The epoch, from 1, with the best validation accuracy; of equals the first."""
+    best_accuracy: float = -1.0
+    loss_sum: float = 0.0
+    """Sum of the losses of the epoch's samples so far."""
+    moved: dict[str, int] = field(default_factory=dict)
+    """Connections that came in this epoch, by layer."""
+    best_state: dict[str, Any] = field(default_factory=dict, repr=False)
+    """The model's state dict at `best_epoch`."""
+
+
+def evaluate(model: nn.Module, dataset: Dataset, *, loss_fn: Loss = nn.functional.cross_entropy, batch_size: int = 1000) -> tuple[float, float]:
+    """Mean loss and accuracy on a data set, in evaluation mode; the model's mode is put back."""
+    was_training = model.training
+    model.eval()
+    loss = right = 0.0
+    try:
+        with torch.no_grad():
+            for inputs, targets in Batches(dataset, batch_size, seed=0, shuffle=False).epoch(0):
+                outputs = model(inputs)
+                loss += float(loss_fn(outputs, targets)) * len(targets)
+                right += int((outputs.argmax(1) == targets).sum())
+    finally:
+        model.train(was_training)
+    return loss / len(dataset), right / len(dataset)
+
+
+def fit(
+    model: nn.Module,
+    optimizer: Optimizer,
+    train: Batches,
+    *,
+    validation: Dataset,
+    epochs: int,
+    loss_fn: Loss = nn.functional.cross_entropy,
+    methods: Sequence[Method] = (),
+    scheduler: LRScheduler | None = None,
+    journal: Journal | None = None,
+    checkpoint_seconds: float = 30.0,
+) -> Fitted:
+    """Train for ``epochs``, validate after each, and return what was found; with a journal, resume where it stopped.
+
+    A checkpoint is written after every epoch and, in long ones, every ``checkpoint_seconds``. Ctrl-C writes one more and
+    then raises KeyboardInterrupt. A loss that is not finite raises `NonFiniteError` before it reaches the weights, and the last
+    checkpoint stays. Where seed, threads and instruction set are the same, a resumed training ends bit for bit as one that was
+    never stopped.
+
+    Args:
+        scheduler: of the learning rate, stepped once after every optimizer step.
+        methods: attached round the optimizer's steps, in this order.
+    """
+    if epochs < 0:
+        raise ValueError(f"epochs must be at least 0, got {epochs}")
+    progress = Fitted()
+    with ExitStack() as stack:
+        session = stack.enter_context(attach(model, optimizer, *methods))
+        interrupted = stack.enter_context(deferred_interrupt())
+        layers = sparse_layers(model)
+
+        def pieces() -> dict[str, Any]:
+            stateful = {"model": model, "optimizer": optimizer, "session": session}
+            return stateful if scheduler is None else {**stateful, "scheduler": scheduler}
+
+        def save() -> None:
+            if journal is not None:
+                check_parameters(model)
+                states = {name: piece.state_dict() for name, piece in pieces().items()}
+                journal.checkpoints.save(progress.step, {**states, "progress": dict(vars(progress)), "random": torch.get_rng_state()})
+
+        if journal is not None and (found := journal.checkpoints.latest()) is not None:
+            progress = _resume(found[1], pieces())
+            journal.rewind(progress.step)
+
+        def count(name: str) -> Callable[..., None]:
+            def grown(layer: nn.Module, old: Tensor, remap: Any) -> None:
+                progress.moved[name] = progress.moved.get(name, 0) + remap.grown
+
+            return grown
+
+        for name, layer in layers.items():
+            stack.callback(layer.register_remap_hook(count(name)).remove)
+        bar = stack.enter_context(Progress(epochs * len(train), label="training", unit="steps", start=progress.step))
+        model.train()
+        while progress.epoch < epochs:
+            started = saved = time.perf_counter()
+            for inputs, targets in train.epoch(progress.epoch, start=progress.batch):
+                optimizer.zero_grad(set_to_none=True)
+                loss = loss_fn(model(inputs), targets)
+                value = float(loss.detach())
+                if not value - value == 0.0:
+                    raise explain(model, inputs, step=progress.step + 1)
+                loss.backward()
+                optimizer.step()
+                if scheduler is not None:
+                    scheduler.step()
+                progress.loss_sum += value * len(targets)
+                progress.batch += 1
+                progress.step += 1
+                bar.advance(note=f"epoch {progress.epoch + 1}, loss {value:.4f}")
+                now = time.perf_counter()
+                if interrupted() or now - saved >= checkpoint_seconds:
+                    progress.seconds += now - started
+                    save()
+                    if interrupted():
+                        raise KeyboardInterrupt
+                    started = saved = time.perf_counter()
+            progress.seconds += time.perf_counter() - started
+            loss, accuracy = evaluate(model, validation, loss_fn=loss_fn)
+            _finish_epoch(progress, model, accuracy)
+            session.observe(validation_loss=loss, validation_accuracy=accuracy)
+            if journal is not None:
+                journal.log(
+                    {
+                        "epoch": progress.epoch,
+                        "step": progress.step,
+                        "seconds": progress.seconds,
+                        "train_loss": progress.loss_sum / _samples(train),
+                        "validation_loss": loss,
+                        "validation_accuracy": accuracy,
+                        "samples_per_second": _samples(train) / progress.epoch_seconds[-1],
+                        "layers": {
+                            name: {"weights": m.weights, "places": m.topology.places, "moved": progress.moved.get(name, 0)}
+                            for name, m in layers.items()
+                        },
+                    }
+                )
+            progress.loss_sum, progress.moved = 0.0, {}
+            save()
+    return progress
+
+
+def _finish_epoch(progress: Fitted, model: nn.Module, accuracy: float) -> None:
+    progress.epoch += 1
+    progress.batch = 0
+    progress.epoch_seconds.append(progress.seconds - sum(progress.epoch_seconds))
+    if accuracy > progress.best_accuracy:
+        progress.best_accuracy, progress.best_epoch = accuracy, progress.epoch
+        progress.best_state = copy.deepcopy(model.state_dict())
+
+
+def _resume(state: dict[str, Any], pieces: dict[str, Any]) -> Fitted:
+    missing = {"progress", "random", *pieces}.symmetric_difference(state)
+    if missing:
+        raise CheckpointError(f"the checkpoint is of another training: {sorted(missing)} differ. Resume with the same recipe and options")
+    try:
+        for name, piece in pieces.items():
+            piece.load_state_dict(state[name])
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"the checkpoint is of another training: {error}. Resume with the same recipe and options") from error
+    torch.set_rng_state(state["random"])
+    return Fitted(**state["progress"])
+
+
+def _samples(train: Batches) -> int:
+    return len(train) * train.batch_size if train.drop_last else len(train.dataset)

@@ -1,0 +1,61 @@
+"""The sparse products, each call sent to the fastest code that can do it.
+
+Shapes: B batch, I in, O out, N non-zeros. Activations are feature-major: (I, B), the batch contiguous within a feature.
+
+=========== ===================================================
+``spmm``      Y = W X, then bias, activation and dropout
+``spmm_t``    dX = Wᵀ dY
+``sddmm``     dW at the N places only, of dY Xᵀ
+=========== ===================================================
+
+float32 on the CPU goes to `native`; every other dtype or device, and machines without the compiled module, to `reference`.
+"""
+
+import torch
+from torch import Tensor
+
+from noctule.kernels import native, reference
+from noctule.kernels.epilogue import IDENTITY, Epilogue, Kept
+from noctule.measure.operations import count
+from noctule.topology import Topology
+
+__all__ = ["IDENTITY", "Epilogue", "Kept", "epilogue_backward", "feature_major", "sddmm", "spmm", "spmm_t"]
+
+
+def spmm(
+    topology: Topology, values: Tensor, x_IB: Tensor, bias: Tensor | None = None, epilogue: Epilogue = IDENTITY, *, keep: bool = False
+) -> tuple[Tensor, Kept]:
+    """Y (O, B) = W X + bias through the epilogue; with ``keep``, also what the epilogue's backward needs."""
+    count(topology.size * x_IB.shape[1])
+    return _code_for(values, x_IB).spmm(topology, values, x_IB, bias, epilogue, keep)
+
+
+def spmm_t(topology: Topology, values: Tensor, dy_OB: Tensor) -> Tensor:
+    """dX (I, B) = Wᵀ dY."""
+    count(topology.size * dy_OB.shape[1])
+    return _code_for(values, dy_OB).spmm_t(topology, values, dy_OB)
+
+
+def sddmm(topology: Topology, dy_OB: Tensor, x_IB: Tensor) -> Tensor:
+    """dW (N,) = the places of dY Xᵀ."""
+    count(topology.size * x_IB.shape[1])
+    return _code_for(dy_OB, x_IB).sddmm(topology, dy_OB, x_IB)
+
+
+def epilogue_backward(dy_OB: Tensor, kept: Kept, *, bias: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradient before the epilogue (O, B), and of the bias (O,) where asked for."""
+    return _code_for(dy_OB).epilogue_backward(dy_OB, kept, bias)
+
+
+def feature_major(x_BI: Tensor) -> Tensor:
+    """``x`` (B, I) as (I, B) with the batch contiguous: a view where it already lies so, else one transpose."""
+    if x_BI.shape[0] == 1 or x_BI.stride(0) == 1:
+        return x_BI.t()
+    return _code_for(x_BI).transpose(x_BI)
+
+
+def _code_for(*tensors: Tensor):
+    for t in tensors:
+        if t.dtype != torch.float32 or t.device.type != "cpu":
+            return reference
+    return native if native.available() else reference

@@ -1,0 +1,8 @@
+"""Layers that store their non-zeros only, and the rules that put them in a model."""
+
+from noctule.layers.activations import AllReLU
+from noctule.layers.fuse import FuseEpilogue
+from noctule.layers.sparse_linear import SparseLinear, Watch
+from noctule.layers.to_sparse import ToDense, ToSparse
+
+__all__ = ["AllReLU", "FuseEpilogue", "SparseLinear", "ToDense", "ToSparse", "Watch"]

@@ -1,0 +1,142 @@
+"""The one engine that moves connections: drop some, grow as many, N stays."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from noctule.layers import SparseLinear
+from noctule.method import Method
+from noctule.rewire.drop import Drop, smallest
+from noctule.schedule import constant
+from noctule.topology import Remap, Topology
+from noctule.types import Schedule
+
+
+class Sight(Protocol):
+    """What a grower saw of one layer in the backward passes of one step; it is a `Watch` itself if it needs to see any."""
+
+    def choose(self, count: int, taken: Tensor) -> Tensor:
+        """Keys of up to ``count`` missing places to grow, none of them among the sorted ``taken``."""
+        ...
+
+
+class Grow(Protocol):
+    """Where new connections go."""
+
+    def __call__(self, layer: SparseLinear, generator: torch.Generator) -> Sight:
+        """Start to look at a layer; what it sees is asked for after the step."""
+        ...
+
+
+class Rewire(Method):
+    """Every so many steps, drops a fraction of each sparse layer's connections and grows as many elsewhere, from zero.
+
+    SET is (smallest, anywhere), RigL (smallest, steepest), GSE (smallest, guided). Values and the optimizers' state of the
+    survivors move along. It differs from RigL's code in that the step on which connections move is an ordinary weight update
+    too: a method cannot veto a step. In a layer with fewer missing places than would be grown, fewer move.
+
+    Args:
+        drop: which connections go.
+        grow: where new ones come.
+        fraction: of the connections that move, by the number of steps done; a number or a `Schedule`.
+        every: steps from one change to the next.
+        until: no changes from this step on (None: to the end).
+        skip: names of layers that are left alone.
+        seed: of the random places.
+    """
+
+    def __init__(
+        self,
+        *,
+        grow: Grow,
+        drop: Drop = smallest,
+        fraction: float | Schedule = 0.3,
+        every: int = 100,
+        until: int | None = None,
+        skip: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
+        """Check the options; nothing starts before `begin`."""
+        if every < 1:
+            raise ValueError(f"every must be at least 1 step, got {every}")
+        if isinstance(fraction, int | float) and not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"fraction must lie in [0, 1], got {fraction}")
+        self.drop, self.grow, self.every, self.until, self.skip = drop, grow, every, until, tuple(skip)
+        self.fraction: Schedule = fraction if callable(fraction) else constant(fraction)
+        self.seed = seed
+        self.steps = 0
+        self.moved: dict[str, int] = {}
+        """Connections moved since the method began, by layer."""
+        self._layers: dict[str, SparseLinear] = {}
+        self._sights: dict[str, Sight] = {}
+
+    def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Find the sparse layers; from now on they are watched in the steps that need it."""
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+        unknown = set(self.skip) - set(layers)
+        if unknown:
+            raise ValueError(f"skip names no sparse layer: {sorted(unknown)}; there are {sorted(layers)}")
+        self._layers = {name: m for name, m in layers.items() if name not in self.skip}
+        if not self._layers:
+            raise ValueError("there is no sparse layer to rewire: convert_ the model with ToSparse first")
+        busy = [name for name, m in self._layers.items() if m.watch is not None]
+        if busy:
+            raise ValueError(f"another method already watches the gradients of {busy}: attach one Rewire per layer")
+        self.moved = {name: self.moved.get(name, 0) for name in self._layers}
+        self._arm()
+
+    def after_step(self) -> None:
+        """Count the step; on the due ones, move connections."""
+        self.steps += 1
+        if self._due(self.steps):
+            for name, layer in self._layers.items():
+                self.moved[name] += self._rewire(layer, self._sights[name])
+        self._arm()
+
+    def end(self) -> None:
+        """Stop watching."""
+        for layer in self._layers.values():
+            layer.watch = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps done and connections moved; where they are is the layers' own state."""
+        return {"steps": self.steps, "moved": dict(self.moved)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.steps, self.moved = int(state["steps"]), dict(state["moved"])
+        if self._layers:
+            self._arm()
+
+    def _due(self, step: int) -> bool:
+        return step % self.every == 0 and (self.until is None or step < self.until)
+
+    def _arm(self) -> None:
+        """Have the growers look at the coming step if connections will move after it."""
+        self._sights.clear()
+        for number, (name, layer) in enumerate(self._layers.items()):
+            layer.watch = None
+            if self._due(self.steps + 1):
+                generator = torch.Generator().manual_seed((self.seed << 40) + (self.steps << 12) + number)
+                sight = self._sights[name] = self.grow(layer, generator)
+                layer.watch = sight if callable(sight) else None
+
+    @torch.no_grad()
+    def _rewire(self, layer: SparseLinear, sight: Sight) -> int:
+        old = layer.topology
+        fraction = self.fraction(self.steps)
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"the schedule of Rewire gave the fraction {fraction} at step {self.steps}, it must lie in [0, 1]")
+        dropped = self.drop(layer.values.detach(), fraction)
+        keys = old.keys()
+        grown = sight.choose(min(dropped.numel(), old.places - old.size), keys).to(keys.device)
+        if not grown.numel():
+            return 0
+        stays = torch.ones(old.size, dtype=torch.bool, device=keys.device)
+        stays[dropped[: grown.numel()]] = False
+        new = Topology.from_keys(old.shape, torch.cat([keys[stays], grown]).sort().values)
+        layer.remap_(new, Remap.between(old, new))
+        return grown.numel()

@@ -1,0 +1,39 @@
+"""Guided stochastic exploration: grow where the gradient is steepest among randomly drawn candidates.
+
+Heddes, Srinivasa, Givargis, Nicolau 2024, "Always-Sparse Training by Growing Connections with Guided Stochastic Exploration",
+arXiv 2401.06898: as many candidates as there are weights (gamma = 1), drawn uniformly; time and memory O(N).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noctule import kernels
+from noctule.layers import SparseLinear
+from noctule.rewire.engine import Rewire
+from noctule.topology import Topology
+
+
+class _Candidates:
+    def __init__(self, layer: SparseLinear, generator: torch.Generator) -> None:
+        topology = layer.topology
+        self.keys = topology.missing(topology.size, generator=generator)
+        self.candidates = Topology.from_keys(topology.shape, self.keys).to(topology.device)
+        self.gradient = torch.zeros(self.keys.numel(), dtype=layer.values.dtype, device=topology.device)
+
+    def __call__(self, dy_OB: Tensor, x_IB: Tensor) -> None:
+        self.gradient += kernels.sddmm(self.candidates, dy_OB, x_IB)
+
+    def choose(self, count: int, taken: Tensor) -> Tensor:
+        return self.keys.to(self.gradient.device)[self.gradient.abs().topk(min(count, self.keys.numel())).indices]
+
+
+def guided(layer: SparseLinear, generator: torch.Generator) -> _Candidates:
+    """A `Grow` that adds up the gradient at as many random missing places as the layer has weights."""
+    return _Candidates(layer, generator)
+
+
+def gse(**options: Any) -> Rewire:
+    """`Rewire` with guided growth: the default."""
+    return Rewire(grow=guided, **options)

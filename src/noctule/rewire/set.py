@@ -1,0 +1,35 @@
+"""Sparse evolutionary training: new connections anywhere.
+
+Mocanu et al. 2018, "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network
+science", arXiv 1707.04780. Differs from the authors' code: new connections start at zero, so that growing them leaves the
+function as it is.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noctule.layers import SparseLinear
+from noctule.rewire.engine import Rewire
+from noctule.topology import Topology
+
+
+@dataclass(frozen=True)
+class _Blind:
+    topology: Topology
+    generator: torch.Generator
+
+    def choose(self, count: int, taken: Tensor) -> Tensor:
+        return self.topology.missing(count, generator=self.generator)
+
+
+def anywhere(layer: SparseLinear, generator: torch.Generator) -> _Blind:
+    """A `Grow` that draws missing places uniformly, without looking."""
+    return _Blind(layer.topology, generator)
+
+
+def set_(**options: Any) -> Rewire:
+    """`Rewire` with random growth: SET (the name ``set`` is Python's own)."""
+    return Rewire(grow=anywhere, **options)

@@ -1,0 +1,322 @@
+"""Which places of a weight exist, and what happened to them when they changed.
+
+Shapes: O out features (rows), I in features (columns), N stored weights.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+MOST_FEATURES = 2**31 - 1
+
+_serial = itertools.count()
+_alive: WeakValueDictionary[int, "Topology"] = WeakValueDictionary()
+
+
+class Transposed(NamedTuple):
+    """The same places read column by column: for each, its row and the slot of its value."""
+
+    row_ptr: Tensor
+    columns: Tensor
+    slots: Tensor
+
+
+class Topology:
+    """The sorted, unique places of a sparse (O, I) weight; place k holds value k.
+
+    It never changes: a layer that rewires gets a new one. ``row_ptr`` (O + 1) is int32 where N allows, ``columns`` (N)
+    uint16 or int32. Its ``handle`` is a 0-d tensor that names it inside compiled graphs (see `named`).
+
+    >>> t = Topology.from_places((2, 3), torch.tensor([1, 0, 1]), torch.tensor([2, 1, 0]))
+    >>> t.size, t.rows().tolist(), t.columns.tolist()
+    (3, [0, 1, 1], [1, 0, 2])
+    """
+
+    def __init__(self, shape: tuple[int, int], row_ptr: Tensor, columns: Tensor) -> None:
+        self.shape = (int(shape[0]), int(shape[1]))
+        self.row_ptr = row_ptr
+        self.columns = columns
+        self.size = columns.numel()
+        self._transposed: Transposed | None = None
+        serial = next(_serial)
+        self.handle = torch.tensor(serial)
+        _alive[serial] = self
+
+    # -- making one -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_keys(cls, shape: tuple[int, int], keys: Tensor) -> Self:
+        """Places from their sorted, unique keys ``row * I + column`` (N,), int64."""
+        out_features, in_features = _checked_shape(shape)
+        rows = torch.div(keys, max(in_features, 1), rounding_mode="floor")
+        counts = torch.bincount(rows, minlength=out_features)
+        row_ptr = torch.zeros(out_features + 1, dtype=_pointer_dtype(keys.numel()), device=keys.device)
+        row_ptr[1:] = counts.cumsum(0)
+        columns = (keys - rows * in_features).to(_column_dtype(in_features))
+        return cls((out_features, in_features), row_ptr, columns)
+
+    @classmethod
+    def from_places(cls, shape: tuple[int, int], rows: Tensor, columns: Tensor) -> Self:
+        """Places in any order, each once.
+
+        Raises:
+            ValueError: a place lies outside the shape or appears twice.
+        """
+        out_features, in_features = _checked_shape(shape)
+        rows, columns = rows.to(torch.int64), columns.to(torch.int64)
+        if rows.shape != columns.shape or rows.dim() != 1:
+            raise ValueError(f"rows {tuple(rows.shape)} and columns {tuple(columns.shape)} must be two equal lists of places")
+        for name, index, size in (("row", rows, out_features), ("column", columns, in_features)):
+            if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
+                raise ValueError(f"{name}s must lie in [0, {size}), got {int(index.min())} to {int(index.max())}")
+        keys = (rows * in_features + columns).sort().values
+        if (keys[1:] == keys[:-1]).any():
+            raise ValueError("a place appears twice: give each (row, column) once")
+        return cls.from_keys((out_features, in_features), keys)
+
+    @classmethod
+    def random(cls, shape: tuple[int, int], weights: int, *, generator: torch.Generator | None = None) -> Self:
+        """``weights`` places drawn uniformly without repetition, in time and memory O(weights)."""
+        out_features, in_features = _checked_shape(shape)
+        places = out_features * in_features
+        check_weights(weights, shape)
+        if weights > places // 2:
+            keep = torch.ones(places, dtype=torch.bool)
+            keep[_distinct(places - weights, places, generator)] = False
+            return cls.from_keys(shape, keep.nonzero()[:, 0])
+        return cls.from_keys(shape, _distinct(weights, places, generator))
+
+    # -- reading it -----------------------------------------------------------------------------------------------
+
+    @property
+    def places(self) -> int:
+        """How many weights a dense layer of this shape has."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def density(self) -> float:
+        """Stored weights over places (1.0 for an empty shape)."""
+        return self.size / self.places if self.places else 1.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the indices are."""
+        return self.columns.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all index arrays, derived ones included where they exist."""
+        return sum(t.nbytes for t in (self.row_ptr, self.columns, *(self._transposed or ())))
+
+    def rows(self) -> Tensor:
+        """The row of each place (N,), int64."""
+        counts = self.row_ptr.diff().to(torch.int64)
+        return torch.arange(self.shape[0], device=self.device).repeat_interleave(counts, output_size=self.size)
+
+    def keys(self) -> Tensor:
+        """``row * I + column`` of each place (N,), int64, sorted."""
+        return self.rows() * self.shape[1] + self.columns.to(torch.int64)
+
+    @property
+    def transposed(self) -> Transposed:
+        """The index of the transpose, built on first use and kept."""
+        if self._transposed is None:
+            columns = self.columns.to(torch.int64)
+            slots = torch.argsort(columns, stable=True)
+            row_ptr = torch.zeros(self.shape[1] + 1, dtype=self.row_ptr.dtype, device=self.device)
+            row_ptr[1:] = torch.bincount(columns, minlength=self.shape[1]).cumsum(0)
+            rows = self.rows()[slots].to(_column_dtype(self.shape[0]))
+            self._transposed = Transposed(row_ptr, rows, slots.to(self.row_ptr.dtype))
+        return self._transposed
+
+    def missing(self, count: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Keys (sorted) of ``count`` places that are not here, drawn uniformly; fewer where fewer are missing."""
+        keys, absent = self.keys().cpu(), self.places - self.size
+        count = min(count, absent)
+        if count * 2 > absent:
+            gone = torch.ones(self.places, dtype=torch.bool)
+            gone[keys] = False
+            free = gone.nonzero()[:, 0]
+            return free[torch.randperm(absent, generator=generator)[:count]].sort().values
+        return _distinct(count, self.places, generator, taken=keys)
+
+    def to(self, device: torch.device | str) -> "Topology":
+        """This topology on another device."""
+        if self.device == torch.device(device):
+            return self
+        return Topology(self.shape, self.row_ptr.to(device), self.columns.to(device))
+
+    def __eq__(self, other: object) -> bool:
+        """Same shape and same places."""
+        if not isinstance(other, Topology):
+            return NotImplemented
+        return self is other or (
+            self.shape == other.shape and self.size == other.size and bool((self.keys().cpu() == other.keys().cpu()).all())
+        )
+
+    __hash__ = object.__hash__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Topology":
+        """Itself: it never changes."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Made anew from its places, so that its handle is its own."""
+        return Topology, (self.shape, self.row_ptr, self.columns)
+
+    def __repr__(self) -> str:
+        """Shape, weights and density."""
+        return f"Topology(shape={self.shape}, size={self.size}, density={self.density:.4g})"
+
+    # -- keeping it -----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The places as tensors, for a checkpoint."""
+        return {"shape": list(self.shape), "row_ptr": self.row_ptr, "columns": self.columns}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Self:
+        """The inverse of `state_dict`; what is given is not trusted.
+
+        Raises:
+            ValueError: the arrays are not the sorted, unique places of a matrix of that shape.
+        """
+        try:
+            shape = (int(state["shape"][0]), int(state["shape"][1]))
+            row_ptr, columns = state["row_ptr"].to(torch.int64), state["columns"].to(torch.int64)
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(f"not a topology: expected shape, row_ptr and columns, got {state!r:.200}") from error
+        _checked_shape(shape)
+        n = columns.numel()
+        if row_ptr.numel() != shape[0] + 1 or int(row_ptr[0]) != 0 or int(row_ptr[-1]) != n or (row_ptr.diff() < 0).any():
+            raise ValueError(f"not a topology: the row pointers do not cut {n} places into {shape[0]} rows")
+        rows = torch.arange(shape[0], device=columns.device).repeat_interleave(row_ptr.diff())
+        return cls.from_places(shape, rows, columns)
+
+
+def named(handle: Tensor) -> Topology:
+    """The living topology with this handle."""
+    return _alive[int(handle)]
+
+
+@dataclass(frozen=True, eq=False)
+class Remap:
+    """Where each new slot of a weight comes from: its old slot, or -1 for a new connection."""
+
+    old_slot: Tensor
+    old_size: int
+
+    @property
+    def new_size(self) -> int:
+        """Slots after the change."""
+        return self.old_slot.numel()
+
+    @property
+    def grown(self) -> int:
+        """Connections that are new."""
+        return int((self.old_slot < 0).sum())
+
+    def apply(self, x: Tensor, new: float | Tensor = 0.0) -> Tensor:
+        """``x`` (N_old,) carried to the new slots (N_new,); new connections get ``new``, a number or a (N_new,) tensor."""
+        if x.shape != (self.old_size,):
+            raise ValueError(f"expected one number for each of the {self.old_size} old slots, got shape {tuple(x.shape)}")
+        fresh = self.old_slot < 0
+        moved = x[self.old_slot.clamp(min=0)] if self.old_size else x.new_zeros(self.new_size)
+        return torch.where(fresh, torch.as_tensor(new, dtype=x.dtype, device=x.device), moved)
+
+    @classmethod
+    def between(cls, old: Topology, new: Topology) -> Self:
+        """From the places of one topology to those of another of the same shape."""
+        if old.shape != new.shape:
+            raise ValueError(f"topologies of shapes {old.shape} and {new.shape} share no places: use resize")
+        return cls(_slots_of(old.keys(), new.keys()), old.size)
+
+
+def resize(topology: Topology, *, rows: Tensor | None = None, columns: Tensor | None = None) -> tuple[Topology, Remap]:
+    """A topology of another width: for each new row and column the old one it continues, or -1 for an empty new one.
+
+    >>> t = Topology.from_places((2, 2), torch.tensor([0, 1]), torch.tensor([0, 1]))
+    >>> smaller, remap = resize(t, rows=torch.tensor([1]))
+    >>> smaller.shape, remap.old_slot.tolist()
+    ((1, 2), [1])
+    """
+
+    def inverse(kept: Tensor | None, size: int) -> tuple[Tensor, int]:
+        kept = torch.arange(size) if kept is None else kept.to(torch.int64).cpu()
+        old = kept[kept >= 0]
+        if old.numel() and (int(old.max()) >= size or old.unique().numel() != old.numel()):
+            raise ValueError(f"old rows and columns must be below {size} and each used once, got {kept.tolist()!r:.200}")
+        place = torch.full((size,), -1, dtype=torch.int64)
+        place[old] = (kept >= 0).nonzero()[:, 0]
+        return place, kept.numel()
+
+    new_row, height = inverse(rows, topology.shape[0])
+    new_column, width = inverse(columns, topology.shape[1])
+    r, c = new_row[topology.rows().cpu()], new_column[topology.columns.to(torch.int64).cpu()]
+    stays = ((r >= 0) & (c >= 0)).nonzero()[:, 0]
+    keys, order = (r[stays] * width + c[stays]).sort()
+    device = topology.device
+    return Topology.from_keys((height, width), keys.to(device)), Remap(stays[order].to(device), topology.size)
+
+
+def merge(topologies: Sequence[Topology], values: Sequence[Tensor]) -> tuple[Topology, Tensor]:
+    """The union of several workers' places; each value is the mean over the workers that hold the place."""
+    shapes = {t.shape for t in topologies}
+    if len(shapes) != 1 or len(topologies) != len(values):
+        raise ValueError(f"merge needs topologies of one shape and one list of values for each, got shapes {sorted(shapes)}")
+    for topology, v in zip(topologies, values, strict=True):
+        if v.shape != (topology.size,):
+            raise ValueError(f"{tuple(v.shape)} values do not match {topology.size} places")
+    keys, slot = torch.cat([t.keys() for t in topologies]).unique(return_inverse=True)
+    total = torch.zeros(keys.numel(), dtype=values[0].dtype, device=keys.device).index_add_(0, slot, torch.cat(list(values)))
+    return Topology.from_keys(topologies[0].shape, keys), total / torch.bincount(slot, minlength=keys.numel())
+
+
+def check_weights(weights: int, shape: tuple[int, int]) -> None:
+    """Refuses a number of weights that does not fit the shape."""
+    if not 0 <= weights <= shape[0] * shape[1]:
+        raise ValueError(f"{weights} weights do not fit into {shape[0]} x {shape[1]} = {shape[0] * shape[1]} places")
+
+
+def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
+    out_features, in_features = int(shape[0]), int(shape[1])
+    if not (0 <= out_features <= MOST_FEATURES and 0 <= in_features <= MOST_FEATURES):
+        raise ValueError(f"features must lie between 0 and {MOST_FEATURES}, got {out_features} x {in_features}")
+    return out_features, in_features
+
+
+def _pointer_dtype(size: int) -> torch.dtype:
+    return torch.int32 if size < 2**31 else torch.int64
+
+
+def _column_dtype(features: int) -> torch.dtype:
+    return torch.uint16 if features <= 2**16 else torch.int32
+
+
+def _slots_of(keys: Tensor, wanted: Tensor) -> Tensor:
+    """For each wanted key its position among the sorted keys, or -1."""
+    if not keys.numel():
+        return torch.full_like(wanted, -1)
+    slot = torch.searchsorted(keys, wanted).clamp(max=keys.numel() - 1)
+    return torch.where(keys[slot] == wanted, slot, -1)
+
+
+def _distinct(count: int, places: int, generator: torch.Generator | None, taken: Tensor | None = None) -> Tensor:
+    """Sorted ``count`` distinct numbers below ``places`` and not among the sorted ``taken``, each set equally likely."""
+    keys = torch.empty(0, dtype=torch.int64)
+    while keys.numel() < count:
+        short = count - keys.numel()
+        drawn = torch.randint(places, (short + short // 4 + 16,), generator=generator)
+        if taken is not None:
+            drawn = drawn[_slots_of(taken, drawn) < 0]
+        keys = torch.cat([keys, drawn]).unique()
+    if keys.numel() > count:
+        keep = torch.ones(keys.numel(), dtype=torch.bool)
+        keep[torch.randperm(keys.numel(), generator=generator)[: keys.numel() - count]] = False
+        keys = keys[keep]
+    return keys
