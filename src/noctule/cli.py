@@ -1,0 +1,241 @@
+"""The command line: ``noctule run``, ``recipes``, ``data``, ``compare``, ``bench`` and ``doctor``."""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from noctule.errors import NoctuleError, UsageError
+from noctule.signature import Parser, add_options, from_json, nearest
+
+BENCHMARKS = ("layers", "fashion", "memory")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; exit status 0, 2 for a wrong command line, 130 for Ctrl-C, 1 for everything else that fails."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "run": run,
+        "recipes": recipes,
+        "data": data,
+        "compare": compare,
+        "bench": bench,
+        "doctor": doctor,
+    }
+    try:
+        if not words or words[0] in ("-h", "--help"):
+            print(_help(commands))
+            return 0 if words else 2
+        if words[0] == "--version":
+            from importlib.metadata import version
+
+            print(f"noctule {version('noctule')}")
+            return 0
+        if words[0] not in commands:
+            raise UsageError(f"there is no command {words[0]}{nearest(words[0], list(commands))}. Commands: {', '.join(commands)}")
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            return commands[words[0]](words[1:])
+    except UsageError as error:
+        return _fail(error, 2)
+    except (NoctuleError, OSError) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return 130
+
+
+def run(words: list[str]) -> int:
+    """Train by a recipe, or go on with a run that was stopped."""
+    from noctule.report import RunFolder
+
+    name = words.pop(0) if words and not words[0].startswith("-") else None
+    about: dict[str, Any] = {}
+    if "--resume" in words or any(word.startswith("--resume=") for word in words):
+        early = Parser(prog="noctule run", add_help=False)
+        early.add_argument("--resume", type=Path)
+        folder = early.parse_known_args(words)[0].resume
+        about = RunFolder(folder).about()
+        if name is not None and name != about["recipe"]:
+            raise UsageError(f"{folder} is a run of {about['recipe']}, not of {name}. Leave the recipe out, or start a new run")
+        name = about["recipe"]
+    if name is None:
+        known = ", ".join(shipped())
+        if "-h" in words or "--help" in words:
+            print(f"usage: noctule run RECIPE [--option value ...]\n\nrecipes: {known}, or your own FILE.py[:FUNCTION]\n"
+                  "options of a recipe: noctule run RECIPE --help")  # fmt: skip
+            return 0
+        raise UsageError(f"say which recipe to run: {known}, or your own FILE.py[:FUNCTION]")
+    recipe = find(name)
+    parser = Parser(prog=f"noctule run {name}", allow_abbrev=False, description=(inspect.getdoc(recipe) or "").split("\n\n")[0])
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the run is written (default: runs/RECIPE-TIME)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped")
+    parser.add_argument("--threads", type=int, metavar="INT", help="processor threads (default: what torch takes)")
+    add_options(parser, recipe)
+    given = vars(parser.parse_args(words))
+    out, resume, threads = given.pop("out"), given.pop("resume"), given.pop("threads")
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads must be at least 1, got {threads}")
+    return _start(name, recipe, given, out=out, resume=resume, threads=threads, about=about, command=words)
+
+
+def _start(
+    name: str,
+    recipe: Callable[..., Any],
+    given: dict[str, Any],
+    *,
+    out: Path | None,
+    resume: Path | None,
+    threads: int | None,
+    about: dict[str, Any],
+    command: list[str],
+) -> int:
+    import torch
+
+    from noctule.kernels import native
+    from noctule.report import RunFolder
+
+    if resume is not None:
+        options = from_json(recipe, about["options"])
+        changed = sorted(k for k, v in given.items() if options.get(k, v) != v or k not in options)
+        if changed or out is not None:
+            raise UsageError(f"--resume goes on with the options of that run; leave out {', '.join(changed) or 'out'}")
+        threads = threads or about.get("threads")
+    defaults = {k: p.default for k, p in inspect.signature(recipe).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    if threads is not None:
+        torch.set_num_threads(threads)
+    here = {"threads": torch.get_num_threads(), "instruction_set": native.instruction_set()}
+    if resume is not None:
+        folder = RunFolder(resume)
+        differ = [f"{k} {about.get(k)} -> {v}" for k, v in here.items() if about.get(k) != v]
+        if differ:
+            warnings.warn(f"the run goes on, but not bit for bit as it began: {', '.join(differ)}", stacklevel=1)
+    else:
+        options = {**defaults, **given}
+        path = out or Path("runs") / f"{Path(name).stem.replace(':', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
+        folder = RunFolder.create(
+            path, recipe=name, options=options, seed=options.get("seed", 0), command=["noctule", "run", name, *command], **here
+        )
+    print(f"run: {folder.path}", flush=True)
+    with folder:
+        try:
+            result = recipe(folder, **options)
+        except (KeyboardInterrupt, NoctuleError):
+            print(f"stopped; to go on: noctule run {name} --resume {folder.path}", file=sys.stderr)
+            raise
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    _print_outcome(folder, result)
+    return 0
+
+
+def _print_outcome(folder: Any, result: Any) -> None:
+    from noctule.report import compare_table
+
+    if isinstance(result, dict) and folder.summary():
+        print(compare_table([folder]))
+    page = folder.path / "report.html"
+    if page.exists():
+        print(f"report: {page}")
+
+
+def recipes(words: list[str]) -> int:
+    """List the recipes that are shipped."""
+    Parser(prog="noctule recipes", description=inspect.getdoc(recipes)).parse_args(words)
+    for name, function in shipped().items():
+        print(f"{name:<14} {(inspect.getdoc(function) or '').splitlines()[0]}")
+    return 0
+
+
+def data(words: list[str]) -> int:
+    """List the built-in data sets, or load one (downloading it if need be) and say what it holds."""
+    from noctule.data import load, names
+
+    parser = Parser(prog="noctule data", description=inspect.getdoc(data))
+    parser.add_argument("name", nargs="?", help="a data set, or a path to your own")
+    parser.add_argument("--data-dir", type=Path, metavar="FOLDER", help="where to look first")
+    given = parser.parse_args(words)
+    if given.name is None:
+        print("\n".join(names))
+        return 0
+    splits = load(given.name, data_dir=given.data_dir)
+    print(f"{splits.train.name}: {splits.train.features} features, {splits.train.classes} classes, "
+          f"{len(splits.train)} training, {len(splits.validation)} validation and {len(splits.test)} test samples")  # fmt: skip
+    return 0
+
+
+def compare(words: list[str]) -> int:
+    """Print a table of several runs."""
+    from noctule.report import RunFolder, compare_table
+
+    parser = Parser(prog="noctule compare", description=inspect.getdoc(compare))
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    print(compare_table([RunFolder(path) for path in parser.parse_args(words).runs]))
+    return 0
+
+
+def bench(words: list[str]) -> int:
+    """Measure Noctule beside its strongest alternatives."""
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: noctule bench NAME [--option value ...]\n\nbenchmarks: {', '.join(BENCHMARKS)}")
+        return 0 if words else 2
+    if words[0] not in BENCHMARKS:
+        raise UsageError(f"there is no benchmark {words[0]}{nearest(words[0], BENCHMARKS)}. Benchmarks: {', '.join(BENCHMARKS)}")
+    return importlib.import_module(f"noctule.bench.{words[0]}").main(words[1:]) or 0
+
+
+def doctor(words: list[str]) -> int:
+    """Say what this machine and this installation can do."""
+    from noctule.doctor import findings
+
+    Parser(prog="noctule doctor", description=inspect.getdoc(doctor)).parse_args(words)
+    for name, finding in findings().items():
+        print(f"{name:<18} {finding}")
+    return 0
+
+
+def shipped() -> dict[str, Callable[..., Any]]:
+    """The recipes that come with Noctule, by name."""
+    from noctule import recipes as package
+
+    return {name: getattr(package, name) for name in package.__all__}
+
+
+def find(name: str) -> Callable[..., Any]:
+    """A shipped recipe by its name, or the user's own by FILE.py or FILE.py:FUNCTION."""
+    file, _, function = name.partition(":")
+    if not file.endswith(".py"):
+        if name not in shipped():
+            raise UsageError(f"there is no recipe {name}{nearest(name, list(shipped()))}. Recipes: {', '.join(shipped())}, or FILE.py[:FUNCTION]")
+        return shipped()[name]
+    path = Path(file)
+    function = function or path.stem
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    recipe = getattr(module, function, None)
+    if not callable(recipe):
+        raise UsageError(f"{path} has no function {function}: name it with {path}:FUNCTION")
+    return recipe
+
+
+def _help(commands: dict[str, Callable[[list[str]], int]]) -> str:
+    lines = [f"  {name:<9} {(inspect.getdoc(command) or '').splitlines()[0]}" for name, command in commands.items()]
+    return "usage: noctule COMMAND ...\n\n" + "\n".join(lines) + "\n\nnoctule COMMAND --help says more of each."
+
+
+def _fail(error: Exception, status: int) -> int:
+    print(f"noctule: {error}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""Round `optimizer.step()`: `Method` is what a technique overrides, `attach` calls it at the right moments."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any, Self
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from noctule.optim import RunningSteps, carry_state, check_carry, sparse_layers, will_skip
+from noctule.topology import Remap
+
+_attached: WeakSet[Any] = WeakSet()
+"""Optimizers and sparse layers that an open session dispatches for: moving their state twice would scramble it."""
+
+
+class Method:
+    """A technique that acts round the optimizer's step: override what you need, by default each moment does nothing."""
+
+    def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """The session opens; if this raises, `end` is not called."""
+
+    def before_step(self) -> None:
+        """Gradients are complete and final, weights not moved; raising stops the step, nothing else can."""
+
+    def after_step(self) -> None:
+        """Weights have moved; gradients may be there still."""
+
+    def remapped(self, layer: nn.Module, remap: Remap) -> None:
+        """The places of a layer's weights changed (whoever changed them): move what you keep for it."""
+
+    def observe(self, **metrics: float) -> None:
+        """Somebody measured something, such as a validation loss, and says so."""
+
+    def end(self) -> None:
+        """The session closes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs, as dicts, lists, tensors, numbers, strings, booleans and None, as a checkpoint keeps."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+
+def attach(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer], *methods: Method) -> "Session":
+    """Call `methods` round the steps of one or several optimizers, in your own loop, until the session is closed.
+
+    `before_step` runs in the order of `methods`, `after_step` and `end` in reverse. With several optimizers a *round*
+    is one step of each: `before_step` comes before its first step, `after_step` after its last. An optimizer that steps
+    again before the others have (as in adversarial training) closes the round first and opens the next; so does leaving
+    the session. Steps that a GradScaler skips for an overflow do not count, nor do micro-batches.
+
+    When a sparse layer changes its places, the optimizers' state follows, then every method is told.
+
+    Raises:
+        ValueError: a trainable parameter is in none of the optimizers (looked at again at the first step).
+        RuntimeError: an optimizer or a sparse layer is in another open session; later, at a step: a fused optimizer is
+            about to step on gradients that a GradScaler has scaled.
+
+    >>> model = nn.Linear(3, 2)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> with attach(model, optimizer, Method()) as session:
+    ...     model(torch.ones(1, 3)).sum().backward()
+    ...     optimizer.step()
+    >>> session.steps
+    1
+    """
+    several = tuple(optimizers) if isinstance(optimizers, Iterable) else (optimizers,)
+    for kind, things in ((Optimizer, several), (Method, methods)):
+        for thing in things:
+            if not isinstance(thing, kind):
+                raise TypeError(f"attach(model, optimizers, *methods) needs {kind.__name__} objects, got {thing!r}")
+        if len({id(thing) for thing in things}) < len(things):
+            raise ValueError(f"attach got the same {kind.__name__} twice: name each once")
+    if not several:
+        raise ValueError("attach got no optimizer: give it one, or a list of them")
+    return Session(model, several, methods)
+
+
+class Session:
+    """What `attach` returns: a context manager that undoes everything on exit; `close()` does the same."""
+
+    def __init__(self, model: nn.Module, optimizers: tuple[Optimizer, ...], methods: tuple[Method, ...]) -> None:
+        """Open a session; use `attach`, which checks what it is given."""
+        self.model, self.optimizers, self.methods = model, optimizers, methods
+        self.steps = 0
+        """How many rounds of steps are done."""
+        self._begun: list[Method] = []
+        self._layers: set[nn.Module] = set()
+        self._checked = False
+        self._round: dict[int, bool] = {}  # id of each optimizer that had its turn -> did it really step?
+        self._moving = False  # the step in progress is a real one, and the methods know of it
+        self._running = RunningSteps()
+        self._undo = ExitStack()
+        self._hooks = self._undo.enter_context(ExitStack())
+        try:
+            before: Any = torch.compiler.disable(self._before)
+            after: Any = torch.compiler.disable(self._after)
+            for optimizer in optimizers:
+                self._claim(optimizer, type(optimizer).__name__)
+                self._hooks.callback(optimizer.register_step_pre_hook(before).remove)
+                self._hooks.callback(optimizer.register_step_post_hook(after).remove)
+            self._check_model()
+            for method in methods:
+                method.begin(model, optimizers)
+                self._begun.append(method)
+                self._undo.callback(lambda: self._begun.pop().end())
+            self._undo.callback(self._finish_round)
+        except BaseException:
+            self._undo.close()
+            raise
+
+    def observe(self, **metrics: float) -> None:
+        """Tell every method what was measured, such as `validation_loss=0.3`."""
+        for method in self.methods:
+            method.observe(**metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of finished rounds and every method's state, as plain data."""
+        entries = [{"name": type(method).__name__, "state": method.state_dict()} for method in self.methods]
+        return {"steps": self.steps, "methods": entries}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave; raises ValueError, with no method touched, if it is of other methods."""
+        try:
+            steps, names = int(state["steps"]), [entry["name"] for entry in state["methods"]]
+            parts = [entry["state"] for entry in state["methods"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"this is not what Session.state_dict() gave: {error!r}") from error
+        have = [type(method).__name__ for method in self.methods]
+        if names != have:
+            raise ValueError(f"this state belongs to the methods {names}, the session has {have}: attach the same ones")
+        for method, part in zip(self.methods, parts, strict=True):
+            method.load_state_dict(part)
+        self.steps = steps
+
+    def close(self) -> None:
+        """Finish an unfinished round, end the methods in reverse and remove every hook; a second call does nothing."""
+        self._running.clear()
+        self._undo.close()
+
+    def __enter__(self) -> Self:
+        """This session, open already."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close; but a loop that failed gets no `after_step` for the round it did not finish."""
+        if kind is not None:
+            self._round = {}
+        self.close()
+
+    def _claim(self, thing: Any, name: str) -> None:
+        if thing in _attached:
+            raise RuntimeError(
+                f"{name} is attached already: give all methods to one attach(), or close that session first"
+            )
+        _attached.add(thing)
+        self._hooks.callback(_attached.discard, thing)
+
+    def _check_model(self) -> None:
+        held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        lost = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in held]
+        if lost:
+            raise ValueError(
+                f"{len(lost)} trainable parameters are in none of the attached optimizers: {', '.join(lost[:8])}"
+                f"{', ...' if len(lost) > 8 else ''}. "
+                "Build the optimizer after convert_ (or whatever made them), or freeze them: requires_grad_(False)"
+            )
+        for name, layer in sparse_layers(self.model).items():
+            if layer not in self._layers:
+                self._claim(layer, name or type(layer).__name__)
+                self._layers.add(layer)
+                self._hooks.callback(layer.register_remap_check(self._check_remap).remove)
+                self._hooks.callback(layer.register_remap_hook(self._remapped).remove)
+
+    # What the layers call.
+
+    def _check_remap(self, layer: Any, remap: Remap) -> None:
+        check_carry(self.optimizers, layer.values)
+        if remap.new_size != remap.old_size and any(
+            isinstance(m, DistributedDataParallel) for m in self.model.modules()
+        ):
+            raise ValueError(
+                f"a layer cannot go from {remap.old_size} to {remap.new_size} weights inside DistributedDataParallel, "
+                "which keeps buckets of the old ones: change the plain model, then wrap it again"
+            )
+
+    def _remapped(self, layer: Any, old_values: Tensor, remap: Remap) -> None:
+        carry_state(self.optimizers, old_values, layer.values, remap)
+        for method in self._begun:
+            method.remapped(layer, remap)
+
+    # What the optimizers call.
+
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if not self._running.enter(optimizer):  # super().step(), or an optimizer inside another
+            return None
+        if not self._checked:
+            self._check_model()
+            self._checked = True
+        if id(optimizer) in self._round:
+            self._finish_round()
+        self._moving = False
+        if will_skip(optimizer):
+            return None
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._announcing(args[1]), *args[2:]), kwargs
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._announcing(kwargs["closure"])}
+        self._announce()
+        return None
+
+    def _announcing(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure; after its first evaluation there are gradients, and weights have not moved."""
+
+        def wrapped() -> Any:
+            loss = closure()
+            if not self._moving:
+                self._announce()
+            return loss
+
+        return wrapped
+
+    def _announce(self) -> None:
+        self._moving = True
+        if not any(self._round.values()):
+            for method in self.methods:
+                method.before_step()
+
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        outer = self._running.leave()
+        if outer is None:
+            self._round[id(optimizer)] = self._moving
+            if len(self._round) == len(self.optimizers):
+                self._finish_round()
+        elif outer is not optimizer:
+            self._round[id(optimizer)] = True
+
+    def _finish_round(self) -> None:
+        moved, self._round = any(self._round.values()), {}
+        if moved:
+            self.steps += 1
+            for method in reversed(self.methods):
+                method.after_step()

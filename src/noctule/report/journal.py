@@ -1,0 +1,33 @@
+"""One series of a run: its records among the metrics, its checkpoints beside them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from noctule.checkpoint import Checkpoints
+from noctule.report.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What `fit` writes to and resumes from; `series` is the name of its lines in the report."""
+
+    run: RunFolder
+    series: str
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints of this series."""
+        return Checkpoints(self.run.path / "checkpoints" / self.series)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Add a record to the run's metrics."""
+        self.run.log({"series": self.series, **record})
+
+    def rewind(self, step: int) -> None:
+        """Forget this series' records past a step, which are about to be made again."""
+        if any(self._past(record, step) for record in self.run.metrics()):
+            self.run.truncate_metrics(lambda record: not self._past(record, step))
+
+    def _past(self, record: Mapping[str, Any], step: int) -> bool:
+        return record.get("series") == self.series and record.get("step", 0) > step
