@@ -1,1 +1,77 @@
-"""Noctule: train, shrink and ship neural networks on the hardware people have."""
+"""Noctule: train, shrink and ship neural networks on the hardware people have.
+
+The public names, each loaded on first use: importing the package itself does nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AllReLU": "layers",
+    "Batches": "data",
+    "Checkpoints": "checkpoint",
+    "Conversion": "convert",
+    "Dataset": "data",
+    "Decay": "decay",
+    "FuseEpilogue": "layers",
+    "Method": "method",
+    "Remap": "topology",
+    "Rewire": "rewire",
+    "RunFolder": "report",
+    "Session": "method",
+    "SparseLinear": "layers",
+    "ToDense": "layers",
+    "ToSparse": "layers",
+    "Topology": "topology",
+    "attach": "method",
+    "convert_": "convert",
+    "erdos_renyi": "budget",
+    "evaluate": "loop",
+    "fit": "loop",
+    "footprint": "measure",
+    "gse": "rewire",
+    "load_model": "checkpoint",
+    "merge": "topology",
+    "mlp": "models",
+    "param_groups": "optim",
+    "resize": "topology",
+    "rigl": "rewire",
+    "save_model": "checkpoint",
+    "set_": "rewire",
+    "uniform": "budget",
+    "write_report": "report",
+}
+
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from noctule.budget import erdos_renyi, uniform
+    from noctule.checkpoint import Checkpoints, load_model, save_model
+    from noctule.convert import Conversion, convert_
+    from noctule.data import Batches, Dataset
+    from noctule.decay import Decay
+    from noctule.layers import AllReLU, FuseEpilogue, SparseLinear, ToDense, ToSparse
+    from noctule.loop import evaluate, fit
+    from noctule.measure import footprint
+    from noctule.method import Method, Session, attach
+    from noctule.models import mlp
+    from noctule.optim import param_groups
+    from noctule.report import RunFolder, write_report
+    from noctule.rewire import Rewire, gse, rigl, set_
+    from noctule.topology import Remap, Topology, merge, resize
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first asked for."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'noctule' has no attribute {name!r}")
+    value = getattr(import_module(f"noctule.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return [*__all__, "__version__"]

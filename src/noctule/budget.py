@@ -31,7 +31,9 @@ def _share(shapes: Sequence[Shape], weights: int, claims: list[float]) -> list[i
     if not 0 <= weights <= sum(places):
         raise ValueError(f"{weights} weights do not fit into the {sum(places)} places of layers {list(shapes)}")
     if weights < sum(p > 0 for p in places):
-        raise ValueError(f"{weights} weights are fewer than the {len(places)} layers {list(shapes)}: give each at least one")
+        raise ValueError(
+            f"{weights} weights are fewer than the {len(places)} layers {list(shapes)}: give each at least one"
+        )
     shares = [0] * len(places)
     open_layers = {k for k, p in enumerate(places) if p}
     left = weights

@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"noctule {version('noctule')}")
             return 0
         if words[0] not in commands:
-            raise UsageError(f"there is no command {words[0]}{nearest(words[0], list(commands))}. Commands: {', '.join(commands)}")
+            raise UsageError(
+                f"there is no command {words[0]}{nearest(words[0], list(commands))}. Commands: {', '.join(commands)}"
+            )
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
             return commands[words[0]](words[1:])
@@ -61,7 +63,9 @@ def run(words: list[str]) -> int:
         folder = early.parse_known_args(words)[0].resume
         about = RunFolder(folder).about()
         if name is not None and name != about["recipe"]:
-            raise UsageError(f"{folder} is a run of {about['recipe']}, not of {name}. Leave the recipe out, or start a new run")
+            raise UsageError(
+                f"{folder} is a run of {about['recipe']}, not of {name}. Leave the recipe out, or start a new run"
+            )
         name = about["recipe"]
     if name is None:
         known = ", ".join(shipped())
@@ -71,8 +75,12 @@ def run(words: list[str]) -> int:
             return 0
         raise UsageError(f"say which recipe to run: {known}, or your own FILE.py[:FUNCTION]")
     recipe = find(name)
-    parser = Parser(prog=f"noctule run {name}", allow_abbrev=False, description=(inspect.getdoc(recipe) or "").split("\n\n")[0])
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the run is written (default: runs/RECIPE-TIME)")
+    parser = Parser(
+        prog=f"noctule run {name}", allow_abbrev=False, description=(inspect.getdoc(recipe) or "").split("\n\n")[0]
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where the run is written (default: runs/RECIPE-TIME)"
+    )
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped")
     parser.add_argument("--threads", type=int, metavar="INT", help="processor threads (default: what torch takes)")
     add_options(parser, recipe)
@@ -118,7 +126,12 @@ def _start(
         options = {**defaults, **given}
         path = out or Path("runs") / f"{Path(name).stem.replace(':', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = RunFolder.create(
-            path, recipe=name, options=options, seed=options.get("seed", 0), command=["noctule", "run", name, *command], **here
+            path,
+            recipe=name,
+            options=options,
+            seed=options.get("seed", 0),
+            command=["noctule", "run", name, *command],
+            **here,
         )
     print(f"run: {folder.path}", flush=True)
     with folder:
@@ -184,7 +197,9 @@ def bench(words: list[str]) -> int:
         print(f"usage: noctule bench NAME [--option value ...]\n\nbenchmarks: {', '.join(BENCHMARKS)}")
         return 0 if words else 2
     if words[0] not in BENCHMARKS:
-        raise UsageError(f"there is no benchmark {words[0]}{nearest(words[0], BENCHMARKS)}. Benchmarks: {', '.join(BENCHMARKS)}")
+        raise UsageError(
+            f"there is no benchmark {words[0]}{nearest(words[0], BENCHMARKS)}. Benchmarks: {', '.join(BENCHMARKS)}"
+        )
     return importlib.import_module(f"noctule.bench.{words[0]}").main(words[1:]) or 0
 
 
@@ -210,14 +225,17 @@ def find(name: str) -> Callable[..., Any]:
     file, _, function = name.partition(":")
     if not file.endswith(".py"):
         if name not in shipped():
-            raise UsageError(f"there is no recipe {name}{nearest(name, list(shipped()))}. Recipes: {', '.join(shipped())}, or FILE.py[:FUNCTION]")
+            raise UsageError(
+                f"there is no recipe {name}{nearest(name, list(shipped()))}. Recipes: {', '.join(shipped())}, or FILE.py[:FUNCTION]"
+            )
         return shipped()[name]
     path = Path(file)
     function = function or path.stem
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)

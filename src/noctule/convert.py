@@ -61,7 +61,9 @@ def convert_(model: nn.Module, rule: Rule | Planning, *, where: Where | None = N
     """
     allowed = {name: m for name, m in model.named_modules() if where is None or where(name, m)}
     tied = _tied(model)
-    decide: Rule = rule.plan({n: m for n, m in allowed.items() if m not in tied}) if isinstance(rule, Planning) else rule
+    decide: Rule = (
+        rule.plan({n: m for n, m in allowed.items() if m not in tied}) if isinstance(rule, Planning) else rule
+    )
     result = Conversion(model)
     done: dict[nn.Module, nn.Module] = {}
 
@@ -84,7 +86,9 @@ def convert_(model: nn.Module, rule: Rule | Planning, *, where: Where | None = N
     result.model = visit(model, "")
     if not result.changed:
         reasons = "; ".join(f"{name}: {why}" for name, why in result.left.items())
-        warnings.warn(f"convert_ changed nothing: {reasons or 'no module of the kind that the rule is for'}", stacklevel=2)
+        warnings.warn(
+            f"convert_ changed nothing: {reasons or 'no module of the kind that the rule is for'}", stacklevel=2
+        )
     return result
 
 

@@ -35,7 +35,8 @@ class Decay(Method):
     def before_step(self) -> None:
         """Shrink the weights."""
         assert self._model is not None
-        torch._foreach_mul_(param_groups(self._model)[0]["params"], 1.0 - self.rate)
+        for parameter in param_groups(self._model)[0]["params"]:
+            parameter.mul_(1.0 - self.rate)
 
     def end(self) -> None:
         """Forget the model."""

@@ -25,7 +25,8 @@ def findings() -> dict[str, str]:
         "CUDA": torch.cuda.get_device_name() if torch.cuda.is_available() else "not available",
         "peak memory": "measured" if cost.peak_memory_bytes else "not available",
         "energy": "measured" if cost.joules is not None else "not available (no readable RAPL counter)",
-        "data": os.environ.get("NOCTULE_DATA") or "NOCTULE_DATA is not set: data sets are looked for in the cache, then downloaded",
+        "data": os.environ.get("NOCTULE_DATA")
+        or "NOCTULE_DATA is not set: data sets are looked for in the cache, then downloaded",
     }
 
 

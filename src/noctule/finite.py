@@ -10,14 +10,18 @@ def check_parameters(model: nn.Module) -> None:
     """Raise NonFiniteError, naming the first, if a parameter is not finite."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise NonFiniteError(f"the parameter {name} is no longer finite: lower the learning rate or clip the gradients")
+            raise NonFiniteError(
+                f"the parameter {name} is no longer finite: lower the learning rate or clip the gradients"
+            )
 
 
 def explain(model: nn.Module, inputs: Tensor, *, step: int) -> NonFiniteError:
     """The error for a loss that is not finite: which input, parameter or layer brought it, found by one more forward pass."""
     bad = (~torch.isfinite(inputs)).nonzero()
     if len(bad):
-        return NonFiniteError(f"step {step}: the input is NaN or infinite at {tuple(bad[0].tolist())} of the batch: clean the data")
+        return NonFiniteError(
+            f"step {step}: the input is NaN or infinite at {tuple(bad[0].tolist())} of the batch: clean the data"
+        )
     try:
         check_parameters(model)
     except NonFiniteError as error:

@@ -25,7 +25,9 @@ class Parser(argparse.ArgumentParser):
         result, unknown = self.parse_known_args(args, namespace)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-            raise UsageError(f"{self.prog} has no argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}. See --help")
+            raise UsageError(
+                f"{self.prog} has no argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}. See --help"
+            )
         return result
 
 
@@ -75,7 +77,9 @@ def add_options(parser: argparse.ArgumentParser, function: Callable[..., Any]) -
         elif kind in (int, float, str, Path):
             parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **common)
         else:
-            raise UsageError(f"the option {name} of {function.__name__} has the type {kind}, which has no form on a command line")
+            raise UsageError(
+                f"the option {name} of {function.__name__} has the type {kind}, which has no form on a command line"
+            )
 
 
 def from_json(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,7 +93,7 @@ def from_json(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[s
 
 class _Tuple(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, tuple(values))
+        setattr(namespace, self.dest, tuple(values or ()))
 
 
 def _typed(annotation: Any, value: Any) -> Any:

@@ -70,7 +70,9 @@ class Topology:
         out_features, in_features = _checked_shape(shape)
         rows, columns = rows.to(torch.int64), columns.to(torch.int64)
         if rows.shape != columns.shape or rows.dim() != 1:
-            raise ValueError(f"rows {tuple(rows.shape)} and columns {tuple(columns.shape)} must be two equal lists of places")
+            raise ValueError(
+                f"rows {tuple(rows.shape)} and columns {tuple(columns.shape)} must be two equal lists of places"
+            )
         for name, index, size in (("row", rows, out_features), ("column", columns, in_features)):
             if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
                 raise ValueError(f"{name}s must lie in [0, {size}), got {int(index.min())} to {int(index.max())}")
@@ -156,7 +158,9 @@ class Topology:
         if not isinstance(other, Topology):
             return NotImplemented
         return self is other or (
-            self.shape == other.shape and self.size == other.size and bool((self.keys().cpu() == other.keys().cpu()).all())
+            self.shape == other.shape
+            and self.size == other.size
+            and bool((self.keys().cpu() == other.keys().cpu()).all())
         )
 
     __hash__ = object.__hash__
@@ -193,7 +197,12 @@ class Topology:
             raise ValueError(f"not a topology: expected shape, row_ptr and columns, got {state!r:.200}") from error
         _checked_shape(shape)
         n = columns.numel()
-        if row_ptr.numel() != shape[0] + 1 or int(row_ptr[0]) != 0 or int(row_ptr[-1]) != n or (row_ptr.diff() < 0).any():
+        if (
+            row_ptr.numel() != shape[0] + 1
+            or int(row_ptr[0]) != 0
+            or int(row_ptr[-1]) != n
+            or (row_ptr.diff() < 0).any()
+        ):
             raise ValueError(f"not a topology: the row pointers do not cut {n} places into {shape[0]} rows")
         rows = torch.arange(shape[0], device=columns.device).repeat_interleave(row_ptr.diff())
         return cls.from_places(shape, rows, columns)
@@ -224,7 +233,9 @@ class Remap:
     def apply(self, x: Tensor, new: float | Tensor = 0.0) -> Tensor:
         """``x`` (N_old,) carried to the new slots (N_new,); new connections get ``new``, a number or a (N_new,) tensor."""
         if x.shape != (self.old_size,):
-            raise ValueError(f"expected one number for each of the {self.old_size} old slots, got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"expected one number for each of the {self.old_size} old slots, got shape {tuple(x.shape)}"
+            )
         fresh = self.old_slot < 0
         moved = x[self.old_slot.clamp(min=0)] if self.old_size else x.new_zeros(self.new_size)
         return torch.where(fresh, torch.as_tensor(new, dtype=x.dtype, device=x.device), moved)
@@ -235,6 +246,22 @@ class Remap:
         if old.shape != new.shape:
             raise ValueError(f"topologies of shapes {old.shape} and {new.shape} share no places: use resize")
         return cls(_slots_of(old.keys(), new.keys()), old.size)
+
+
+def exchange(topology: Topology, dropped: Tensor, grown: Tensor) -> tuple[Topology, Remap]:
+    """Without the ``dropped`` slots and with the ``grown`` keys, none of which may be there yet.
+
+    >>> t = Topology.from_places((1, 4), torch.tensor([0, 0]), torch.tensor([0, 2]))
+    >>> new, remap = exchange(t, torch.tensor([0]), torch.tensor([3]))
+    >>> new.columns.tolist(), remap.old_slot.tolist()
+    ([2, 3], [1, -1])
+    """
+    stays = torch.ones(topology.size, dtype=torch.bool, device=topology.device)
+    stays[dropped] = False
+    slots = stays.nonzero()[:, 0]
+    keys, order = torch.cat([topology.keys()[slots], grown]).sort()
+    old_slot = torch.cat([slots, torch.full_like(grown, -1)])[order]
+    return Topology.from_keys(topology.shape, keys), Remap(old_slot, topology.size)
 
 
 def resize(topology: Topology, *, rows: Tensor | None = None, columns: Tensor | None = None) -> tuple[Topology, Remap]:
@@ -250,7 +277,9 @@ def resize(topology: Topology, *, rows: Tensor | None = None, columns: Tensor | 
         kept = torch.arange(size) if kept is None else kept.to(torch.int64).cpu()
         old = kept[kept >= 0]
         if old.numel() and (int(old.max()) >= size or old.unique().numel() != old.numel()):
-            raise ValueError(f"old rows and columns must be below {size} and each used once, got {kept.tolist()!r:.200}")
+            raise ValueError(
+                f"old rows and columns must be below {size} and each used once, got {kept.tolist()!r:.200}"
+            )
         place = torch.full((size,), -1, dtype=torch.int64)
         place[old] = (kept >= 0).nonzero()[:, 0]
         return place, kept.numel()
@@ -268,12 +297,16 @@ def merge(topologies: Sequence[Topology], values: Sequence[Tensor]) -> tuple[Top
     """The union of several workers' places; each value is the mean over the workers that hold the place."""
     shapes = {t.shape for t in topologies}
     if len(shapes) != 1 or len(topologies) != len(values):
-        raise ValueError(f"merge needs topologies of one shape and one list of values for each, got shapes {sorted(shapes)}")
+        raise ValueError(
+            f"merge needs topologies of one shape and one list of values for each, got shapes {sorted(shapes)}"
+        )
     for topology, v in zip(topologies, values, strict=True):
         if v.shape != (topology.size,):
             raise ValueError(f"{tuple(v.shape)} values do not match {topology.size} places")
     keys, slot = torch.cat([t.keys() for t in topologies]).unique(return_inverse=True)
-    total = torch.zeros(keys.numel(), dtype=values[0].dtype, device=keys.device).index_add_(0, slot, torch.cat(list(values)))
+    total = torch.zeros(keys.numel(), dtype=values[0].dtype, device=keys.device).index_add_(
+        0, slot, torch.cat(list(values))
+    )
     return Topology.from_keys(topologies[0].shape, keys), total / torch.bincount(slot, minlength=keys.numel())
 
 
@@ -313,6 +346,7 @@ def _distinct(count: int, places: int, generator: torch.Generator | None, taken:
         short = count - keys.numel()
         drawn = torch.randint(places, (short + short // 4 + 16,), generator=generator)
         if taken is not None:
+            drawn = drawn.sort().values  # sorted questions are answered twice as fast
             drawn = drawn[_slots_of(taken, drawn) < 0]
         keys = torch.cat([keys, drawn]).unique()
     if keys.numel() > count:

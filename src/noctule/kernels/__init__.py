@@ -23,7 +23,13 @@ __all__ = ["IDENTITY", "Epilogue", "Kept", "epilogue_backward", "feature_major",
 
 
 def spmm(
-    topology: Topology, values: Tensor, x_IB: Tensor, bias: Tensor | None = None, epilogue: Epilogue = IDENTITY, *, keep: bool = False
+    topology: Topology,
+    values: Tensor,
+    x_IB: Tensor,
+    bias: Tensor | None = None,
+    epilogue: Epilogue = IDENTITY,
+    *,
+    keep: bool = False,
 ) -> tuple[Tensor, Kept]:
     """Y (O, B) = W X + bias through the epilogue; with ``keep``, also what the epilogue's backward needs."""
     count(topology.size * x_IB.shape[1])

@@ -6,6 +6,7 @@ of them would meet in the same few sets of the cache.
 
 import warnings
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from noctule.kernels import reference
 from noctule.kernels.epilogue import Epilogue, Kept
 from noctule.topology import Topology
 
+_native: Any
 try:
     from noctule import _native
 except ImportError:

@@ -22,7 +22,9 @@ class SparseProduct(torch.autograd.Function):
     """y (B, O) = epilogue(x (B, I) Wᵀ + bias); what it returns is a transposed view of a feature-major (O, B)."""
 
     @staticmethod
-    def forward(ctx: Any, x_BI: Tensor, values: Tensor, bias: Tensor | None, layer: "SparseLinear", epilogue: Epilogue) -> Tensor:
+    def forward(
+        ctx: Any, x_BI: Tensor, values: Tensor, bias: Tensor | None, layer: "SparseLinear", epilogue: Epilogue
+    ) -> Tensor:
         """Keep the feature-major input and two bits for each output at most."""
         topology = layer.topology
         x_IB = kernels.feature_major(x_BI)
@@ -39,7 +41,9 @@ class SparseProduct(torch.autograd.Function):
         needs_x, needs_values, needs_bias, *_ = ctx.needs_input_grad
         topology = ctx.topology
         dy_OB = kernels.feature_major(dy_BO)
-        dz_OB, dbias = kernels.epilogue_backward(dy_OB, Kept(ctx.epilogue, positive, kept), bias=ctx.has_bias and needs_bias)
+        dz_OB, dbias = kernels.epilogue_backward(
+            dy_OB, Kept(ctx.epilogue, positive, kept), bias=ctx.has_bias and needs_bias
+        )
         dvalues = kernels.sddmm(topology, dz_OB, x_IB) if needs_values else None
         dx_BI = kernels.spmm_t(topology, values, dz_OB).t() if needs_x else None
         if ctx.layer.watch is not None:

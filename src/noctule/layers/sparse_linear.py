@@ -85,7 +85,9 @@ class SparseLinear(nn.Module):
         with torch.no_grad():
             for parameter in (self.values, self.bias):
                 if parameter is not None:
-                    drawn = torch.empty(parameter.shape).uniform_(-self.init_bound, self.init_bound, generator=generator)
+                    drawn = torch.empty(parameter.shape).uniform_(
+                        -self.init_bound, self.init_bound, generator=generator
+                    )
                     parameter.copy_(drawn)
 
     @property
@@ -108,7 +110,9 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         if x.shape[-1:] != (self.in_features,):
-            raise ValueError(f"expected inputs of {self.in_features} features in the last dimension, got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"expected inputs of {self.in_features} features in the last dimension, got shape {tuple(x.shape)}"
+            )
         if x.dtype != self.values.dtype:
             x = self._in_own_dtype(x)
         x_BI = x if x.dim() == 2 else x.reshape(-1, self.in_features)
@@ -127,7 +131,9 @@ class SparseLinear(nn.Module):
 
     def _compiled(self, x_BI: Tensor) -> Tensor:
         if self.watch is not None:
-            raise RuntimeError("a method watches this layer's gradients, which a compiled graph does not show: run it in eager mode")
+            raise RuntimeError(
+                "a method watches this layer's gradients, which a compiled graph does not show: run it in eager mode"
+            )
         dropout = self.epilogue.dropout if self.training else 0.0
         seed = torch.randint(2**62, ()) if dropout else torch.zeros((), dtype=torch.int64)
         y_OB, *_ = compiled_product(
@@ -137,7 +143,9 @@ class SparseLinear(nn.Module):
 
     def _in_own_dtype(self, x: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"inputs are {x.dtype} but the layer's values {self.values.dtype}: convert one of them with .to()")
+            raise ValueError(
+                f"inputs are {x.dtype} but the layer's values {self.values.dtype}: convert one of them with .to()"
+            )
         return x.to(self.values.dtype)
 
     # -- changing places ------------------------------------------------------------------------------------------
@@ -183,7 +191,12 @@ class SparseLinear(nn.Module):
 
     @classmethod
     def from_dense(
-        cls, linear: nn.Linear, *, density: float | None = None, weights: int | None = None, topology: Topology | None = None
+        cls,
+        linear: nn.Linear,
+        *,
+        density: float | None = None,
+        weights: int | None = None,
+        topology: Topology | None = None,
     ) -> Self:
         """The weights of a dense layer that are largest, or lie in ``topology``, or (with none given) are not zero."""
         weight = linear.weight.detach()
@@ -240,13 +253,17 @@ class SparseLinear(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Nothing: `_load_from_state_dict` took the places before the values."""
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
         state, values = state_dict.get(prefix + "_extra_state"), state_dict.get(prefix + "values")
         if state is not None and values is not None:
             try:
                 topology = Topology.from_state_dict(state).to(self.values.device)
                 if topology.shape != (self.out_features, self.in_features):
-                    raise ValueError(f"a layer of shape {topology.shape} does not fit {(self.out_features, self.in_features)}")
+                    raise ValueError(
+                        f"a layer of shape {topology.shape} does not fit {(self.out_features, self.in_features)}"
+                    )
                 if values.shape != (topology.size,):
                     raise ValueError(f"{tuple(values.shape)} values do not match {topology.size} places")
                 if topology != self.topology:

@@ -14,7 +14,10 @@ def relu(layer: int) -> nn.Module:
 
 
 def mlp(
-    *widths: int, activation: Activation = relu, dropout: float = 0.0, linear: Callable[[int, int], nn.Module] = nn.Linear
+    *widths: int,
+    activation: Activation = relu,
+    dropout: float = 0.0,
+    linear: Callable[[int, int], nn.Module] = nn.Linear,
 ) -> nn.Sequential:
     """Linear layers of these widths, with activation and dropout after all but the last.
 

@@ -12,8 +12,8 @@ from noctule.checkpoint import save_model
 from noctule.convert import convert_
 from noctule.data import Batches, Splits, load, standardize
 from noctule.decay import Decay
-from noctule.fit import Fitted, evaluate, fit
 from noctule.layers import AllReLU, FuseEpilogue, SparseLinear, ToSparse
+from noctule.loop import Fitted, evaluate, fit
 from noctule.measure import footprint, measure
 from noctule.method import Method
 from noctule.models import mlp
@@ -98,7 +98,14 @@ def sparse_mlp(
     outcomes: dict[str, Any] = {}
     for name in series:
         outcomes[name] = _train(
-            recipe, widths, splits, Journal(run, name), epochs=epochs, batch=batch, seed=seed, checkpoint_seconds=checkpoint_seconds
+            recipe,
+            widths,
+            splits,
+            Journal(run, name),
+            epochs=epochs,
+            batch=batch,
+            seed=seed,
+            checkpoint_seconds=checkpoint_seconds,
         )
         summary = {"data": _describe(splits), "series": outcomes}
         run.write_summary(summary)
@@ -223,7 +230,12 @@ def _multiply_adds(model: nn.Module, train: Batches) -> float:
 
 def _structure(model: nn.Module, widths: Sequence[int]) -> dict[str, Any]:
     layers = {
-        name: {"in_features": m.in_features, "out_features": m.out_features, "weights": m.weights, "slope": m.epilogue.slope}
+        name: {
+            "in_features": m.in_features,
+            "out_features": m.out_features,
+            "weights": m.weights,
+            "slope": m.epilogue.slope,
+        }
         for name, m in model.named_modules()
         if isinstance(m, SparseLinear)
     }

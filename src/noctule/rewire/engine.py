@@ -11,7 +11,7 @@ from noctule.layers import SparseLinear
 from noctule.method import Method
 from noctule.rewire.drop import Drop, smallest
 from noctule.schedule import constant
-from noctule.topology import Remap, Topology
+from noctule.topology import exchange
 from noctule.types import Schedule
 
 
@@ -129,14 +129,13 @@ class Rewire(Method):
         old = layer.topology
         fraction = self.fraction(self.steps)
         if not 0.0 <= fraction <= 1.0:
-            raise ValueError(f"the schedule of Rewire gave the fraction {fraction} at step {self.steps}, it must lie in [0, 1]")
+            raise ValueError(
+                f"the schedule of Rewire gave the fraction {fraction} at step {self.steps}, it must lie in [0, 1]"
+            )
         dropped = self.drop(layer.values.detach(), fraction)
         keys = old.keys()
         grown = sight.choose(min(dropped.numel(), old.places - old.size), keys).to(keys.device)
         if not grown.numel():
             return 0
-        stays = torch.ones(old.size, dtype=torch.bool, device=keys.device)
-        stays[dropped[: grown.numel()]] = False
-        new = Topology.from_keys(old.shape, torch.cat([keys[stays], grown]).sort().values)
-        layer.remap_(new, Remap.between(old, new))
+        layer.remap_(*exchange(old, dropped[: grown.numel()], grown))
         return grown.numel()

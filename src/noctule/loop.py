@@ -66,7 +66,9 @@ class Fitted:
     """The model's state dict at `best_epoch`."""
 
 
-def evaluate(model: nn.Module, dataset: Dataset, *, loss_fn: Loss = nn.functional.cross_entropy, batch_size: int = 1000) -> tuple[float, float]:
+def evaluate(
+    model: nn.Module, dataset: Dataset, *, loss_fn: Loss = nn.functional.cross_entropy, batch_size: int = 1000
+) -> tuple[float, float]:
     """Mean loss and accuracy on a data set, in evaluation mode; the model's mode is put back."""
     was_training = model.training
     model.eval()
@@ -122,7 +124,9 @@ def fit(
             if journal is not None:
                 check_parameters(model)
                 states = {name: piece.state_dict() for name, piece in pieces().items()}
-                journal.checkpoints.save(progress.step, {**states, "progress": dict(vars(progress)), "random": torch.get_rng_state()})
+                journal.checkpoints.save(
+                    progress.step, {**states, "progress": dict(vars(progress)), "random": torch.get_rng_state()}
+                )
 
         if journal is not None and (found := journal.checkpoints.latest()) is not None:
             progress = _resume(found[1], pieces())
@@ -176,7 +180,11 @@ def fit(
                         "validation_accuracy": accuracy,
                         "samples_per_second": _samples(train) / progress.epoch_seconds[-1],
                         "layers": {
-                            name: {"weights": m.weights, "places": m.topology.places, "moved": progress.moved.get(name, 0)}
+                            name: {
+                                "weights": m.weights,
+                                "places": m.topology.places,
+                                "moved": progress.moved.get(name, 0),
+                            }
                             for name, m in layers.items()
                         },
                     }
@@ -198,12 +206,16 @@ def _finish_epoch(progress: Fitted, model: nn.Module, accuracy: float) -> None:
 def _resume(state: dict[str, Any], pieces: dict[str, Any]) -> Fitted:
     missing = {"progress", "random", *pieces}.symmetric_difference(state)
     if missing:
-        raise CheckpointError(f"the checkpoint is of another training: {sorted(missing)} differ. Resume with the same recipe and options")
+        raise CheckpointError(
+            f"the checkpoint is of another training: {sorted(missing)} differ. Resume with the same recipe and options"
+        )
     try:
         for name, piece in pieces.items():
             piece.load_state_dict(state[name])
     except (ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"the checkpoint is of another training: {error}. Resume with the same recipe and options") from error
+        raise CheckpointError(
+            f"the checkpoint is of another training: {error}. Resume with the same recipe and options"
+        ) from error
     torch.set_rng_state(state["random"])
     return Fitted(**state["progress"])
 

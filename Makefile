@@ -1,0 +1,42 @@
+# Two commands on a fresh machine: `make demo` trains, `make test` runs the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The exact torch, first: a plain `torch` would bring gigabytes of CUDA where the CPU build is meant.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test check bench bench-env clean
+
+demo: $(VENV)/installed
+	$(BIN)/noctule run sparse_mlp --data digits --epochs 100
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_public.py
+
+bench: bench-env
+	$(BIN)/noctule bench layers
+	$(BIN)/noctule bench fashion
+	$(BIN)/noctule bench memory
+
+# The peers that the benchmarks compare with; nothing else needs them.
+bench-env: $(VENV)/installed
+	$(BIN)/python -m pip install --no-build-isolation -e ".[bench]"
+
+$(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard cpp/*)
+	$(PYTHON) -c 'import sys; sys.exit("Noctule needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "scikit-build-core>=0.10" "nanobind>=2.4" cmake ninja
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable . --group dev
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist src/noctule/_native*.so

@@ -1,0 +1,9 @@
+"""Data sets in memory: load them by name or from the user's own files, split, standardise and batch them."""
+
+from noctule.data.batches import Batches
+from noctule.data.catalog import load, names
+from noctule.data.dataset import Dataset
+from noctule.data.scaling import standardize
+from noctule.data.splits import Splits, split
+
+__all__ = ["Batches", "Dataset", "Splits", "load", "names", "split", "standardize"]

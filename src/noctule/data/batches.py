@@ -1,0 +1,66 @@
+"""Mini-batches whose order is a function of seed, epoch and position alone, so that a run can resume anywhere."""
+
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from noctule.data.dataset import Dataset
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """The batches of a data set, epoch by epoch.
+
+    With `shuffle` every epoch is a fresh permutation; without, the samples come in their own order. The last batch is
+    shorter where the samples do not divide, or is left out with `drop_last`.
+
+    >>> toy = Dataset(torch.rand(5, 3), torch.tensor([0, 1, 0, 1, 0]), name="toy", classes=2)
+    >>> [len(targets) for _, targets in Batches(toy, 2, seed=0).epoch(0)]
+    [2, 2, 1]
+    """
+
+    dataset: Dataset
+    batch_size: int
+    _: KW_ONLY
+    seed: int
+    shuffle: bool = True
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what gives no batches."""
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
+        if not len(self):
+            raise ValueError(
+                f"no batch at all: data set {self.dataset.name!r} has {len(self.dataset)} samples, fewer than "
+                f"batch_size={self.batch_size}, and drop_last leaves out the rest; give a smaller batch_size"
+            )
+
+    def __len__(self) -> int:
+        """The batches of an epoch."""
+        full, rest = divmod(len(self.dataset), self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch from batch number `start` on: inputs (B, features) and targets (B,), both copies."""
+        if not 0 <= start <= len(self):
+            raise ValueError(f"start must lie between 0 and the {len(self)} batches of an epoch, not {start}")
+        return self._gather(self.order(epoch), start)
+
+    def order(self, epoch: int) -> Tensor:
+        """The row numbers of one epoch in the order they are used, (samples,) int64."""
+        if not self.shuffle:
+            return torch.arange(len(self.dataset))
+        digest = blake2b(f"{self.seed} {epoch}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest))
+        return torch.randperm(len(self.dataset), generator=generator)
+
+    def _gather(self, order: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        inputs, targets = self.dataset.inputs, self.dataset.targets
+        order = order.to(inputs.device)
+        for batch in range(start, len(self)):
+            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield inputs.index_select(0, rows), targets.index_select(0, rows)

@@ -1,0 +1,54 @@
+"""Runs side by side as plain text for a terminal."""
+
+from collections.abc import Sequence
+
+from noctule.report.facts import best_validation, by_series, number, outcomes, training_bytes
+from noctule.report.folder import RunFolder
+from noctule.report.units import GAP, count, duration, percent, size
+
+_HEADS = ("run", "series", "accuracy", "parameters", "training memory", "time per epoch")
+
+
+def compare_table(folders: Sequence[RunFolder]) -> str:
+    """A line per run and series: accuracy on the test set (on validation while unfinished), weights, bytes, seconds."""
+    rows = [row for folder, name in zip(folders, _names(folders), strict=True) for row in _rows(folder, name)]
+    table = [_HEADS, *(tuple(map(_printable, row)) for row in rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(_HEADS))]
+    lines = [_line(row, widths) for row in table]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _rows(folder: RunFolder, run: str) -> list[tuple[str, ...]]:
+    finished, started = outcomes(folder.summary()), by_series(folder.metrics())
+    rows = []
+    for name in dict.fromkeys([*started, *finished]):
+        own = finished.get(name)
+        if own is None:
+            best = best_validation(started[name])
+            rows.append((run, name, "-" if best is None else f"{percent(best)} (validation)", "-", "-", "-"))
+            continue
+        show = (
+            (percent, number(own, "test_accuracy")),
+            (count, number(own, "parameters")),
+            (size, training_bytes(own)),
+            (duration, number(own, "seconds_per_epoch")),
+        )
+        rows.append((run, name, *("-" if value is None else words(value) for words, value in show)))
+    return rows or [(run, "-", "no epoch yet", "-", "-", "-")]
+
+
+def _names(folders: Sequence[RunFolder]) -> list[str]:
+    """Last parts of the paths; whole paths where two of those are the same."""
+    short = [folder.path.name or str(folder.path) for folder in folders]
+    return [str(f.path) if short.count(name) > 1 else name for f, name in zip(folders, short, strict=True)]
+
+
+def _printable(cell: str) -> str:
+    cell = cell.replace(GAP, " ")
+    return "".join(character if character.isprintable() else "?" for character in cell)
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    cells = [f"{cell:<{width}}" for cell, width in zip(row[:2], widths[:2], strict=True)]
+    cells += [f"{cell:>{width}}" for cell, width in zip(row[2:], widths[2:], strict=True)]
+    return "  ".join(cells).rstrip()

@@ -1,0 +1,68 @@
+"""How a run was measured and how to repeat it, as its page tells it."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from noctule.report.facts import mapping, number
+from noctule.report.markup import text
+from noctule.report.units import count
+
+
+def provenance(about: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """The command and the list of everything that was recorded about the run, as HTML."""
+    machine, versions = mapping(about, "machine"), mapping(about, "versions")
+    options = "".join(f"<code>{text(f'{k} = {_value(v)}')}</code>" for k, v in mapping(about, "options").items())
+    entries = {
+        "Recipe": about.get("recipe"),
+        "Data": data(summary),
+        "Seed": about.get("seed"),
+        "Threads": about.get("threads"),
+        "Instruction set": about.get("instruction_set"),
+        "Processor": machine.get("cpu"),
+        "Cores": machine.get("cores"),
+        "System": machine.get("system"),
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or None,
+        "Started": str(about.get("started") or "").replace("T", " ") or None,
+    }
+    rows = {name: "not recorded" if value is None else text(value) for name, value in entries.items()}
+    items = "".join(f"<dt>{name}</dt><dd>{row}</dd>" for name, row in (rows | {"Options": options or "none"}).items())
+    words = " ".join(f"<span>{text(shlex.quote(word))}</span>" for word in command(about))
+    return f"<p>To repeat it:</p><pre><code>{words}</code></pre><dl>{items}</dl>"
+
+
+def command(about: Mapping[str, Any]) -> list[str]:
+    """The words of the command line that was typed, or of one that says the same.
+
+    >>> " ".join(command({"recipe": "sparse_mlp", "options": {"hidden": [300, 100], "rewire": False}, "seed": 3}))
+    'noctule run sparse_mlp --hidden 300,100 --no-rewire --seed 3'
+    """
+    typed = about.get("command")
+    if isinstance(typed, list) and typed:
+        return [str(word) for word in typed]
+    words = ["noctule", "run", str(about.get("recipe") or "RECIPE")]
+    options = mapping(about, "options")
+    if about.get("seed") is not None:
+        options.setdefault("seed", about["seed"])
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            words += [f"--{flag}", _value(value)]
+    return words
+
+
+def data(summary: Mapping[str, Any]) -> str | None:
+    """The data set and its sizes in words; None when the summary does not name one."""
+    about = mapping(summary, "data")
+    parts = [f"{count(size)} {what}" for what in ("features", "classes") if (size := number(about, what)) is not None]
+    for part in ("train", "validation", "test"):
+        if (samples := number(about, part)) is not None:
+            parts.append(f"{count(samples)} {part} samples")
+    words = ([str(about["name"])] if about.get("name") else []) + parts
+    return ", ".join(words) or None
+
+
+def _value(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
