@@ -137,13 +137,25 @@ def _start(
     with folder:
         try:
             result = recipe(folder, **options)
-        except (KeyboardInterrupt, NoctuleError):
-            print(f"stopped; to go on: noctule run {name} --resume {folder.path}", file=sys.stderr)
+        except (KeyboardInterrupt, NoctuleError, OSError, ValueError) as error:
+            _say_how_it_stands(folder, name)
+            if isinstance(error, ValueError) and not isinstance(error, NoctuleError):
+                raise UsageError(str(error)) from error
             raise
-        except ValueError as error:
-            raise UsageError(str(error)) from error
     _print_outcome(folder, result)
     return 0
+
+
+def _say_how_it_stands(folder: Any, name: str) -> None:
+    """After a stop: how to go on, or, where nothing was trained yet, no trace of it."""
+    if (folder.path / "checkpoints").exists():
+        from noctule.report import write_report
+
+        write_report(folder)
+        print(f"stopped; to go on: noctule run {name} --resume {folder.path}", file=sys.stderr)
+    elif [entry.name for entry in folder.path.iterdir()] == ["run.json"]:
+        (folder.path / "run.json").unlink()
+        folder.path.rmdir()
 
 
 def _print_outcome(folder: Any, result: Any) -> None:

@@ -128,8 +128,9 @@ def fit(
                     progress.step, {**states, "progress": dict(vars(progress)), "random": torch.get_rng_state()}
                 )
 
-        if journal is not None and (found := journal.checkpoints.latest()) is not None:
-            progress = _resume(found[1], pieces())
+        if journal is not None:
+            if (found := journal.checkpoints.latest()) is not None:
+                progress = _resume(found[1], pieces())
             journal.rewind(progress.step)
 
         def count(name: str) -> Callable[..., None]:

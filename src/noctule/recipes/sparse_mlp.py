@@ -95,9 +95,11 @@ def sparse_mlp(
     series = ["sparse"]
     if compare == "dense" or (compare == "auto" and dense_weights <= SMALL_WEIGHTS):
         series.append("dense")
-    outcomes: dict[str, Any] = {}
+    summary = run.summary() or {"data": _describe(splits), "series": {}}
     for name in series:
-        outcomes[name] = _train(
+        if name in summary["series"]:  # finished before the run was resumed
+            continue
+        summary["series"][name] = _train(
             recipe,
             widths,
             splits,
@@ -107,7 +109,6 @@ def sparse_mlp(
             seed=seed,
             checkpoint_seconds=checkpoint_seconds,
         )
-        summary = {"data": _describe(splits), "series": outcomes}
         run.write_summary(summary)
         write_report(run)
     return summary
