@@ -21,6 +21,13 @@ class Leave(Exception):
     """Raised by a rule for a module of its kind that it leaves as it is; the text says why."""
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether someone listens to this module, who would hear nothing more if it were replaced or folded away."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 @runtime_checkable
 class Planning(Protocol):
     """A rule that must see all modules before it decides on one, such as one that shares out a budget."""
@@ -103,7 +110,8 @@ def _apply(rule: Rule, module: nn.Module, name: str, tied: dict[nn.Module, str],
     except Leave as reason:
         result.left[name] = str(reason)
         return module
-    new.train(module.training)
+    if new is not module:
+        new.train(module.training)
     result.changed[name] = f"{before} -> {str(new).splitlines()[0]}" if new is not module else f"{before} changed"
     return new
 

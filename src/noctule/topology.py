@@ -4,6 +4,7 @@ Shapes: O out features (rows), I in features (columns), N stored weights.
 """
 
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 MOST_FEATURES = 2**31 - 1
+
+_WHOLE = (torch.uint16, torch.int32, torch.int64)
 
 _serial = itertools.count()
 _alive: WeakValueDictionary[int, "Topology"] = WeakValueDictionary()
@@ -140,7 +143,7 @@ class Topology:
         """Keys (sorted) of ``count`` places that are not here, drawn uniformly; fewer where fewer are missing."""
         keys, absent = self.keys().cpu(), self.places - self.size
         count = min(count, absent)
-        if count * 2 > absent:
+        if count * 2 > absent or absent < self.size:
             gone = torch.ones(self.places, dtype=torch.bool)
             gone[keys] = False
             free = gone.nonzero()[:, 0]
@@ -170,8 +173,8 @@ class Topology:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Made anew from its places, so that its handle is its own."""
-        return Topology, (self.shape, self.row_ptr, self.columns)
+        """Made anew from its keys, so that its handle is its own (and since plain pickle does not know uint16)."""
+        return Topology.from_keys, (self.shape, self.keys())
 
     def __repr__(self) -> str:
         """Shape, weights and density."""
@@ -191,9 +194,9 @@ class Topology:
             ValueError: the arrays are not the sorted, unique places of a matrix of that shape.
         """
         try:
-            shape = (int(state["shape"][0]), int(state["shape"][1]))
-            row_ptr, columns = state["row_ptr"].to(torch.int64), state["columns"].to(torch.int64)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            shape = (operator.index(state["shape"][0]), operator.index(state["shape"][1]))
+            row_ptr, columns = _listed(state["row_ptr"]), _listed(state["columns"])
+        except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"not a topology: expected shape, row_ptr and columns, got {state!r:.200}") from error
         _checked_shape(shape)
         n = columns.numel()
@@ -329,6 +332,13 @@ def _pointer_dtype(size: int) -> torch.dtype:
 
 def _column_dtype(features: int) -> torch.dtype:
     return torch.uint16 if features <= 2**16 else torch.int32
+
+
+def _listed(x: Any) -> Tensor:
+    """A list of whole numbers as int64."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.dim() != 1 or x.dtype not in _WHOLE:
+        raise TypeError("not a list of whole numbers")
+    return x.to(torch.int64)
 
 
 def _slots_of(keys: Tensor, wanted: Tensor) -> Tensor:

@@ -55,10 +55,11 @@ def spmm(
     """See `noctule.kernels.spmm`."""
     batch = x_IB.shape[1]
     positive = kept = None
+    bits = topology.shape[0], (batch + 7) // 8
     if keep and epilogue.slope != 1.0:
-        positive = torch.empty(topology.shape[0], (batch + 7) // 8, dtype=torch.uint8)
+        positive = torch.empty(bits, dtype=torch.uint8, device="cpu")
     if keep and epilogue.drop_below:
-        kept = torch.empty(topology.shape[0], (batch + 7) // 8, dtype=torch.uint8)
+        kept = torch.empty(bits, dtype=torch.uint8, device="cpu")
     index = (topology.row_ptr, topology.columns, None)
     y_OB = _spmm(topology, index, topology.shape, values, x_IB, bias, epilogue, positive, kept)
     return y_OB, Kept(epilogue, positive, kept)
@@ -74,7 +75,7 @@ def sddmm(topology: Topology, dy_OB: Tensor, x_IB: Tensor) -> Tensor:
     batch = x_IB.shape[1]
     _check("the gradient", dy_OB, topology.shape[0], batch)
     _check("the input", x_IB, topology.shape[1], batch)
-    dvalues = torch.empty(topology.size)
+    dvalues = _empty(topology.size)
     row_ptr, columns = topology.row_ptr, topology.columns
     dy, x = _packed(dy_OB, topology.size), _packed(x_IB, topology.size)
     _native.sddmm(
@@ -92,7 +93,7 @@ def epilogue_backward(dy_OB: Tensor, kept: Kept, bias: bool) -> tuple[Tensor, Te
     if not changed and not bias:
         return dy, None
     dz = _rows(rows, batch) if changed else dy
-    dbias = torch.empty(rows) if bias else None
+    dbias = _empty(rows) if bias else None
     _native.epilogue_backward(
         dy.data_ptr(), dy.stride(0), _address(dz) if changed else 0, dz.stride(0), _address(dbias), rows, batch,
         _threads(rows * batch), kept.epilogue.slope, kept.epilogue.scale, _address(kept.positive), _address(kept.kept),
@@ -122,6 +123,7 @@ def _spmm(topology, index, shape, values, x_IB, bias, epilogue, positive, kept) 
         )
     row_ptr, columns, slots = index
     x, y, values = _packed(x_IB, topology.size), _rows(shape[0], batch), values.contiguous()
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
     _native.spmm(
         shape[0], row_ptr.element_size(), columns.element_size(), row_ptr.data_ptr(), columns.data_ptr(), _address(slots),
         values.data_ptr(), x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), batch, _threads(topology.size * batch),
@@ -139,11 +141,15 @@ def _check(what: str, x: Tensor, features: int, batch: int) -> None:
 def _rows(features: int, batch: int) -> Tensor:
     """An empty (features, batch) tensor whose rows start on cache lines and spread over the sets of the cache."""
     if batch < LINE:
-        return torch.empty(features, batch)
+        return _empty(features, batch)
     ld = -(-batch // LINE) * LINE
     if ld % PAGE == 0:
         ld += LINE
-    return torch.empty(features, ld)[:, :batch]
+    return _empty(features, ld)[:, :batch]
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")  # the defaults are the user's to change
 
 
 def _readable(x: Tensor) -> Tensor:

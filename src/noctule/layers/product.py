@@ -31,7 +31,7 @@ class SparseProduct(torch.autograd.Function):
         y_OB, kept = kernels.spmm(topology, values, x_IB, bias, epilogue, keep=any(ctx.needs_input_grad))
         ctx.save_for_backward(x_IB, values, kept.positive, kept.kept)
         ctx.layer, ctx.topology, ctx.epilogue, ctx.has_bias = layer, topology, epilogue, bias is not None
-        return y_OB.t()
+        return y_OB.t().data  # not as a view of something in here, which an in-place ReLU may not touch
 
     @staticmethod
     @once_differentiable

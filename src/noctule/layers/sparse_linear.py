@@ -1,5 +1,6 @@
 """A linear layer that stores, computes and learns its non-zeros only."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Self
@@ -60,9 +61,7 @@ class SparseLinear(nn.Module):
         if sum(given is not None for given in (density, weights, topology)) != 1:
             raise ValueError("say how sparse the layer is: one of density=, weights= or topology=")
         if density is not None:
-            if not 0.0 < density <= 1.0:
-                raise ValueError(f"density must lie in (0, 1], got {density}")
-            weights = max(1, round(density * out_features * in_features)) if out_features * in_features else 0
+            weights = _weights_at(density, shape)
         if topology is None:
             assert weights is not None
             check_weights(weights, shape)
@@ -115,7 +114,7 @@ class SparseLinear(nn.Module):
             )
         if x.dtype != self.values.dtype:
             x = self._in_own_dtype(x)
-        x_BI = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        x_BI = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), self.in_features)
         y_BO = self._compiled(x_BI) if torch.compiler.is_compiling() else self._eager(x_BI)
         return y_BO if x.dim() == 2 else y_BO.reshape(*x.shape[:-1], self.out_features)
 
@@ -163,7 +162,8 @@ class SparseLinear(nn.Module):
         """
         if (remap.old_size, remap.new_size) != (self.weights, topology.size):
             raise ValueError(
-                f"a remap of {remap.old_size} to {remap.new_size} slots does not lead from {self.weights} to {topology.size} weights"
+                f"a remap of {remap.old_size} to {remap.new_size} slots does not lead from {self.weights} "
+                f"to {topology.size} weights"
             )
         for check in tuple(self._remap_checks.values()):
             check(self, remap)
@@ -201,12 +201,12 @@ class SparseLinear(nn.Module):
         """The weights of a dense layer that are largest, or lie in ``topology``, or (with none given) are not zero."""
         weight = linear.weight.detach()
         shape = (linear.out_features, linear.in_features)
+        if sum(given is not None for given in (density, weights, topology)) > 1:
+            raise ValueError("say once how sparse the layer is: one of density=, weights= or topology=")
+        if density is not None:
+            weights = _weights_at(density, shape)
         if topology is None:
             flat = weight.flatten()
-            if density is not None and not 0.0 < density <= 1.0:
-                raise ValueError(f"density must lie in (0, 1], got {density}")
-            if density is not None:
-                weights = max(1, round(density * flat.numel()))
             if weights is None:
                 keys = flat.nonzero()[:, 0]
             else:
@@ -225,6 +225,7 @@ class SparseLinear(nn.Module):
             layer.values.copy_(weight.flatten()[topology.keys().to(weight.device)])
             if layer.bias is not None:
                 layer.bias.copy_(linear.bias)
+                layer.bias.requires_grad_(linear.bias.requires_grad)
         layer.values.requires_grad_(linear.weight.requires_grad)
         return layer.train(linear.training)
 
@@ -241,6 +242,7 @@ class SparseLinear(nn.Module):
             linear.weight.zero_().view(-1)[self.topology.keys()] = self.values
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
+                linear.bias.requires_grad_(self.bias.requires_grad)
         linear.weight.requires_grad_(self.values.requires_grad)
         return linear.train(self.training)
 
@@ -280,16 +282,9 @@ class SparseLinear(nn.Module):
         self.topology = self.topology.to(self.values.device)
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A copy with its own parameters and the same topology; hooks and watches stay with the original."""
-        from copy import deepcopy
-
-        copy = self.__class__.__new__(self.__class__)
-        memo[id(self)] = copy
-        own = {"_remap_checks": OrderedDict(), "_remap_hooks": OrderedDict(), "watch": None}
-        for name, value in self.__dict__.items():
-            copy.__dict__[name] = own[name] if name in own else deepcopy(value, memo)
-        return copy
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle gets: remap hooks and the watch stay with the original."""
+        return {**self.__dict__, "_remap_checks": OrderedDict(), "_remap_hooks": OrderedDict(), "watch": None}
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
@@ -297,6 +292,13 @@ class SparseLinear(nn.Module):
         if self.epilogue.slope != 1.0:
             text += f", slope={self.epilogue.slope:g}"
         return text + (f", dropout={self.epilogue.dropout:g}" if self.epilogue.dropout else "")
+
+
+def _weights_at(density: float, shape: tuple[int, int]) -> int:
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density must lie in (0, 1], got {density}")
+    places = shape[0] * shape[1]
+    return max(1, round(density * places)) if places else 0
 
 
 def _register(hooks: OrderedDict[int, Any], hook: Any) -> RemovableHandle:

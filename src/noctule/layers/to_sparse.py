@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from noctule.budget import Budget, erdos_renyi
-from noctule.convert import Leave, Rule
+from noctule.convert import Leave, Rule, hooked
 from noctule.layers.sparse_linear import SparseLinear
 from noctule.measure.timing import interleave
 from noctule.pattern import Pattern, anywhere
@@ -24,7 +24,8 @@ class ToSparse:
         budget: how the layers share.
         pattern: which places are kept.
         fresh: draw new values, scaled to the sparse fan-in (to train from scratch); else keep those of the dense layer.
-        measure_first: leave a layer dense where a dense step is measured to be faster at this batch size (0: do not measure).
+        measure_first: leave a layer dense where a dense step is measured to be faster.
+        batch: how many samples a measured step has.
         generator: where random places and values come from.
     """
 
@@ -52,11 +53,12 @@ class ToSparse:
         layers = [m for m in modules.values() if type(m) is nn.Linear]
         shapes = [(m.out_features, m.in_features) for m in layers]
         if self.epsilon is not None:
-            shares = [min(round(self.epsilon * (o + i)), o * i) for o, i in shapes]
+            shares = [min(max(1, round(self.epsilon * (o + i))), o * i) for o, i in shapes]
         else:
             total = self.weights
             if self.density is not None:
-                total = max(len(layers), round(self.density * sum(o * i for o, i in shapes)))
+                places = [o * i for o, i in shapes]
+                total = max(sum(p > 0 for p in places), round(self.density * sum(places)))
             shares = self.budget(shapes, total or 0) if layers else []
         weights = dict(zip(layers, shares, strict=True))
 
@@ -72,7 +74,7 @@ class ToSparse:
         return rule
 
     def _sparse(self, linear: nn.Linear, weights: int) -> nn.Module:
-        if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
+        if hooked(linear):
             raise Leave("it has hooks, which would be lost")
         layer = SparseLinear.from_dense(linear, topology=self.pattern(linear, weights, self.generator))
         if self.fresh:
@@ -95,6 +97,8 @@ class ToDense:
         """The dense twin, or None for another kind of module."""
         if not isinstance(module, SparseLinear):
             return None
+        if hooked(module):
+            raise Leave("it has hooks, which would be lost")
         slope, dropout = module.epilogue.slope, module.epilogue.dropout
         after: list[nn.Module] = []
         if slope != 1.0:
@@ -104,12 +108,13 @@ class ToDense:
         return nn.Sequential(module.to_dense(), *after) if after else module.to_dense()
 
 
-def _step_times(dense: nn.Module, sparse: nn.Module, batch: int):
-    """Forward and both gradients of each, in turn."""
-    x = torch.randn(batch, sparse.in_features, requires_grad=True)  # type: ignore[arg-type]
+def _step_times(dense: nn.Linear, sparse: SparseLinear, batch: int):
+    """Forward and the gradients of each, in turn."""
+    x = torch.randn(batch, dense.in_features).to(dense.weight).requires_grad_()
 
     def step(layer: nn.Module):
         y = layer(x)
-        return lambda: torch.autograd.grad(layer(x), [x, *layer.parameters()], torch.ones_like(y))
+        wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        return lambda: torch.autograd.grad(layer(x), wanted, torch.ones_like(y))
 
     return interleave({"dense": step(dense), "sparse": step(sparse)}, rounds=7, warmup=2)

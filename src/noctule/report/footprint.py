@@ -99,7 +99,10 @@ def _best_epoch(own: Outcome) -> str:
 
 
 def _notes(summary: Outcome, *, compared: bool) -> list[str]:
-    notes = ["Bytes are those of the stored arrays; multiply-adds count the forward pass and both gradients."]
+    notes = [
+        "Training memory is what is stored from step to step; activations come on top, and are in the peak. "
+        "Multiply-adds count the forward pass and both gradients."
+    ]
     if compared:
         notes.append(f"Above 1{TIMES}, dense needs that many times as much; points are the difference from dense.")
     samples = number(mapping(summary, "data"), "test")

@@ -78,6 +78,9 @@ for (const svg of document.querySelectorAll("svg[data-frame]")) {
     name: path.dataset.name,
     points: path.getAttribute("d").slice(1).split(/[ML]/).map(pair => pair.split(",").map(Number)),
   }));
+  const title = svg.querySelector("title");
+  svg.setAttribute("aria-label", title.textContent);
+  title.remove();  // its own tooltip would lie over the read-out
   const rule = svg.querySelector(".rule"), box = svg.parentNode.querySelector(".readout");
   const near = (points, x) => points.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
   const row = words => box.appendChild(document.createElement("div")).textContent = words;

@@ -1,7 +1,9 @@
 """The one engine that moves connections: drop some, grow as many, N stays."""
 
 from collections.abc import Mapping, Sequence
+from random import Random
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +13,11 @@ from noctule.layers import SparseLinear
 from noctule.method import Method
 from noctule.rewire.drop import Drop, smallest
 from noctule.schedule import constant
-from noctule.topology import exchange
+from noctule.topology import Remap, exchange
 from noctule.types import Schedule
+
+_rewired: WeakSet[SparseLinear] = WeakSet()
+"""Layers whose connections a `Rewire` moves: a second one would take the first one's watch."""
 
 
 class Sight(Protocol):
@@ -36,7 +41,8 @@ class Rewire(Method):
 
     SET is (smallest, anywhere), RigL (smallest, steepest), GSE (smallest, guided). Values and the optimizers' state of the
     survivors move along. It differs from RigL's code in that the step on which connections move is an ordinary weight update
-    too: a method cannot veto a step. In a layer with fewer missing places than would be grown, fewer move.
+    too: a method cannot veto a step. In a layer with fewer missing places than would be grown, fewer move; in a
+    frozen one, or one whose gradient a grower should have seen and did not, none.
 
     Args:
         drop: which connections go.
@@ -82,24 +88,32 @@ class Rewire(Method):
         self._layers = {name: m for name, m in layers.items() if name not in self.skip}
         if not self._layers:
             raise ValueError("there is no sparse layer to rewire: convert_ the model with ToSparse first")
-        busy = [name for name, m in self._layers.items() if m.watch is not None]
+        busy = [name for name, m in self._layers.items() if m in _rewired or m.watch is not None]
         if busy:
-            raise ValueError(f"another method already watches the gradients of {busy}: attach one Rewire per layer")
+            raise ValueError(f"another method already rewires or watches {busy}: attach one Rewire per layer")
+        _rewired.update(self._layers.values())
         self.moved = {name: self.moved.get(name, 0) for name in self._layers}
         self._arm()
 
     def after_step(self) -> None:
         """Count the step; on the due ones, move connections."""
         self.steps += 1
-        if self._due(self.steps):
-            for name, layer in self._layers.items():
-                self.moved[name] += self._rewire(layer, self._sights[name])
+        for name in list(self._sights):
+            self.moved[name] += self._rewire(self._layers[name], self._sights.pop(name))
         self._arm()
+
+    def remapped(self, layer: nn.Module, remap: Remap) -> None:
+        """Look anew where somebody else changed the places of a layer that is being looked at."""
+        for name in self._sights:
+            if self._layers[name] is layer:
+                self._look(name)
 
     def end(self) -> None:
         """Stop watching."""
         for layer in self._layers.values():
             layer.watch = None
+            _rewired.discard(layer)
+        self._layers, self._sights = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Steps done and connections moved; where they are is the layers' own state."""
@@ -117,12 +131,16 @@ class Rewire(Method):
     def _arm(self) -> None:
         """Have the growers look at the coming step if connections will move after it."""
         self._sights.clear()
-        for number, (name, layer) in enumerate(self._layers.items()):
+        for name, layer in self._layers.items():
             layer.watch = None
-            if self._due(self.steps + 1):
-                generator = torch.Generator().manual_seed((self.seed << 40) + (self.steps << 12) + number)
-                sight = self._sights[name] = self.grow(layer, generator)
-                layer.watch = sight if callable(sight) else None
+            if layer.values.requires_grad and self._due(self.steps + 1):
+                self._look(name)
+
+    def _look(self, name: str) -> None:
+        layer = self._layers[name]
+        generator = torch.Generator().manual_seed(Random(f"{self.seed} {self.steps} {name}").getrandbits(63))
+        sight = self._sights[name] = self.grow(layer, generator)
+        layer.watch = sight if callable(sight) else None
 
     @torch.no_grad()
     def _rewire(self, layer: SparseLinear, sight: Sight) -> int:

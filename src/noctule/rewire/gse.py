@@ -20,12 +20,15 @@ class _Candidates:
         topology = layer.topology
         self.keys = topology.missing(topology.size, generator=generator)
         self.candidates = Topology.from_keys(topology.shape, self.keys).to(topology.device)
-        self.gradient = torch.zeros(self.keys.numel(), dtype=layer.values.dtype, device=topology.device)
+        self.gradient: Tensor | None = None
 
     def __call__(self, dy_OB: Tensor, x_IB: Tensor) -> None:
-        self.gradient += kernels.sddmm(self.candidates, dy_OB, x_IB)
+        gradient = kernels.sddmm(self.candidates, dy_OB, x_IB)
+        self.gradient = gradient if self.gradient is None else self.gradient + gradient
 
     def choose(self, count: int, taken: Tensor) -> Tensor:
+        if self.gradient is None:
+            return taken.new_empty(0)
         return self.keys.to(self.gradient.device)[self.gradient.abs().topk(min(count, self.keys.numel())).indices]
 
 

@@ -1,0 +1,33 @@
+"""Half precision."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from noctule.codecs.base import Payload
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Rounds to another floating dtype, to nearest: half the bytes of float32, and biased.
+
+    >>> Cast(torch.bfloat16).encode(torch.ones(100)).nbytes
+    200
+    """
+
+    dtype: torch.dtype = torch.bfloat16
+    unbiased: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses dtypes that are not floating."""
+        if not self.dtype.is_floating_point:
+            raise ValueError(f"Cast needs a floating dtype such as torch.bfloat16, got {self.dtype}")
+
+    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
+        """``x`` in the smaller dtype."""
+        return Payload((x.to(self.dtype),), tuple(x.shape), x.dtype)
+
+    def decode(self, payload: Payload) -> Tensor:
+        """Back in the original dtype."""
+        return payload.parts[0].to(payload.dtype).view(payload.shape)
