@@ -12,9 +12,7 @@ import noctule
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MODULES = sorted(
-    m.name for m in pkgutil.walk_packages(noctule.__path__, "noctule.") if not m.name.endswith("._native") and ".bench" not in m.name
-)
+MODULES = sorted(m.name for m in pkgutil.walk_packages(noctule.__path__, "noctule.") if not m.name.endswith("._native"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

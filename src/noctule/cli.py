@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_help(commands))
             return 0 if words else 2
         if words[0] == "--version":
-            from importlib.metadata import version
+            from noctule import __version__
 
-            print(f"noctule {version('noctule')}")
+            print(f"noctule {__version__}")
             return 0
         if words[0] not in commands:
             raise UsageError(

@@ -63,9 +63,9 @@ def add_options(parser: argparse.ArgumentParser, function: Callable[..., Any]) -
     texts = _docstring_args(inspect.getdoc(function) or "")
     for name, parameter in options(function).items():
         flag, default = "--" + name.replace("_", "-"), parameter.default
-        kind, optional = _without_none(parameter.annotation)
+        kind, _ = _without_none(parameter.annotation)
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        text = texts.get(name, "").replace("%", "%%") + ("" if optional and default is None else f" (default: {shown})")
+        text = texts.get(name, "").replace("%", "%%") + ("" if default is None else f" (default: {shown})")
         common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text, "dest": name}
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)

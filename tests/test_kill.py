@@ -1,0 +1,74 @@
+"""`kill -9` at random moments, then `--resume`: the same weights as a run that was left alone."""
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+OPTIONS = ["--hidden", "64", "64", "--density", "0.2", "--every", "7", "--threads", "1", "--checkpoint-seconds", "0.02"]
+
+
+def kill_and_resume(noctule_command, tmp_path: Path, *, epochs: int, kills: int) -> int:
+    """How many of the kills hit a training that had begun."""
+    words = ["run", "sparse_mlp", *OPTIONS, "--epochs", epochs]
+    whole = noctule_command(*words, "--out", "whole")
+    _, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err
+    moments = random.Random(0)
+    torn = tmp_path / "torn"
+    hits = 0
+    command = [*words, "--out", "torn"]
+    for _ in range(kills):
+        process = noctule_command(*command)
+        seen = files(torn)
+        deadline = time.monotonic() + 60
+        while files(torn) == seen and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(moments.random() * 0.25)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        hits += process.returncode == -signal.SIGKILL
+        if (torn / "run.json").exists():
+            command = ["run", "--resume", "torn"]
+    last = noctule_command(*command)
+    _, err = last.communicate(timeout=300)
+    assert last.returncode == 0, err
+    assert (torn / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert accuracies(torn) == accuracies(tmp_path / "whole")
+    assert (torn / "report.html").exists()
+    return hits
+
+
+def files(run: Path) -> set[str]:
+    return {str(p) for p in run.rglob("*.safetensors")} if run.exists() else set()
+
+
+def accuracies(run: Path) -> list[tuple[object, ...]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(r["series"], r["epoch"], r["step"], r["validation_accuracy"], r["train_loss"]) for r in records]
+
+
+def test_killed_twice(noctule_command, tmp_path):
+    assert kill_and_resume(noctule_command, tmp_path, epochs=30, kills=2) >= 1
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(noctule_command, tmp_path):
+    assert kill_and_resume(noctule_command, tmp_path, epochs=250, kills=20) >= 18
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_the_command_to_go_on(noctule_command, tmp_path):
+    process = noctule_command("run", "sparse_mlp", *OPTIONS, "--epochs", 2000, "--compare", "none", "--out", "run")
+    deadline = time.monotonic() + 60
+    while not files(tmp_path / "run") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "--resume" in err
+    assert "Traceback" not in err
+    assert files(tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").exists()
