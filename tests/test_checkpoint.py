@@ -21,7 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from noctule.checkpoint import _DTYPES, Checkpoints, load, load_model, save, save_model
+from noctule.checkpoint import Checkpoints, load, load_model, save, save_model
+from noctule.checkpoint.file import DTYPES
 from noctule.errors import CheckpointError
 from noctule.measure import measure
 
@@ -44,7 +45,7 @@ def same(a, b):
 
 @st.composite
 def tensors(draw):
-    dtype = draw(st.sampled_from(list(_DTYPES.values())))
+    dtype = draw(st.sampled_from(list(DTYPES.values())))
     shape = draw(st.lists(st.integers(0, 4), max_size=3))
     count = int(np.prod(shape, dtype=int)) * dtype.itemsize
     data = draw(st.binary(min_size=count, max_size=count))

