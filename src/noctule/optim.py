@@ -80,12 +80,11 @@ def check_carry(optimizers: Optimizer | Iterable[Optimizer], parameter: Tensor) 
 
 @torch.no_grad()
 def carry_state(optimizers: Optimizer | Iterable[Optimizer], old: Tensor, new: Tensor, remap: Remap) -> None:
-    """Move what optimizers keep for the weights `old` (N_old,), and their gradient, to the places of `new` (N_new,).
+    """Move what optimizers keep for the weights `old` (N_old,) to the places of `new` (N_new,).
 
     A surviving weight keeps its state. A new one gets the neutral value: 0 for momenta and other state of either sign;
     for non-negative state (second moments and the like), whose zero would mean a huge step, the mean over the layer's
     survivors; state unknown here goes by its signs. Counters (0-d, one-element, or named `step`) stay as they are.
-    `.grad` follows, with 0 in the new slots.
 
     With N unchanged, state tensors are changed in place. Where `new` is another tensor than `old`, it takes its place
     in the groups and in the state.
@@ -110,8 +109,6 @@ def carry_state(optimizers: Optimizer | Iterable[Optimizer], old: Tensor, new: T
             if _per_weight(key, value, old):
                 state[key] = _moved(value, remap, fill=_neutral(key, value, remap))
         optimizer.state[new] = state
-    if old.grad is not None:
-        new.grad = _moved(old.grad, remap, fill=old.grad.new_zeros(()))
 
 
 def will_skip(optimizer: Optimizer) -> bool:

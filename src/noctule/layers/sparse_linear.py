@@ -150,7 +150,7 @@ class SparseLinear(nn.Module):
     # -- changing places ------------------------------------------------------------------------------------------
 
     def remap_(self, topology: Topology, remap: Remap, new: float | Tensor = 0.0) -> None:
-        """Move to another topology: values follow ``remap``, new connections get ``new``; whoever keeps state is told.
+        """Move to another topology: values and their gradient follow ``remap``; whoever keeps state is told.
 
         With as many weights as before the parameter stays the same object; otherwise a new one takes its place. Checks that
         refuse the change do so before anything moved.
@@ -174,6 +174,8 @@ class SparseLinear(nn.Module):
                 old.copy_(moved)
             else:
                 self.values = nn.Parameter(moved, requires_grad=old.requires_grad)
+            if old.grad is not None:
+                self.values.grad = remap.apply(old.grad)
             self.topology = topology
             self.out_features, self.in_features = topology.shape
         for hook in tuple(self._remap_hooks.values()):
