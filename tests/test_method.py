@@ -41,6 +41,8 @@ class SparseStandIn(nn.Module):
             old.data.copy_(moved)
         else:
             self.values = nn.Parameter(moved)
+        if old.grad is not None:
+            self.values.grad = remap.apply(old.grad)
         self.topology = topology
         for hook in self.hooks.values():
             hook(self, old, remap)
