@@ -1,0 +1,242 @@
+"""What `fashion` and `memory` time and weigh in their processes: one and the same training with each kind of layer."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from noctule.bench import contestants as who
+from noctule.bench.contestants import Contestant
+from noctule.bench.peers import index_bytes
+from noctule.bench.workers import Process, Unavailable
+from noctule.budget import erdos_renyi
+from noctule.convert import convert_
+from noctule.data import Batches, Dataset, load, standardize
+from noctule.errors import DataError, UsageError
+from noctule.layers import FuseEpilogue, SparseLinear
+from noctule.measure import Footprint, footprint, measure
+from noctule.method import attach
+from noctule.models import mlp
+from noctule.rewire import gse
+
+ROWS_OF_DATA = 60_000
+REWIRE_EVERY = 100
+COMPILE_OPTIONS: dict[str, Any] = {"fallback_random": True}
+"""Dropout as in eager mode: the random numbers that it would generate itself are slower on a CPU."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to train."""
+
+    name: str
+    layer: Contestant
+    fuse: bool = False
+    """Bias, activation and dropout inside the sparse product."""
+    rewire: bool = False
+    """Guided rewiring (GSE) every 100 steps; the places stay where they are otherwise."""
+    compiled: bool = False
+    """Forward, loss and backward through `torch.compile`."""
+    master: bool = True
+    """Its weights are updated in float32."""
+
+    @property
+    def process(self) -> Process:
+        """Where it works."""
+        return self.layer.process
+
+
+ROWS = {
+    row.name: row
+    for row in (
+        Row("noctule", who.NOCTULE, fuse=True, rewire=True),
+        Row("noctule, static", who.NOCTULE, fuse=True),
+        Row("noctule, not fused", who.NOCTULE, rewire=True),
+        Row("dense fp32", who.LINEAR),
+        Row("dense fp32 oneDNN", who.ONEDNN),
+        Row("dense fp32 compiled", who.LINEAR, compiled=True),
+        Row("dense bf16 autocast", who.AUTOCAST),
+        Row("dense bf16 autocast compiled", who.AUTOCAST, compiled=True),
+        Row("dense bf16 weights", who.BF16, master=False),
+        Row("torch CSR", who.CSR),
+        Row("torch CSR, own backward", who.CSR_OWN),
+        Row("sparselab", who.SPARSELAB),
+        Row("sparselab, passive waiting", who.SPARSELAB_PASSIVE),
+        Row("sparseprop", who.SPARSEPROP),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all rows train: a multilayer perceptron with ReLU, by SGD with momentum."""
+
+    widths: tuple[int, ...] = (784, 1000, 1000, 1000, 10)
+    weights: int = 125_685
+    batch: int = 128
+    dropout: float = 0.3
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    data: str = "random"
+    """"random", or the name or path of a data set."""
+    data_dir: Path | None = None
+
+
+def find_data(recipe: Recipe) -> tuple[str, int]:
+    """The data set that can be had, "random" where it cannot, and its rows.
+
+    Raises:
+        UsageError: it does not fit the widths.
+    """
+    try:
+        data = _dataset(recipe)
+    except DataError:
+        return "random", ROWS_OF_DATA
+    if (data.features, data.classes) != (recipe.widths[0], recipe.widths[-1]):
+        raise UsageError(
+            f"{data.name} has {data.features} features and {data.classes} classes, the widths are {recipe.widths}: "
+            "let them begin and end with these numbers"
+        )
+    return recipe.data, len(data)
+
+
+def build_chunk(row: Row, recipe: Recipe, steps: int) -> tuple[Callable[[], None], None]:
+    """So many training steps, one after the other; the next call goes on where it stopped."""
+    step = Training(row, recipe, _dataset(recipe)).step
+
+    def chunk() -> None:
+        for _ in range(steps):
+            step()
+
+    return chunk, None
+
+
+def weigh(row: Row, recipe: Recipe, steps: int) -> dict[str, Any]:
+    """What a training holds after some steps, and the peak of the process's memory meanwhile; for a fresh process."""
+    tiny = replace(recipe, widths=(16,) * len(recipe.widths), weights=16 * len(recipe.widths))
+    warm = Training(row, tiny, _random(tiny, rows=tiny.batch))
+    for _ in range(2):  # so that the code of the libraries is in memory before
+        warm.step()
+    data = _random(recipe, rows=4 * recipe.batch)
+    with measure() as cost:
+        training = Training(row, recipe, data)
+        for _ in range(steps):
+            training.step()
+    held = training.footprint()
+    assert cost.peak_memory_bytes is not None and cost.memory_before_bytes is not None
+    return {
+        **held.as_dict(),
+        "memory_before_bytes": cost.memory_before_bytes,
+        "peak_memory_bytes": cost.peak_memory_bytes,
+        "peak_above_bytes": cost.peak_memory_bytes - cost.memory_before_bytes,
+    }
+
+
+class Training:
+    """A model, its optimizer and its batches; all rows begin with the same function and the same batches."""
+
+    def __init__(self, row: Row, recipe: Recipe, data: Dataset) -> None:
+        """Make the model and compare what it computes with the sparse model it is made from.
+
+        Raises:
+            Unavailable: it computes something else.
+        """
+        self.row = row
+        torch.manual_seed(0)
+        model = _sparse_mlp(recipe)
+        sample = data.inputs[: recipe.batch]
+        with torch.no_grad():
+            right = model.eval()(sample)
+            for name, module in list(model.named_children()):
+                if isinstance(module, SparseLinear):
+                    setattr(model, name, row.layer.make(module))
+            if row.fuse:
+                convert_(model, FuseEpilogue())
+            self.model = model
+            with self._precision():
+                found = model(sample.to(row.layer.dtype)).float()
+        error = float((found - right).abs().max() / right.abs().max())
+        if not error < row.layer.tolerance:
+            raise Unavailable(f"wrong result: the output is off by {error:.1e} of its largest number")
+        model.train()
+        self._loss = torch.compile(self._plain_loss, options=COMPILE_OPTIONS) if row.compiled else self._plain_loss
+        fused = not any(p.layout is torch.sparse_csr for p in model.parameters())  # torch has none for CSR
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, fused=fused
+        )
+        self._batches = _forever(Batches(data, recipe.batch, seed=0, drop_last=True))
+        if row.rewire:
+            self._attached = ExitStack()
+            self._attached.enter_context(attach(model, self.optimizer, gse(every=REWIRE_EVERY)))
+
+    def step(self) -> Tensor:
+        """Gather a batch, forward, loss, backward, update; the loss."""
+        inputs, targets = next(self._batches)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(inputs, targets)
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+    def footprint(self) -> Footprint:
+        """Bytes of weights, indices, gradients and optimizer state, those of the peers too."""
+        held = footprint(self.model, self.optimizer, all_gradients=True)
+        more = sum(index_bytes(module) for module in self.model.modules())
+        return Footprint(**{**vars(held), "index_bytes": held.index_bytes + more})
+
+    def _plain_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        with self._precision():
+            if self.row.layer.dtype is not torch.float32:
+                inputs = inputs.to(self.row.layer.dtype)
+            return nn.functional.cross_entropy(self.model(inputs), targets)
+
+    def _precision(self) -> Any:
+        return torch.autocast("cpu", torch.bfloat16) if self.row.layer.autocast else nullcontext()
+
+
+def _sparse_mlp(recipe: Recipe) -> nn.Sequential:
+    """The model that all the others are made from; nothing dense is made on the way."""
+    shapes = [(out, into) for into, out in pairwise(recipe.widths)]
+    shares = iter(erdos_renyi(shapes, recipe.weights))
+    return mlp(
+        *recipe.widths,
+        dropout=recipe.dropout,
+        linear=lambda features_in, features_out: SparseLinear(features_in, features_out, weights=next(shares)),
+    )
+
+
+def _forever(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    epoch = 0
+    while True:
+        yield from batches.epoch(epoch)
+        epoch += 1
+
+
+@cache
+def _dataset(recipe: Recipe) -> Dataset:
+    if recipe.data == "random":
+        return _random(recipe, rows=ROWS_OF_DATA)
+    splits = standardize(load(recipe.data, data_dir=recipe.data_dir))
+    parts = (splits.train, splits.validation)  # nothing is chosen here: all rows that are not for the test
+    return Dataset(
+        torch.cat([part.inputs for part in parts]),
+        torch.cat([part.targets for part in parts]),
+        name=splits.train.name,
+        classes=splits.train.classes,
+    )
+
+
+def _random(recipe: Recipe, *, rows: int) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    return Dataset(
+        torch.randn(rows, recipe.widths[0], generator=generator),
+        torch.randint(recipe.widths[-1], (rows,), generator=generator),
+        name="random",
+        classes=recipe.widths[-1],
+    )
