@@ -14,6 +14,14 @@ from noctule.topology import Remap, Topology, exchange, merge, named, resize
 laws = settings(max_examples=60, deadline=None, derandomize=True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -61,6 +69,16 @@ def test_random_has_exactly_so_many_places(out_features, in_features, density, s
     assert topology.size == weights
     check(topology)
     assert topology == Topology.random((out_features, in_features), weights, generator=seeded(seed))
+
+
+def test_keys_of_63_bits():
+    shape = 1_000_000, 2**31 - 1
+    topology = Topology.random(shape, 300, generator=seeded())
+    assert int(topology.keys()[-1]) > 2**50
+    assert Topology.from_places(shape, topology.rows(), topology.columns) == topology
+    corner = Topology.from_places(shape, torch.tensor([999_999]), torch.tensor([2**31 - 2]))
+    assert corner.keys().tolist() == [shape[0] * shape[1] - 1]
+    assert int(corner.columns[0]) == 2**31 - 2
 
 
 def assert_uniform(counts: Tensor, draws: int, each: int) -> None:
@@ -180,9 +198,9 @@ def test_missing_is_uniform(weights, count):
 
 
 def test_few_missing_places_are_found_at_once():
-    topology = Topology.random((700, 700), 490_000 - 20, generator=seeded())
+    topology = Topology.random((1000, 1000), 1_000_000 - 20, generator=seeded())
     start = time.perf_counter()
-    assert topology.missing(9, generator=seeded()).numel() == 9
+    assert topology.missing(10, generator=seeded()).numel() == 10
     assert time.perf_counter() - start < 1.0
 
 

@@ -20,7 +20,7 @@ def erdos_renyi(shapes: Sequence[Shape], weights: int) -> list[int]:
     """In proportion to O + I: small layers get denser, and full ones pass the rest on (Mocanu et al. 2018, arXiv 1707.04780).
 
     >>> erdos_renyi([(1000, 784), (1000, 1000), (1000, 1000), (10, 1000)], 125_685)
-    [35682, 40002, 40001, 10000]
+    [35681, 40002, 40002, 10000]
     """
     return _share(shapes, weights, [float(o + i) for o, i in shapes])
 

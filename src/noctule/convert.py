@@ -108,7 +108,7 @@ def _apply(rule: Rule, module: nn.Module, name: str, tied: dict[nn.Module, str],
         if module in tied:
             raise Leave(tied[module])
     except Leave as reason:
-        result.left[name] = str(reason)
+        result.left[name] = tied.get(module, str(reason))
         return module
     if new is not module:
         new.train(module.training)

@@ -47,7 +47,7 @@ class Topology:
         self.size = columns.numel()
         self._transposed: Transposed | None = None
         serial = next(_serial)
-        self.handle = torch.tensor(serial)
+        self.handle = torch.tensor(serial, device="cpu")
         _alive[serial] = self
 
     # -- making one -----------------------------------------------------------------------------------------------
@@ -86,12 +86,12 @@ class Topology:
 
     @classmethod
     def random(cls, shape: tuple[int, int], weights: int, *, generator: torch.Generator | None = None) -> Self:
-        """``weights`` places drawn uniformly without repetition, in time and memory O(weights)."""
+        """``weights`` places drawn uniformly without repetition, in time and memory O(weights), on the CPU."""
         out_features, in_features = _checked_shape(shape)
         places = out_features * in_features
         check_weights(weights, shape)
         if weights > places // 2:
-            keep = torch.ones(places, dtype=torch.bool)
+            keep = torch.ones(places, dtype=torch.bool, device="cpu")
             keep[_distinct(places - weights, places, generator)] = False
             return cls.from_keys(shape, keep.nonzero()[:, 0])
         return cls.from_keys(shape, _distinct(weights, places, generator))
@@ -144,15 +144,16 @@ class Topology:
         keys, absent = self.keys().cpu(), self.places - self.size
         count = min(count, absent)
         if count * 2 > absent or absent < self.size:
-            gone = torch.ones(self.places, dtype=torch.bool)
+            gone = torch.ones(self.places, dtype=torch.bool, device="cpu")
             gone[keys] = False
             free = gone.nonzero()[:, 0]
-            return free[torch.randperm(absent, generator=generator)[:count]].sort().values
+            return free[torch.randperm(absent, generator=generator, device="cpu")[:count]].sort().values
         return _distinct(count, self.places, generator, taken=keys)
 
     def to(self, device: torch.device | str) -> "Topology":
-        """This topology on another device."""
-        if self.device == torch.device(device):
+        """This topology on another device; on ``meta`` it stays where it is, since places cannot be made up later."""
+        device = torch.device(device)
+        if device in (self.device, torch.device("meta")):
             return self
         return Topology(self.shape, self.row_ptr.to(device), self.columns.to(device))
 
@@ -239,9 +240,9 @@ class Remap:
             raise ValueError(
                 f"expected one number for each of the {self.old_size} old slots, got shape {tuple(x.shape)}"
             )
-        fresh = self.old_slot < 0
-        moved = x[self.old_slot.clamp(min=0)] if self.old_size else x.new_zeros(self.new_size)
-        return torch.where(fresh, torch.as_tensor(new, dtype=x.dtype, device=x.device), moved)
+        old_slot = self.old_slot.to(x.device)
+        moved = x[old_slot.clamp(min=0)] if self.old_size else x.new_zeros(self.new_size)
+        return torch.where(old_slot < 0, torch.as_tensor(new, dtype=x.dtype, device=x.device), moved)
 
     @classmethod
     def between(cls, old: Topology, new: Topology) -> Self:
@@ -277,13 +278,13 @@ def resize(topology: Topology, *, rows: Tensor | None = None, columns: Tensor | 
     """
 
     def inverse(kept: Tensor | None, size: int) -> tuple[Tensor, int]:
-        kept = torch.arange(size) if kept is None else kept.to(torch.int64).cpu()
+        kept = torch.arange(size, device="cpu") if kept is None else kept.to(torch.int64).cpu()
         old = kept[kept >= 0]
         if old.numel() and (int(old.max()) >= size or old.unique().numel() != old.numel()):
             raise ValueError(
                 f"old rows and columns must be below {size} and each used once, got {kept.tolist()!r:.200}"
             )
-        place = torch.full((size,), -1, dtype=torch.int64)
+        place = torch.full((size,), -1, dtype=torch.int64, device="cpu")
         place[old] = (kept >= 0).nonzero()[:, 0]
         return place, kept.numel()
 
@@ -351,16 +352,16 @@ def _slots_of(keys: Tensor, wanted: Tensor) -> Tensor:
 
 def _distinct(count: int, places: int, generator: torch.Generator | None, taken: Tensor | None = None) -> Tensor:
     """Sorted ``count`` distinct numbers below ``places`` and not among the sorted ``taken``, each set equally likely."""
-    keys = torch.empty(0, dtype=torch.int64)
+    keys = torch.empty(0, dtype=torch.int64, device="cpu")
     while keys.numel() < count:
         short = count - keys.numel()
-        drawn = torch.randint(places, (short + short // 4 + 16,), generator=generator)
+        drawn = torch.randint(places, (short + short // 4 + 16,), generator=generator, device="cpu")
         if taken is not None:
             drawn = drawn.sort().values  # sorted questions are answered twice as fast
             drawn = drawn[_slots_of(taken, drawn) < 0]
         keys = torch.cat([keys, drawn]).unique()
     if keys.numel() > count:
-        keep = torch.ones(keys.numel(), dtype=torch.bool)
-        keep[torch.randperm(keys.numel(), generator=generator)[: keys.numel() - count]] = False
+        keep = torch.ones(keys.numel(), dtype=torch.bool, device="cpu")
+        keep[torch.randperm(keys.numel(), generator=generator, device="cpu")[: keys.numel() - count]] = False
         keys = keys[keep]
     return keys

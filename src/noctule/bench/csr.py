@@ -29,6 +29,10 @@ class CsrLinear(nn.Module):
 class CsrOwnBackward(nn.Module):
     """The same sparse products of MKL, called as well as one can: no copy that autograd would make, and a transpose kept."""
 
+    index: tuple[Tensor, Tensor]
+    index_back: tuple[Tensor, Tensor, Tensor]
+    shape: tuple[int, int]
+
     def __init__(self, layer: SparseLinear) -> None:
         """Copy the weights and the index of the transpose."""
         super().__init__()
@@ -65,7 +69,8 @@ class _CsrProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx_BI = (_csr(row_ptr, columns, values[slots], layer.shape[::-1]) @ dy_BO.t()).t()
         places = _csr(*layer.index, values, layer.shape)
-        return dx_BI, torch.sparse.sampled_addmm(places, dy_BO.t(), x_BI, beta=0.0).values(), dy_BO.sum(0), None
+        dvalues = torch.sparse.sampled_addmm(places, dy_BO.t(), x_BI, beta=0.0).values()  # type: ignore[call-arg]
+        return dx_BI, dvalues, dy_BO.sum(0), None
 
 
 def _csr(row_ptr: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,13 @@ from noctule.bench.training import ROWS, Recipe, build_chunk, find_data
 from noctule.bench.workers import Turns, Workers
 from noctule.measure import ratio
 
-STEPS_PER_EPOCH = 469
-"""Batches of 128 in 60,000 rows, what the targets are for."""
-DENSE_TARGETS = {"dense fp32": 7.0}
-FASTEST_DENSE_TARGET = 3.0
-PEER_TARGETS = {("sparselab", "sparselab, passive waiting"): 2.5, ("sparseprop",): 2.5}
+TARGETS = (
+    (7.0, ("dense fp32",)),
+    (3.0, tuple(row.name for row in ROWS.values() if row.layer.dense and row.master)),
+    (2.5, ("sparselab", "sparselab, passive waiting")),
+    (2.5, ("sparseprop",)),
+)
+"""How many times as fast as the fastest of these Noctule is to be, at the sizes that are the defaults."""
 
 
 def fashion(
@@ -29,6 +30,7 @@ def fashion(
     widths: tuple[int, ...] = Recipe.widths,
     weights: int = Recipe.weights,
     batch: int = Recipe.batch,
+    samples: int = Recipe.samples,
     steps: int = 100,
     rounds: int = 10,
     rows: tuple[str, ...] = (),
@@ -43,17 +45,23 @@ def fashion(
         widths: features in, of each hidden layer, and out.
         weights: stored weights of all layers together.
         batch: rows in a training step.
+        samples: rows of random data.
         steps: training steps in each turn; 100 hold one rewiring each.
         rounds: turns of everyone.
         rows: names of the rows to time (default: all).
         out: a file that the lines are appended to.
     """
-    program.at_least_one(batch=batch, steps=steps, rounds=rounds, **{"threads": min(threads or (0,))})
+    program.at_least_one(batch=batch, samples=samples, steps=steps, rounds=rounds, threads=min(threads or (0,)))
     names = program.chosen(rows, list(ROWS))
-    recipe = Recipe(widths=widths, weights=weights, batch=batch, data=data, data_dir=data_dir)
-    found, samples = find_data(recipe)
-    recipe = replace(recipe, data=found)
-    about = {"data": found, "samples": samples, "widths": list(widths), "weights": weights, "batch": batch}
+    recipe = find_data(Recipe(widths, weights, batch, samples=samples, data=data, data_dir=data_dir))
+    about = {
+        "data": recipe.data,
+        "samples": recipe.samples,
+        "widths": list(widths),
+        "weights": weights,
+        "batch": batch,
+        "steps_per_epoch": -(-recipe.samples // batch),
+    }
     lines = program.Lines(out)
     written: list[dict[str, Any]] = []
     for number in threads:
@@ -71,21 +79,13 @@ def fashion(
             taken = workers.take_turns(rounds=rounds, block_seconds=0.0, label=f"fashion, {number} threads")
         for row in everyone:
             turns = taken.get(row.name)
-            figures = {"error": failed.get(row.name, "its process died")} if turns is None else _figures(turns, steps, taken)
+            if turns is None:
+                figures: dict[str, Any] = {"error": failed.get(row.name, "its process died")}
+            else:
+                figures = _figures(turns, steps, about["steps_per_epoch"], taken.get("dense fp32"))
             written.append(lines.write("fashion", row=row.name, threads=number, **about, **figures))
-        for against, other, least in _to_beat(taken):
-            speedup = ratio(other.timing, taken["noctule"].timing)
-            written.append(
-                lines.write(
-                    "fashion.target",
-                    row="noctule",
-                    threads=number,
-                    against=against,
-                    speedup=speedup,
-                    target=least,
-                    holds=speedup.value >= least,
-                )
-            )
+        for target in _targets(taken) if recipe.is_default else ():
+            written.append(lines.write("fashion.target", row="noctule", threads=number, **about, **target))
     _show(written)
 
 
@@ -94,11 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return program.run("fashion", fashion, argv)
 
 
-def _figures(turns: Turns, steps: int, taken: Mapping[str, Turns]) -> dict[str, Any]:
-    timing, dense = turns.timing, taken.get("dense fp32")
+def _figures(turns: Turns, steps: int, steps_per_epoch: int, dense: Turns | None) -> dict[str, Any]:
+    timing = turns.timing
     return {
-        "seconds_per_epoch": timing.median_seconds / steps * STEPS_PER_EPOCH,
-        "extrapolated": f"{STEPS_PER_EPOCH} steps from the median of {len(timing.samples)} turns of {steps} steps each",
+        "seconds_per_epoch": timing.median_seconds / steps * steps_per_epoch,
+        "extrapolated": f"{steps_per_epoch} steps from the median of {len(timing.samples)} turns of {steps} steps each",
         "timing": timing,
         "microseconds_per_step": timing.median_seconds / steps * 1e6,
         "busy_cores": round(turns.busy_cores, 3),
@@ -106,19 +106,15 @@ def _figures(turns: Turns, steps: int, taken: Mapping[str, Turns]) -> dict[str, 
     }
 
 
-def _to_beat(taken: Mapping[str, Turns]) -> list[tuple[str, Turns, float]]:
-    """Name, time and how many times as fast Noctule is to be."""
-
-    def fastest(names: Sequence[str]) -> str | None:
-        return min((name for name in names if name in taken), key=lambda name: taken[name].timing.median_seconds, default=None)
-
-    if "noctule" not in taken:
-        return []
-    dense = [row.name for row in ROWS.values() if row.layer.dense and row.master]
-    wanted = [*((name, least) for name, least in DENSE_TARGETS.items() if name in taken)]
-    wanted += [(name, FASTEST_DENSE_TARGET) for name in [fastest(dense)] if name and dense != ["dense fp32"]]
-    wanted += [(name, least) for names, least in PEER_TARGETS.items() if (name := fastest(names))]
-    return [(name, taken[name], least) for name, least in wanted]
+def _targets(taken: Mapping[str, Turns]) -> list[dict[str, Any]]:
+    """Noctule against the fastest of each group that was timed."""
+    found = []
+    for least, names in TARGETS if "noctule" in taken else ():
+        name = min((n for n in names if n in taken), key=lambda n: taken[n].timing.median_seconds, default=None)
+        if name is not None:
+            speedup = ratio(taken[name].timing, taken["noctule"].timing)
+            found.append({"against": name, "speedup": speedup, "target": least, "holds": speedup.value >= least})
+    return found
 
 
 def _show(written: Sequence[dict[str, Any]]) -> None:

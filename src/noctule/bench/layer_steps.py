@@ -30,7 +30,9 @@ def layouts_of(contestant: Contestant) -> tuple[str, ...]:
     return LAYOUTS if contestant is NOCTULE else (ROW_MAJOR, FEATURE_MAJOR)
 
 
-def build(contestant: Contestant, size: int, density: float, batch: int, layout: str) -> tuple[Callable[[], object], None]:
+def build(
+    contestant: Contestant, size: int, density: float, batch: int, layout: str
+) -> tuple[Callable[[], object], None]:
     """The step to time, after its results were compared with the reference's.
 
     Raises:

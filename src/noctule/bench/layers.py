@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from noctule.bench.contestants import (
     worth_it,
 )
 from noctule.bench.layer_steps import FEATURE_MAJOR, KERNELS, ROW_MAJOR, build, build_peak, layouts_of
-from noctule.bench.workers import Turns, Unavailable, Workers
+from noctule.bench.workers import Turns, Workers
 from noctule.errors import UsageError
 from noctule.measure import ratio
 
@@ -73,7 +74,7 @@ def layers(
         rows: names of the rows to time (default: all).
         out: a file that the lines are appended to.
     """
-    program.at_least_one(size=size, batch=batch, rounds=rounds, large_rounds=large_rounds, **{"threads": min(threads or (0,))})
+    program.at_least_one(size=size, batch=batch, rounds=rounds, large_rounds=large_rounds, threads=min(threads or (0,)))
     if not all(0.0 < density <= 1.0 for density in (*densities, *sweep)):
         raise UsageError(f"densities must lie in (0, 1], got {densities} and {sweep}")
     names = program.chosen(rows, list(CONTESTANTS))
@@ -190,7 +191,9 @@ class _Bench:
                     name = min(there, key=lambda name: there[name].timing.median_seconds)
                     self._target(layout, size, density, name, there[name], noctule, least)
 
-    def _target(self, layout: str, size: int, density: float, name: str, other: Turns, noctule: Turns, least: float) -> None:
+    def _target(
+        self, layout: str, size: int, density: float, name: str, other: Turns, noctule: Turns, least: float
+    ) -> None:
         speedup = ratio(other.timing, noctule.timing)
         self.write(
             "layers.target",
@@ -213,12 +216,9 @@ def _linear(taken: Mapping[str, Turns], layout: str) -> Turns | None:
 
 def _peak(workers: Workers, lines: program.Lines, rounds: int) -> float:
     """GF/s of the fastest large float32 product that torch has."""
-    flops = {}
-    for product in ("oneDNN", "MKL"):
-        try:
-            flops[product] = workers.prepare(product, TORCH, build_peak, product, PEAK_SIZE)
-        except (Unavailable, AttributeError):
-            continue
+    flops = {"MKL": workers.prepare("MKL", TORCH, build_peak, "MKL", PEAK_SIZE)}
+    with suppress(AttributeError):  # a torch without oneDNN's product
+        flops["oneDNN"] = workers.prepare("oneDNN", TORCH, build_peak, "oneDNN", PEAK_SIZE)
     taken = workers.take_turns(rounds=min(rounds, 5), block_seconds=0.0, label="peak")
     workers.forget()
     gflops = {name: flops[name] / turns.timing.minimum / 1e9 for name, turns in taken.items()}

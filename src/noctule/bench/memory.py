@@ -39,7 +39,7 @@ def memory(
     """
     program.at_least_one(batch=batch, steps=steps, threads=threads)
     names = program.chosen(rows, list(ROWS))
-    recipe = Recipe(widths=widths, weights=weights, batch=batch)
+    recipe = Recipe(widths, weights, batch)
     lines = program.Lines(out)
     torch.set_num_threads(threads)  # so that the lines say so
     held: dict[str, dict[str, Any]] = {}
@@ -57,9 +57,9 @@ def memory(
     for name, found in held.items():
         smaller = dense["total_bytes"] / found["total_bytes"] if dense and "error" not in found else None
         written.append(lines.write("memory", row=name, **about, **found, times_smaller=smaller))
-        if name == "noctule" and smaller is not None:
+        if name == "noctule" and smaller is not None and recipe.is_default:
             target = {"against": "dense fp32", "times_smaller": smaller, "target": TARGET, "holds": smaller >= TARGET}
-            written.append(lines.write("memory.target", row=name, **target))
+            written.append(lines.write("memory.target", row=name, **about, **target))
     _show(written)
 
 

@@ -20,7 +20,8 @@ def sparselab(layer: SparseLinear) -> nn.Module:
         topology.row_ptr.int(), topology.columns.int(), layer.values.detach(), topology.shape, check_invariants=False
     )
     module = library.SparseLinear(1, 1, sparsity=0.0)  # its own constructor makes a dense matrix and draws other places
-    module.in_features, module.out_features, module.sparsity = layer.in_features, layer.out_features, 1.0 - layer.density
+    module.out_features, module.in_features = topology.shape
+    module.sparsity = 1.0 - layer.density
     module._csr = layout.from_torch_sparse_csr(csr, padding_ratio=0.0)
     module._values = nn.Parameter(torch.from_numpy(np.asarray(module._csr.values)))
     module.bias = _bias(layer)
@@ -73,7 +74,7 @@ def _installed(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not name.startswith(error.name.split(".")[0]):
             raise
-        raise Unavailable("not installed: pip install noctule[bench]") from error
+        raise Unavailable("not installed: pip install noctule[bench] (how: benchmarks/README.md)") from error
 
 
 def _bias(layer: SparseLinear) -> nn.Parameter:

@@ -57,8 +57,8 @@ class Lines:
     def __init__(self, out: Path | None) -> None:
         """Find out now whether the file can be written, not after an hour of measuring; warn where the machine is busy."""
         self._out = out
-        if os.getloadavg()[0] > BUSY:
-            print(f"warning: the machine is busy (load average {os.getloadavg()[0]:.1f}): times will scatter", file=sys.stderr)
+        if (load := os.getloadavg()[0]) > BUSY:
+            print(f"warning: the machine is busy (load average {load:.1f}): times will scatter", file=sys.stderr)
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.open("a").close()
@@ -80,11 +80,15 @@ def show(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     widths = [max(len(row[at]) for row in [headers, *rows]) for at in range(len(headers))]
     print(f"\n{title}", file=sys.stderr)
     for row in [headers, ["-" * width for width in widths], *rows]:
-        cells = [cell.ljust(width) if at == 0 else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths))]
-        print("  ".join(cells).rstrip(), file=sys.stderr)
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join([first.strip().ljust(widths[0]), *others]).rstrip(), file=sys.stderr)
 
 
 def show_errors(lines: Sequence[dict[str, Any]]) -> None:
     """What could not be measured and why, each reason once."""
-    reasons = dict.fromkeys((str(line["row"]), str(line["error"]).splitlines()[0]) for line in lines if "error" in line)
+    reasons = dict.fromkeys(
+        (", ".join([line["row"], *([line["layout"]] if "layout" in line else [])]), line["error"].splitlines()[0])
+        for line in lines
+        if "error" in line
+    )
     show("not measured", ("row", "because"), list(reasons))

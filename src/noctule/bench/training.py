@@ -25,7 +25,6 @@ from noctule.method import attach
 from noctule.models import mlp
 from noctule.rewire import gse
 
-ROWS_OF_DATA = 60_000
 REWIRE_EVERY = 100
 COMPILE_OPTIONS: dict[str, Any] = {"fallback_random": True}
 """Dropout as in eager mode: the random numbers that it would generate itself are slower on a CPU."""
@@ -83,27 +82,47 @@ class Recipe:
     dropout: float = 0.3
     learning_rate: float = 0.01
     momentum: float = 0.9
+    samples: int = 60_000
+    """Rows of the data."""
     data: str = "random"
     """"random", or the name or path of a data set."""
     data_dir: Path | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not go together."""
+        if len(self.widths) < 2 or min(self.widths) < 1:
+            raise UsageError(f"widths must be at least two, all above 0, got {self.widths}")
+        if self.samples < self.batch:
+            raise UsageError(
+                f"{self.samples} samples do not fill a batch of {self.batch}: give more, or a smaller batch"
+            )
+        try:
+            erdos_renyi(_shapes(self.widths), self.weights)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
-def find_data(recipe: Recipe) -> tuple[str, int]:
-    """The data set that can be had, "random" where it cannot, and its rows.
+    @property
+    def is_default(self) -> bool:
+        """Whether it has the sizes that the targets are for."""
+        return (self.widths, self.weights, self.batch) == (Recipe.widths, Recipe.weights, Recipe.batch)
+
+
+def find_data(recipe: Recipe) -> Recipe:
+    """The same recipe with as many samples as its data set has, or with random data where that cannot be had.
 
     Raises:
-        UsageError: it does not fit the widths.
+        UsageError: the data do not fit the widths.
     """
     try:
         data = _dataset(recipe)
     except DataError:
-        return "random", ROWS_OF_DATA
+        return replace(recipe, data="random")
     if (data.features, data.classes) != (recipe.widths[0], recipe.widths[-1]):
         raise UsageError(
             f"{data.name} has {data.features} features and {data.classes} classes, the widths are {recipe.widths}: "
             "let them begin and end with these numbers"
         )
-    return recipe.data, len(data)
+    return replace(recipe, samples=len(data))
 
 
 def build_chunk(row: Row, recipe: Recipe, steps: int) -> tuple[Callable[[], None], None]:
@@ -119,22 +138,22 @@ def build_chunk(row: Row, recipe: Recipe, steps: int) -> tuple[Callable[[], None
 
 def weigh(row: Row, recipe: Recipe, steps: int) -> dict[str, Any]:
     """What a training holds after some steps, and the peak of the process's memory meanwhile; for a fresh process."""
-    tiny = replace(recipe, widths=(16,) * len(recipe.widths), weights=16 * len(recipe.widths))
-    warm = Training(row, tiny, _random(tiny, rows=tiny.batch))
+    tiny = replace(recipe, widths=(16,) * len(recipe.widths), weights=16 * len(recipe.widths), samples=recipe.batch)
+    warm = Training(row, tiny, _random(tiny))
     for _ in range(2):  # so that the code of the libraries is in memory before
         warm.step()
-    data = _random(recipe, rows=4 * recipe.batch)
+    data = _random(replace(recipe, samples=4 * recipe.batch))
     with measure() as cost:
         training = Training(row, recipe, data)
         for _ in range(steps):
             training.step()
     held = training.footprint()
-    assert cost.peak_memory_bytes is not None and cost.memory_before_bytes is not None
+    before, peak = cost.memory_before_bytes or 0, cost.peak_memory_bytes or 0
     return {
         **held.as_dict(),
-        "memory_before_bytes": cost.memory_before_bytes,
-        "peak_memory_bytes": cost.peak_memory_bytes,
-        "peak_above_bytes": cost.peak_memory_bytes - cost.memory_before_bytes,
+        "memory_before_bytes": before,
+        "peak_memory_bytes": peak,
+        "peak_above_bytes": peak - before,
     }
 
 
@@ -202,13 +221,16 @@ class Training:
 
 def _sparse_mlp(recipe: Recipe) -> nn.Sequential:
     """The model that all the others are made from; nothing dense is made on the way."""
-    shapes = [(out, into) for into, out in pairwise(recipe.widths)]
-    shares = iter(erdos_renyi(shapes, recipe.weights))
+    shares = iter(erdos_renyi(_shapes(recipe.widths), recipe.weights))
     return mlp(
         *recipe.widths,
         dropout=recipe.dropout,
         linear=lambda features_in, features_out: SparseLinear(features_in, features_out, weights=next(shares)),
     )
+
+
+def _shapes(widths: tuple[int, ...]) -> list[tuple[int, int]]:
+    return [(out, into) for into, out in pairwise(widths)]
 
 
 def _forever(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
@@ -221,7 +243,7 @@ def _forever(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
 @cache
 def _dataset(recipe: Recipe) -> Dataset:
     if recipe.data == "random":
-        return _random(recipe, rows=ROWS_OF_DATA)
+        return _random(recipe)
     splits = standardize(load(recipe.data, data_dir=recipe.data_dir))
     parts = (splits.train, splits.validation)  # nothing is chosen here: all rows that are not for the test
     return Dataset(
@@ -232,11 +254,11 @@ def _dataset(recipe: Recipe) -> Dataset:
     )
 
 
-def _random(recipe: Recipe, *, rows: int) -> Dataset:
+def _random(recipe: Recipe) -> Dataset:
     generator = torch.Generator().manual_seed(0)
     return Dataset(
-        torch.randn(rows, recipe.widths[0], generator=generator),
-        torch.randint(recipe.widths[-1], (rows,), generator=generator),
+        torch.randn(recipe.samples, recipe.widths[0], generator=generator),
+        torch.randint(recipe.widths[-1], (recipe.samples,), generator=generator),
         name="random",
         classes=recipe.widths[-1],
     )

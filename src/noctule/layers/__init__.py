@@ -2,7 +2,8 @@
 
 from noctule.layers.activations import AllReLU
 from noctule.layers.fuse import FuseEpilogue
-from noctule.layers.sparse_linear import SparseLinear, Watch
+from noctule.layers.product import Watch
+from noctule.layers.sparse_linear import SparseLinear
 from noctule.layers.to_sparse import ToDense, ToSparse
 
 __all__ = ["AllReLU", "FuseEpilogue", "SparseLinear", "ToDense", "ToSparse", "Watch"]

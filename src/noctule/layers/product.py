@@ -4,7 +4,8 @@ A Python ``autograd.Function`` costs about a third of a custom operator per call
 the second: each runs where it is the better one, on the same kernels.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from noctule import kernels
 from noctule.kernels import Epilogue, Kept
 from noctule.topology import Topology, named
 
-if TYPE_CHECKING:
-    from noctule.layers.sparse_linear import SparseLinear
+Watch = Callable[[Tensor, Tensor], None]
+"""What is shown in a backward pass: the gradient before the epilogue (O, B) and the input (I, B), feature-major."""
 
 
 class SparseProduct(torch.autograd.Function):
@@ -23,20 +24,25 @@ class SparseProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_BI: Tensor, values: Tensor, bias: Tensor | None, layer: "SparseLinear", epilogue: Epilogue
+        ctx: Any,
+        x_BI: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        topology: Topology,
+        epilogue: Epilogue,
+        watch: Watch | None,
     ) -> Tensor:
         """Keep the feature-major input and two bits for each output at most."""
-        topology = layer.topology
         x_IB = kernels.feature_major(x_BI)
         y_OB, kept = kernels.spmm(topology, values, x_IB, bias, epilogue, keep=any(ctx.needs_input_grad))
         ctx.save_for_backward(x_IB, values, kept.positive, kept.kept)
-        ctx.layer, ctx.topology, ctx.epilogue, ctx.has_bias = layer, topology, epilogue, bias is not None
+        ctx.topology, ctx.epilogue, ctx.watch, ctx.has_bias = topology, epilogue, watch, bias is not None
         return y_OB.t().data  # not as a view of something in here, which an in-place ReLU may not touch
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BO: Tensor) -> tuple[Tensor | None, ...]:
-        """The three gradients; a layer that is watched shows what it saw."""
+        """The three gradients; whoever watches is shown what they are made of."""
         x_IB, values, positive, kept = ctx.saved_tensors
         needs_x, needs_values, needs_bias, *_ = ctx.needs_input_grad
         topology = ctx.topology
@@ -46,9 +52,9 @@ class SparseProduct(torch.autograd.Function):
         )
         dvalues = kernels.sddmm(topology, dz_OB, x_IB) if needs_values else None
         dx_BI = kernels.spmm_t(topology, values, dz_OB).t() if needs_x else None
-        if ctx.layer.watch is not None:
-            ctx.layer.watch(dz_OB, x_IB)
-        return dx_BI, dvalues, dbias, None, None
+        if ctx.watch is not None:
+            ctx.watch(dz_OB, x_IB)
+        return dx_BI, dvalues, dbias, None, None, None
 
 
 @torch.library.custom_op("noctule::sparse_linear", mutates_args=())

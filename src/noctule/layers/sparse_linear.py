@@ -10,11 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from noctule.kernels import IDENTITY, Epilogue
-from noctule.layers.product import SparseProduct, compiled_product
+from noctule.layers.product import SparseProduct, Watch, compiled_product
 from noctule.topology import Remap, Topology, check_weights
-
-Watch = Callable[[Tensor, Tensor], None]
-"""What is shown in a backward pass: the gradient before the epilogue (O, B) and the input (I, B), feature-major."""
 
 
 class SparseLinear(nn.Module):
@@ -66,13 +63,14 @@ class SparseLinear(nn.Module):
             assert weights is not None
             check_weights(weights, shape)
             topology = Topology.random(shape, weights, generator=generator)
+            device = torch.get_default_device() if device is None else device
         elif topology.shape != shape:
             raise ValueError(f"the topology has shape {topology.shape}, the layer {shape} (out, in)")
         self.in_features, self.out_features = in_features, out_features
         self.epilogue = IDENTITY
         self.watch: Watch | None = None
         self.topology = topology.to(device) if device is not None else topology
-        factory: dict[str, Any] = {"device": self.topology.device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": self.topology.device if device is None else device, "dtype": dtype}
         self.values = nn.Parameter(torch.empty(topology.size, **factory))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **factory)) if bias else None)
         self._remap_checks: OrderedDict[int, Callable[[SparseLinear, Remap], None]] = OrderedDict()
@@ -84,7 +82,7 @@ class SparseLinear(nn.Module):
         with torch.no_grad():
             for parameter in (self.values, self.bias):
                 if parameter is not None:
-                    drawn = torch.empty(parameter.shape).uniform_(
+                    drawn = torch.empty(parameter.shape, device="cpu").uniform_(
                         -self.init_bound, self.init_bound, generator=generator
                     )
                     parameter.copy_(drawn)
@@ -124,9 +122,10 @@ class SparseLinear(nn.Module):
             if not self.training:
                 epilogue = Epilogue(epilogue.slope)
             else:
-                seed = int(torch.randint(2**62, ()))
+                seed = int(torch.randint(2**62, (), device="cpu"))
                 epilogue = Epilogue(epilogue.slope, epilogue.dropout, seed)
-        return SparseProduct.apply(x_BI, self.values, self.bias, self, epilogue)  # type: ignore[return-value]
+        y_BO = SparseProduct.apply(x_BI, self.values, self.bias, self.topology, epilogue, self.watch)
+        return y_BO  # type: ignore[return-value]
 
     def _compiled(self, x_BI: Tensor) -> Tensor:
         if self.watch is not None:
@@ -134,7 +133,7 @@ class SparseLinear(nn.Module):
                 "a method watches this layer's gradients, which a compiled graph does not show: run it in eager mode"
             )
         dropout = self.epilogue.dropout if self.training else 0.0
-        seed = torch.randint(2**62, ()) if dropout else torch.zeros((), dtype=torch.int64)
+        seed = torch.randint(2**62, (), device="cpu") if dropout else torch.zeros((), dtype=torch.int64, device="cpu")
         y_OB, *_ = compiled_product(
             x_BI, self.values, self.bias, self.topology.handle, seed, self.out_features, self.epilogue.slope, dropout
         )

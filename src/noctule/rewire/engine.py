@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from noctule.layers import SparseLinear
 from noctule.method import Method
+from noctule.optim import check_carry
 from noctule.rewire.drop import Drop, smallest
 from noctule.schedule import constant
 from noctule.topology import Remap, exchange
@@ -85,13 +86,16 @@ class Rewire(Method):
         unknown = set(self.skip) - set(layers)
         if unknown:
             raise ValueError(f"skip names no sparse layer: {sorted(unknown)}; there are {sorted(layers)}")
-        self._layers = {name: m for name, m in layers.items() if name not in self.skip}
-        if not self._layers:
+        layers = {name: m for name, m in layers.items() if name not in self.skip}
+        if not layers:
             raise ValueError("there is no sparse layer to rewire: convert_ the model with ToSparse first")
-        busy = [name for name, m in self._layers.items() if m in _rewired or m.watch is not None]
+        busy = [name for name, m in layers.items() if m in _rewired or m.watch is not None]
         if busy:
             raise ValueError(f"another method already rewires or watches {busy}: attach one Rewire per layer")
-        _rewired.update(self._layers.values())
+        for layer in layers.values():
+            check_carry(optimizers, layer.values)  # refuse now, not at the first move
+        _rewired.update(layers.values())
+        self._layers = layers
         self.moved = {name: self.moved.get(name, 0) for name in self._layers}
         self._arm()
 
@@ -121,9 +125,8 @@ class Rewire(Method):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
-        self.steps, self.moved = int(state["steps"]), dict(state["moved"])
-        if self._layers:
-            self._arm()
+        self.steps, self.moved = int(state["steps"]), {**dict.fromkeys(self._layers, 0), **state["moved"]}
+        self._arm()
 
     def _due(self, step: int) -> bool:
         return step % self.every == 0 and (self.until is None or step < self.until)

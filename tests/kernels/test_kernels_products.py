@@ -1,0 +1,290 @@
+"""The compiled products are those of the reference, for every shape, layout, instruction set and number of threads."""
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from kernel_cases import BATCHES, LAYOUTS, SETS, assert_sums, given, laid_out, matrices, matrix, numbers, running
+
+from noctule import kernels
+from noctule.kernels import Epilogue, native, reference
+from noctule.measure.operations import listening
+from noctule.topology import Topology
+
+pytestmark = pytest.mark.skipif(not SETS, reason="noctule._native is not built")
+PLAIN = Epilogue()
+
+
+def check_products(topology: Topology, batch: int, layout: str = "plain", seed: int = 0) -> None:
+    (out_features, in_features), n = topology.shape, topology.size
+    values, bias = numbers(n, seed=seed + 1), numbers(out_features, seed=seed + 2)
+    x, dy = given(in_features, batch, layout, seed + 3), given(out_features, batch, layout, seed + 4)
+
+    def exactly(what, *tensors):
+        return what(topology, *(t.double() for t in tensors)), what(topology, *(t.double().abs() for t in tensors))
+
+    y, _ = native.spmm(topology, values, x, bias, PLAIN, False)
+    assert_sums(y, *exactly(lambda t, v, x, b: reference.spmm(t, v, x, b, PLAIN, False)[0], values, x, bias))
+    y, _ = native.spmm(topology, values, x, None, PLAIN, False)
+    assert_sums(y, *exactly(lambda t, v, x: reference.spmm(t, v, x, None, PLAIN, False)[0], values, x))
+    assert_sums(native.spmm_t(topology, values, dy), *exactly(reference.spmm_t, values, dy))
+    assert_sums(native.sddmm(topology, dy, x), *exactly(reference.sddmm, dy, x))
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@hypothesis.given(matrices(), st.sampled_from(BATCHES), st.sampled_from(LAYOUTS), st.integers(0, 99))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_native_is_reference(instruction_set, topology, batch, layout, seed):
+    with running(instruction_set):
+        check_products(topology, batch, layout, seed)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_every_batch_with_every_layout(instruction_set, batch):
+    topology = matrix(19, 21, "some")
+    with running(instruction_set):
+        for layout in LAYOUTS:
+            check_products(topology, batch, layout)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize(
+    "shape", [(0, 0), (0, 5), (5, 0), (1, 1), (1, 300), (300, 1), (2, 40), (40, 2)], ids=lambda s: f"{s[0]}x{s[1]}"
+)
+def test_thin_and_empty_matrices(instruction_set, shape):
+    with running(instruction_set):
+        for kind in ("none", "some", "all", "gaps"):
+            for batch in (0, 1, 17):
+                check_products(matrix(*shape, kind), batch)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_every_width_of_the_indices(instruction_set):
+    small, wide, tall = matrix(30, 40, "some"), Topology.random((9, 65_537), 500), Topology.random((65_537, 9), 500)
+    assert [small.columns.dtype, wide.columns.dtype] == [torch.uint16, torch.int32]
+    assert [small.transposed.columns.dtype, tall.transposed.columns.dtype] == [torch.uint16, torch.int32]
+    assert Topology.random((1, 65_536), 5).columns.dtype == torch.uint16
+    with running(instruction_set):
+        for topology in (small, wide, tall):
+            check_products(topology, 20)
+            long = Topology(topology.shape, topology.row_ptr.to(torch.int64), topology.columns)
+            assert long.transposed.slots.dtype == torch.int64
+            check_products(long, 20)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_the_last_of_65536_columns(instruction_set):
+    topology = Topology.from_places((2, 65_536), torch.tensor([0, 1, 1]), torch.tensor([65_535, 0, 65_535]))
+    with running(instruction_set):
+        check_products(topology, 3)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_more_places_than_two_to_the_31(instruction_set):
+    topology = Topology.random((100_000, 100_000), 1000, generator=torch.Generator().manual_seed(0))
+    assert topology.places > 2**31
+    with running(instruction_set):
+        check_products(topology, 2)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_a_huge_batch(instruction_set):
+    with running(instruction_set, 2):
+        check_products(matrix(3, 4, "some"), 100_003)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("batch", [1, 3, 128, 129])
+def test_bit_equal_from_run_to_run_and_for_any_number_of_threads(instruction_set, batch):
+    topology = matrix(70, 90, "gaps")
+    values, bias = numbers(topology.size), numbers(70, seed=1)
+    x, dy = numbers(90, batch, seed=2), numbers(70, batch, seed=3)
+    epilogue = Epilogue(0.1, 0.5, 7)
+
+    def everything():
+        y, kept = native.spmm(topology, values, x, bias, epilogue, True)
+        dz, dbias = native.epilogue_backward(dy, kept, True)
+        return y, dz, dbias, native.spmm_t(topology, values, dz), native.sddmm(topology, dz, x), native.transpose(x)
+
+    with running(instruction_set, 1):
+        first, again = everything(), everything()
+    for threads in (2, 5):
+        with running(instruction_set, threads):
+            shared_out = everything()
+        for a, b in zip(first, shared_out):
+            assert torch.equal(a, b)
+    for a, b in zip(first, again):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 300), (2, 40), (40, 2)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_more_threads_than_rows(shape):
+    with running(SETS[0], 7):
+        for kind in ("none", "all", "gaps"):
+            check_products(matrix(*shape, kind), 17)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_goes_where_it_has_a_place_and_nowhere_else(instruction_set, bad):
+    topology = matrix(20, 30, "gaps")
+    values, x, dy = numbers(topology.size), numbers(30, 17), numbers(20, 17, seed=1)
+    x[7, 16], dy[4, 3] = bad, bad
+    with running(instruction_set):
+        y, _ = native.spmm(topology, values, x, None, PLAIN, False)
+        results = (
+            (y, reference.spmm(topology, values, x, None, PLAIN, False)[0]),
+            (native.spmm_t(topology, values, dy), reference.spmm_t(topology, values, dy)),
+            (native.sddmm(topology, dy, x), reference.sddmm(topology, dy, x)),
+        )
+    for actual, expected in results:
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+        assert not torch.isfinite(expected).all()
+    held = topology.rows()[topology.columns.to(torch.int64) == 7].unique()
+    assert (~torch.isfinite(y)).nonzero().tolist() == [[int(row), 16] for row in held]
+
+
+def test_the_defaults_of_torch_do_not_matter():
+    topology = matrix(20, 30, "some")
+    values, bias, x, dy = numbers(topology.size), numbers(20), numbers(30, 17), numbers(20, 17)
+
+    def everything():
+        y, kept = kernels.spmm(topology, values, x, bias, Epilogue(0.1, 0.5, 3), keep=True)
+        dz, dbias = kernels.epilogue_backward(dy, kept, bias=True)
+        return y, dz, dbias, kernels.spmm_t(topology, values, dy), kernels.sddmm(topology, dy, x), native.transpose(x)
+
+    expected = everything()
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            actual = everything()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for a, b in zip(actual, expected):
+            assert torch.equal(a, b)
+    with torch.device("meta"):
+        actual = everything()
+    for a, b in zip(actual, expected):
+        assert torch.equal(a, b)
+
+
+def test_values_and_biases_of_any_stride_and_a_bias_of_another_dtype():
+    topology, x = matrix(20, 30, "some"), numbers(30, 17)
+    values, bias = numbers(2 * topology.size)[::2], numbers(40)[::2]
+    expected, _ = kernels.spmm(topology, values.contiguous(), x, bias.contiguous())
+    assert torch.equal(kernels.spmm(topology, values, x, bias)[0], expected)
+    assert torch.equal(kernels.spmm(topology, values, x, bias.double())[0], expected)
+    one = torch.tensor([0.5]).expand(20)
+    assert torch.equal(kernels.spmm(topology, values, x, one)[0], kernels.spmm(topology, values, x, one.clone())[0])
+
+
+@pytest.mark.parametrize(
+    ("values", "x", "bias"),
+    [(9, (30, 4), 20), (10, (29, 4), 20), (10, (30, 4), 19), (10, (30,), 20), (10, (31, 4), 20)],
+)
+def test_shapes_that_do_not_fit_are_refused(values, x, bias):
+    topology = Topology.random((20, 30), 10)
+    with pytest.raises((ValueError, IndexError)):
+        kernels.spmm(topology, torch.zeros(values), torch.zeros(x), torch.zeros(bias))
+
+
+def test_gradients_that_do_not_fit_are_refused():
+    topology = Topology.random((20, 30), 10)
+    with pytest.raises(ValueError, match="feature-major"):
+        kernels.sddmm(topology, torch.zeros(20, 4), torch.zeros(30, 5))
+    with pytest.raises(ValueError, match="feature-major"):
+        kernels.sddmm(topology, torch.zeros(30, 5), torch.zeros(30, 5))
+    with pytest.raises(ValueError, match="feature-major"):
+        kernels.spmm_t(topology, torch.zeros(10), torch.zeros(30, 5))
+
+
+def test_multiply_adds_are_counted():
+    topology = Topology.random((20, 30), 50)
+    with listening() as counter:
+        kernels.spmm(topology, torch.zeros(50), torch.zeros(30, 4))
+        kernels.spmm_t(topology, torch.zeros(50), torch.zeros(20, 4))
+        kernels.sddmm(topology, torch.zeros(20, 4), torch.zeros(30, 4))
+    assert counter.multiply_adds == 3 * 50 * 4
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@hypothesis.given(st.sampled_from([*BATCHES, 31, 48]), st.sampled_from([0, 1, 5, 8, 16, 33, 64]), st.booleans())
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_transpose(instruction_set, batch, features, padded):
+    x_BI = laid_out(numbers(batch, features), "padded" if padded else "plain")
+    with running(instruction_set):
+        x_IB = native.transpose(x_BI)
+    assert torch.equal(x_IB, x_BI.t())
+    assert batch < 2 or features < 1 or x_IB.stride(1) == 1
+
+
+def test_feature_major_is_a_view_where_it_can_be():
+    x_IB = numbers(20, 17)
+    assert kernels.feature_major(x_IB.t()).data_ptr() == x_IB.data_ptr()
+    padded = numbers(20, 32)[:, :17]
+    assert kernels.feature_major(padded.t()).data_ptr() == padded.data_ptr()
+    one = numbers(1, 20)
+    assert kernels.feature_major(one).data_ptr() == one.data_ptr()
+    for layout in LAYOUTS:
+        x_BI = given(17, 20, layout, 0)
+        x_IB = kernels.feature_major(x_BI)
+        assert torch.equal(x_IB, x_BI.t())
+        assert x_IB.stride(1) == 1
+    for dtype in (torch.float64, torch.bfloat16, torch.int64):
+        x_BI = torch.arange(12).view(3, 4).to(dtype)
+        assert torch.equal(kernels.feature_major(x_BI), x_BI.t())
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("batch", [1, 5, 8, 15, 16, 17, 33, 100])
+def test_nothing_is_written_beside_the_results(instruction_set, batch):
+    topology, guard = matrix(13, 11, "some"), 77.0
+    module, rows, stored = native._native, 13, topology.size
+    x, dy, values = numbers(11, batch), numbers(13, batch), numbers(stored)
+    row_ptr, columns = topology.row_ptr, topology.columns
+    y = torch.full((rows + 1, batch + 9), guard)
+    bits_ld = (batch + 7) // 8 + 1
+    positive, kept = torch.full((2, rows + 1, bits_ld), 0xAA, dtype=torch.uint8)
+    with running(instruction_set):
+        module.spmm(
+            rows, 4, 2, row_ptr.data_ptr(), columns.data_ptr(), 0, values.data_ptr(), x.data_ptr(), batch, y.data_ptr(),
+            batch + 9, batch, 1, 0, 0.5, 1 << 31, 2.0, 5, positive.data_ptr(), kept.data_ptr(), bits_ld,
+        )  # fmt: skip
+        assert (y[:rows, batch:] == guard).all()
+        assert (y[rows] == guard).all()
+        assert (y[:rows, :batch] != guard).all()
+        for bits in (positive, kept):
+            assert (bits[:rows, -1] == 0xAA).all()
+            assert (bits[rows] == 0xAA).all()
+        dz, dbias, dvalues = y.fill_(guard), torch.full((rows + 1,), guard), torch.full((stored + 9,), guard)
+        module.epilogue_backward(
+            dy.data_ptr(), batch, dz.data_ptr(), batch + 9, dbias.data_ptr(), rows, batch, 1, 0.5, 2.0,
+            positive.data_ptr(), kept.data_ptr(), bits_ld,
+        )  # fmt: skip
+        assert (dz[:rows, batch:] == guard).all()
+        assert (dz[rows] == guard).all()
+        assert dbias[rows] == guard
+        module.sddmm(
+            rows, 4, 2, row_ptr.data_ptr(), columns.data_ptr(), dy.data_ptr(), batch, x.data_ptr(), batch,
+            dvalues.data_ptr(), batch, 1,
+        )  # fmt: skip
+        assert (dvalues[stored:] == guard).all()
+        module.transpose(dy.data_ptr(), batch, y.fill_(guard).data_ptr(), rows + 1, rows, batch, 1)
+        flat = y.flatten()[: batch * (rows + 1)].view(batch, rows + 1)
+        assert torch.equal(flat[:, :rows], dy.t())
+        assert (flat[:, rows] == guard).all()
+        assert (y.flatten()[batch * (rows + 1) :] == guard).all()
+        module.copy_rows(dy.data_ptr(), batch, y.fill_(guard).data_ptr(), batch + 9, rows, batch, 1)
+        assert torch.equal(y[:rows, :batch], dy)
+        assert (y[:rows, batch:] == guard).all()
+        assert (y[rows] == guard).all()
+
+
+def test_an_unknown_instruction_set_is_refused():
+    before = native.instruction_set()
+    with pytest.raises(ValueError, match="instruction set"):
+        native._native.use_instruction_set("abacus")
+    assert native.instruction_set() == before
+    assert SETS[-1] == "portable"

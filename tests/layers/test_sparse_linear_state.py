@@ -1,0 +1,316 @@
+"""What a sparse layer keeps: its places travel with its values, and whoever holds state is told when they move."""
+
+import copy
+import io
+import pickle
+from multiprocessing.reduction import ForkingPickler
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from noctule.kernels import Epilogue
+from noctule.layers import SparseLinear
+from noctule.topology import Remap, Topology, exchange
+
+
+def layer(weights: int = 60, seed: int = 0) -> SparseLinear:
+    return SparseLinear(30, 20, weights=weights, generator=torch.Generator().manual_seed(seed))
+
+
+def same(a: SparseLinear, b: SparseLinear) -> bool:
+    return a.topology == b.topology and torch.equal(a.values, b.values) and torch.equal(a.bias, b.bias)
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def step(module: nn.Module, x: torch.Tensor):
+    module.zero_grad()
+    x = x.clone().requires_grad_()
+    y = module(x)
+    y.pow(2).sum().backward()
+    return [y, x.grad, *(p.grad for p in module.parameters())]
+
+
+X = torch.randn(7, 30, generator=torch.Generator().manual_seed(9))
+
+# -- state_dict ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [60, 7, 600, 0])
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_brings_the_places_and_the_next_step_sees_them(weights, assign):
+    ours, theirs = layer(seed=0), layer(weights, seed=1)
+    step(ours, X)  # everything derived from the old places has been built
+    ours.load_state_dict(through_a_file(theirs.state_dict()), assign=assign)
+    assert same(ours, theirs)
+    assert ours.weights == weights
+    for a, b in zip(step(ours, X), step(theirs, X)):
+        assert torch.equal(a, b)
+
+
+def test_loading_the_same_number_of_weights_keeps_the_parameter():
+    ours, values = layer(seed=0), None
+    values = ours.values
+    ours.load_state_dict(layer(seed=1).state_dict())
+    assert ours.values is values
+
+
+def test_loading_as_part_of_a_model():
+    ours = nn.Sequential(layer(seed=0), nn.ReLU(), nn.Linear(20, 3))
+    theirs = nn.Sequential(layer(9, seed=1), nn.ReLU(), nn.Linear(20, 3))
+    assert list(theirs.state_dict()) == ["0.values", "0.bias", "0._extra_state", "2.weight", "2.bias"]
+    result = ours.load_state_dict(through_a_file(theirs.state_dict()))
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    for a, b in zip(step(ours, X), step(theirs, X)):
+        assert torch.equal(a, b)
+
+
+def test_missing_and_unexpected_keys_are_those_of_any_layer():
+    state = layer(seed=1).state_dict()
+    for key in ("values", "bias", "_extra_state"):
+        rest = {k: v for k, v in state.items() if k != key}
+        with pytest.raises(RuntimeError, match=f'Missing key.*"{key}"'):
+            layer().load_state_dict(rest)
+        assert layer().load_state_dict(rest, strict=False).missing_keys == [key]
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"weight"'):
+        layer().load_state_dict({**state, "weight": torch.zeros(20, 30)})
+    assert layer().load_state_dict({**state, "more": torch.zeros(1)}, strict=False).unexpected_keys == ["more"]
+    ours = layer(seed=0)
+    before = copy.deepcopy(ours)
+    ours.load_state_dict({}, strict=False)
+    assert same(ours, before)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        layer().load_state_dict(nn.Linear(30, 20).state_dict())
+
+
+def bad_states():
+    state = layer(seed=1).state_dict()
+    places = state["_extra_state"]
+    yield "values too short", {**state, "values": torch.zeros(59)}, "59.* values do not match 60 places"
+    yield "values 2-d", {**state, "values": torch.zeros(60, 1)}, "do not match 60 places"
+    yield "another shape", {**SparseLinear(20, 30, weights=60).state_dict(), "bias": state["bias"]}, "does not fit"
+    yield "no topology", {**state, "_extra_state": {}}, "not a topology"
+    yield "other places", {**state, "_extra_state": {**places, "columns": places["columns"][:-1]}}, "not a topology"
+    yield "twice", {**state, "_extra_state": {**places, "columns": torch.zeros(60, dtype=torch.int64)}}, "twice"
+    yield "text", {**state, "_extra_state": "places"}, "not a topology"
+
+
+@pytest.mark.parametrize(("name", "state", "message"), [pytest.param(*case, id=case[0]) for case in bad_states()])
+def test_a_state_that_does_not_fit_is_an_error_and_changes_nothing(name, state, message):
+    ours = layer(seed=0)
+    before = copy.deepcopy(ours)
+    with pytest.raises(RuntimeError, match=message):
+        ours.load_state_dict(state)
+    assert same(ours, before)
+    assert torch.equal(ours(X), before(X))
+
+
+def test_the_error_names_the_layer():
+    model = nn.Sequential(nn.Sequential(layer()))
+    state = model.state_dict()
+    state["0.0.values"] = torch.zeros(3)
+    with pytest.raises(RuntimeError, match=r"0\.0: \(3,\) values do not match 60 places"):
+        model.load_state_dict(state)
+
+
+def test_the_state_is_plain_tensors():
+    state = layer().state_dict()
+    tensors = {
+        "values": state["values"],
+        "bias": state["bias"],
+        **{k: v for k, v in state["_extra_state"].items() if k != "shape"},
+    }
+    again = safetensors.torch.load(safetensors.torch.save(tensors))
+    places = {"shape": state["_extra_state"]["shape"], "row_ptr": again["row_ptr"], "columns": again["columns"]}
+    ours = layer(7, seed=3)
+    ours.load_state_dict({"values": again["values"], "bias": again["bias"], "_extra_state": places})
+    assert same(ours, layer())
+
+
+def test_loading_casts_to_the_dtype_of_the_layer():
+    ours = layer().double()
+    ours.load_state_dict(layer(9, seed=1).state_dict())
+    assert ours.values.dtype == torch.float64
+    assert torch.equal(ours.values, layer(9, seed=1).values.double())
+
+
+# -- copies -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_stand_on_their_own(how):
+    ours = layer()
+    ours.epilogue = Epilogue(0.0, 0.5)
+    ours.values.requires_grad_(False)
+    called = []
+    ours.register_remap_hook(lambda *_: called.append("hook"))
+    ours.register_remap_check(lambda *_: called.append("check"))
+    ours.watch = lambda *_: called.append("watch")
+    model = nn.Sequential(ours, ours)
+    twin = how(model)
+    assert twin[0] is twin[1]
+    theirs = twin[0]
+    assert same(ours, theirs)
+    assert theirs.epilogue == ours.epilogue
+    assert not theirs.values.requires_grad
+    theirs.values.requires_grad_()
+    theirs.eval()(X).sum().backward()
+    with torch.no_grad():
+        theirs.values.zero_()
+    theirs.remap_(Topology.random((20, 30), 5), Remap(torch.full((5,), -1), 60))
+    assert not called
+    assert ours.weights == 60
+    assert ours.values.abs().sum() > 0
+    assert ours.values.grad is None
+    assert ours._remap_hooks
+    assert ours.watch is not None
+
+
+def test_between_processes_parameters_share_their_memory():
+    ours = layer()
+    theirs = pickle.loads(ForkingPickler.dumps(nn.Sequential(ours)))[0]
+    assert same(ours, theirs)
+    with torch.no_grad():
+        theirs.values.fill_(2.0)
+    assert (ours.values == 2.0).all()
+
+
+def test_a_copy_of_an_average_model():
+    averaged = torch.optim.swa_utils.AveragedModel(nn.Sequential(layer()))
+    model = nn.Sequential(layer())
+    averaged.update_parameters(model)
+    assert torch.equal(averaged(X), model(X))
+
+
+def test_moving_keeps_places_and_values_together():
+    ours = layer()
+    before = copy.deepcopy(ours)
+    assert ours.double() is ours
+    assert ours.values.dtype == ours.bias.dtype == torch.float64
+    ours.to("cpu").float()
+    assert same(ours, before)
+    ours.share_memory()
+    assert same(ours, before)
+    ours.requires_grad_(False)
+    assert not ours(X).requires_grad
+
+
+@pytest.mark.parametrize("weights", [60, 7])
+def test_a_layer_made_without_memory_takes_it_from_a_state(weights):
+    theirs = nn.Sequential(layer(weights, seed=1), nn.Linear(20, 3))
+    with torch.device("meta"):
+        empty = [nn.Sequential(SparseLinear(30, 20, weights=60), nn.Linear(20, 3)) for _ in range(2)]
+    assert empty[0][0].values.is_meta
+    assert empty[0][0].topology.device.type == "cpu"
+    empty[0].to_empty(device="cpu").load_state_dict(theirs.state_dict())
+    empty[1].load_state_dict(theirs.state_dict(), assign=True)
+    for ours in empty:
+        for a, b in zip(step(ours, X), step(theirs, X)):
+            assert torch.equal(a, b)
+
+
+def test_a_default_device_is_that_of_the_parameters_only():
+    ours = layer()
+    with torch.device("meta"):
+        assert SparseLinear(30, 20, weights=60).bias.is_meta
+        assert not SparseLinear(30, 20, topology=ours.topology).bias.is_meta
+        new, remap = exchange(ours.topology, torch.arange(9, device="cpu"), ours.topology.missing(9))
+        ours.remap_(new, remap)
+        ours.epilogue = Epilogue(0.0, 0.5)
+        ours(X).sum().backward()
+    assert ours.values.grad.shape == (60,)
+
+
+# -- changing places ----------------------------------------------------------------------------------------------
+
+
+def test_remap_with_as_many_weights_keeps_the_parameter_and_tells_after_the_fact():
+    ours, told = layer(), []
+    old, before = ours.values, ours.values.detach().clone()
+    new, remap = exchange(ours.topology, torch.arange(9), ours.topology.missing(9))
+    ours.register_remap_hook(lambda *arguments: told.append((*arguments, ours.topology, ours.values.detach().clone())))
+    step(ours, X)
+    ours.remap_(new, remap)
+    assert ours.values is old
+    assert torch.equal(ours.values, remap.apply(before))
+    ((who, old_values, same_remap, topology, values),) = told
+    assert (who, old_values, same_remap, topology) == (ours, old, remap, new)
+    assert torch.equal(values, ours.values)
+    twin = SparseLinear.from_dense(ours.to_dense(), topology=new)
+    for a, b in zip(step(ours, X), step(twin, X)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("weights", [0, 13, 600])
+def test_remap_to_another_number_makes_a_new_parameter(weights):
+    ours, told = layer(), []
+    old, trainable = ours.values, False
+    old.requires_grad_(trainable)
+    new = Topology.random((20, 30), weights)
+    ours.register_remap_hook(lambda _, old_values, remap: told.append(old_values))
+    ours.remap_(new, Remap.between(ours.topology, new), new=torch.full((weights,), 2.0))
+    assert told == [old]
+    assert ours.values is not old
+    assert not ours.values.requires_grad
+    assert dict(ours.named_parameters())["values"] is ours.values
+    assert ours.weights == weights
+    assert ours(X).shape == (7, 20)
+
+
+def test_a_check_that_refuses_leaves_the_layer_as_it_was():
+    ours, told = layer(), []
+    before = copy.deepcopy(ours)
+
+    def refuse(_, remap):
+        raise ValueError(f"not {remap.new_size}")
+
+    ours.register_remap_check(lambda *_: told.append("first"))
+    handle = ours.register_remap_check(refuse)
+    ours.register_remap_hook(lambda *_: told.append("moved"))
+    new = Topology.random((20, 30), 9)
+    with pytest.raises(ValueError, match="not 9"):
+        ours.remap_(new, Remap.between(ours.topology, new))
+    with pytest.raises(RuntimeError, match="not 9"):  # loading is a change too
+        ours.load_state_dict(layer(9, seed=1).state_dict())
+    assert told == ["first", "first"]
+    assert same(ours, before)
+    handle.remove()
+    ours.remap_(new, Remap.between(ours.topology, new))
+    assert told[2:] == ["first", "moved"]
+
+
+def test_a_remap_of_another_layer_is_refused():
+    ours = layer()
+    with pytest.raises(ValueError, match="does not lead from 60"):
+        ours.remap_(ours.topology, Remap(torch.arange(59), 59))
+
+
+def test_hooks_may_remove_themselves():
+    ours, told = layer(), []
+    handles = [ours.register_remap_hook(lambda *_, k=k: (told.append(k), handles[k].remove())) for k in range(3)]
+    for _ in range(2):
+        new, remap = exchange(ours.topology, torch.arange(9), ours.topology.missing(9))
+        ours.remap_(new, remap)
+    assert told == [0, 1, 2]
+
+
+def test_backward_after_a_change_of_size_uses_the_places_of_its_forward():
+    ours = layer()
+    expected = step(ours, X)
+    old, x = ours.values, X.clone().requires_grad_()
+    ours.zero_grad()
+    y = ours(x)
+    new = Topology.random((20, 30), 9)
+    ours.remap_(new, Remap.between(ours.topology, new))
+    y.pow(2).sum().backward()
+    assert torch.equal(x.grad, expected[1])
+    assert torch.equal(old.grad, expected[2])
+    assert ours.values.grad is None
