@@ -36,8 +36,8 @@ class Journal(Protocol):
         """Keep the record of an epoch."""
         ...
 
-    def rewind(self, step: int) -> None:
-        """Forget the records past a step: training goes on from there."""
+    def rewind(self, epoch: int) -> None:
+        """Forget the records past an epoch: training goes on from there."""
         ...
 
 
@@ -131,7 +131,7 @@ def fit(
         if journal is not None:
             if (found := journal.checkpoints.latest()) is not None:
                 progress = _resume(found[1], pieces())
-            journal.rewind(progress.step)
+            journal.rewind(progress.epoch)
 
         def count(name: str) -> Callable[..., None]:
             def grown(layer: nn.Module, old: Tensor, remap: Any) -> None:

@@ -63,13 +63,14 @@ class _CsrProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BO: Tensor) -> tuple[Tensor | None, ...]:
-        (x_BI, values), layer = ctx.saved_tensors, ctx.layer
+        x_BI, values = ctx.saved_tensors
+        layer: CsrOwnBackward = ctx.layer
         row_ptr, columns, slots = layer.index_back
         dx_BI = None
         if ctx.needs_input_grad[0]:
             dx_BI = (_csr(row_ptr, columns, values[slots], layer.shape[::-1]) @ dy_BO.t()).t()
         places = _csr(*layer.index, values, layer.shape)
-        dvalues = torch.sparse.sampled_addmm(places, dy_BO.t(), x_BI, beta=0.0).values()  # type: ignore[call-arg]
+        dvalues = torch.sparse.sampled_addmm(places, dy_BO.t(), x_BI, beta=0.0).values()
         return dx_BI, dvalues, dy_BO.sum(0), None
 
 

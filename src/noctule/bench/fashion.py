@@ -9,7 +9,8 @@ import torch
 
 from noctule.bench import program
 from noctule.bench.contestants import worth_it
-from noctule.bench.training import ROWS, Recipe, build_chunk, find_data
+from noctule.bench.recipe import Recipe, find_data
+from noctule.bench.training import ROWS, build_chunk
 from noctule.bench.workers import Turns, Workers
 from noctule.measure import ratio
 
@@ -76,7 +77,7 @@ def fashion(
                     if row.process is ROWS["noctule"].process:
                         raise
                     failed[row.name] = str(error)
-            taken = workers.take_turns(rounds=rounds, block_seconds=0.0, label=f"fashion, {number} threads")
+            taken = workers.take_turns(rounds=rounds, block_seconds=0.0, warm=False, label=f"fashion, {number} threads")
         for row in everyone:
             turns = taken.get(row.name)
             if turns is None:

@@ -180,14 +180,15 @@ class _Bench:
             noctule, linear = taken.get(f"{NOCTULE.name}, {layout}"), _linear(taken, layout)
             if noctule is None:
                 continue
-            target = targets.get(density) if (size, self.batch) == (SIZE, BATCH) else None
+            at_stake = (size, self.batch) == (SIZE, BATCH) and density in targets
+            target = targets[density] if at_stake else None
             if (size, density) == (LARGE_SIZE, LARGE_DENSITY):
                 target = LARGE_TARGET
             if linear and target:
                 self._target(layout, size, density, LINEAR.name, linear, noctule, target)
             for least, others in SPARSE_TARGETS:
                 there = {c.name: found for c in others if (found := taken.get(f"{c.name}, {layout}"))}
-                if there and size == SIZE and density in targets:
+                if there and at_stake:
                     name = min(there, key=lambda name: there[name].timing.median_seconds)
                     self._target(layout, size, density, name, there[name], noctule, least)
 

@@ -9,7 +9,8 @@ import torch
 
 from noctule.bench import program
 from noctule.bench.contestants import worth_it
-from noctule.bench.training import ROWS, Recipe, weigh
+from noctule.bench.recipe import Recipe
+from noctule.bench.training import ROWS, weigh
 from noctule.bench.workers import Workers
 
 TARGET = 10.0

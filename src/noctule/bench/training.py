@@ -3,9 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +11,11 @@ from torch import Tensor, nn
 from noctule.bench import contestants as who
 from noctule.bench.contestants import Contestant
 from noctule.bench.peers import index_bytes
+from noctule.bench.recipe import Recipe, dataset_of, random_data
 from noctule.bench.workers import Process, Unavailable
 from noctule.budget import erdos_renyi
 from noctule.convert import convert_
-from noctule.data import Batches, Dataset, load, standardize
-from noctule.errors import DataError, UsageError
+from noctule.data import Batches, Dataset
 from noctule.layers import FuseEpilogue, SparseLinear
 from noctule.measure import Footprint, footprint, measure
 from noctule.method import attach
@@ -72,62 +69,9 @@ ROWS = {
 }
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What all rows train: a multilayer perceptron with ReLU, by SGD with momentum."""
-
-    widths: tuple[int, ...] = (784, 1000, 1000, 1000, 10)
-    weights: int = 125_685
-    batch: int = 128
-    dropout: float = 0.3
-    learning_rate: float = 0.01
-    momentum: float = 0.9
-    samples: int = 60_000
-    """Rows of the data."""
-    data: str = "random"
-    """"random", or the name or path of a data set."""
-    data_dir: Path | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse sizes that do not go together."""
-        if len(self.widths) < 2 or min(self.widths) < 1:
-            raise UsageError(f"widths must be at least two, all above 0, got {self.widths}")
-        if self.samples < self.batch:
-            raise UsageError(
-                f"{self.samples} samples do not fill a batch of {self.batch}: give more, or a smaller batch"
-            )
-        try:
-            erdos_renyi(_shapes(self.widths), self.weights)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-
-    @property
-    def is_default(self) -> bool:
-        """Whether it has the sizes that the targets are for."""
-        return (self.widths, self.weights, self.batch) == (Recipe.widths, Recipe.weights, Recipe.batch)
-
-
-def find_data(recipe: Recipe) -> Recipe:
-    """The same recipe with as many samples as its data set has, or with random data where that cannot be had.
-
-    Raises:
-        UsageError: the data do not fit the widths.
-    """
-    try:
-        data = _dataset(recipe)
-    except DataError:
-        return replace(recipe, data="random")
-    if (data.features, data.classes) != (recipe.widths[0], recipe.widths[-1]):
-        raise UsageError(
-            f"{data.name} has {data.features} features and {data.classes} classes, the widths are {recipe.widths}: "
-            "let them begin and end with these numbers"
-        )
-    return replace(recipe, samples=len(data))
-
-
 def build_chunk(row: Row, recipe: Recipe, steps: int) -> tuple[Callable[[], None], None]:
     """So many training steps, one after the other; the next call goes on where it stopped."""
-    step = Training(row, recipe, _dataset(recipe)).step
+    step = Training(row, recipe, dataset_of(recipe)).step
 
     def chunk() -> None:
         for _ in range(steps):
@@ -139,10 +83,10 @@ def build_chunk(row: Row, recipe: Recipe, steps: int) -> tuple[Callable[[], None
 def weigh(row: Row, recipe: Recipe, steps: int) -> dict[str, Any]:
     """What a training holds after some steps, and the peak of the process's memory meanwhile; for a fresh process."""
     tiny = replace(recipe, widths=(16,) * len(recipe.widths), weights=16 * len(recipe.widths), samples=recipe.batch)
-    warm = Training(row, tiny, _random(tiny))
+    warm = Training(row, tiny, random_data(tiny))
     for _ in range(2):  # so that the code of the libraries is in memory before
         warm.step()
-    data = _random(replace(recipe, samples=4 * recipe.batch))
+    data = random_data(replace(recipe, samples=4 * recipe.batch))
     with measure() as cost:
         training = Training(row, recipe, data)
         for _ in range(steps):
@@ -221,7 +165,7 @@ class Training:
 
 def _sparse_mlp(recipe: Recipe) -> nn.Sequential:
     """The model that all the others are made from; nothing dense is made on the way."""
-    shares = iter(erdos_renyi(_shapes(recipe.widths), recipe.weights))
+    shares = iter(erdos_renyi(recipe.shapes, recipe.weights))
     return mlp(
         *recipe.widths,
         dropout=recipe.dropout,
@@ -229,36 +173,8 @@ def _sparse_mlp(recipe: Recipe) -> nn.Sequential:
     )
 
 
-def _shapes(widths: tuple[int, ...]) -> list[tuple[int, int]]:
-    return [(out, into) for into, out in pairwise(widths)]
-
-
 def _forever(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
     epoch = 0
     while True:
         yield from batches.epoch(epoch)
         epoch += 1
-
-
-@cache
-def _dataset(recipe: Recipe) -> Dataset:
-    if recipe.data == "random":
-        return _random(recipe)
-    splits = standardize(load(recipe.data, data_dir=recipe.data_dir))
-    parts = (splits.train, splits.validation)  # nothing is chosen here: all rows that are not for the test
-    return Dataset(
-        torch.cat([part.inputs for part in parts]),
-        torch.cat([part.targets for part in parts]),
-        name=splits.train.name,
-        classes=splits.train.classes,
-    )
-
-
-def _random(recipe: Recipe) -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-    return Dataset(
-        torch.randn(recipe.samples, recipe.widths[0], generator=generator),
-        torch.randint(recipe.widths[-1], (recipe.samples,), generator=generator),
-        name="random",
-        classes=recipe.widths[-1],
-    )

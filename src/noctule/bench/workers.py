@@ -80,14 +80,17 @@ class Workers:
         self._where[key] = process
         return about
 
-    def take_turns(self, *, rounds: int, block_seconds: float, label: str = "") -> dict[str, Turns]:
-        """Time all that is prepared, A B C A B C ..., each turn as many calls as fill ``block_seconds``."""
+    def take_turns(self, *, rounds: int, block_seconds: float, warm: bool = True, label: str = "") -> dict[str, Turns]:
+        """Time all that is prepared, A B C A B C ..., each turn as many calls as fill ``block_seconds``.
+
+        With ``warm``, a turn begins with one more call, which is not timed.
+        """
         samples: dict[str, list[tuple[float, float]]] = {key: [] for key in self._where}
         calls = {key: self._calls(key, block_seconds) for key in samples}
         with Progress(rounds * len(samples), label=label, unit="turns") as progress:
             for _ in range(rounds):
                 for key in samples:
-                    samples[key].append(self.run(self._where[key], _time, key, calls[key]))
+                    samples[key].append(self.run(self._where[key], _time, key, calls[key], warm))
                     progress.advance(note=key)
         return {
             key: Turns(Timing(tuple(wall for wall, _ in pairs)), median(busy for _, busy in pairs), calls[key])
@@ -101,9 +104,9 @@ class Workers:
         self._where.clear()
 
     def _calls(self, key: str, block_seconds: float) -> int:
-        seconds, _ = self.run(self._where[key], _time, key, 1)
+        seconds, _ = self.run(self._where[key], _time, key, 1, False)
         if seconds < block_seconds:  # the first call of all is slow
-            seconds, _ = self.run(self._where[key], _time, key, 2)
+            seconds, _ = self.run(self._where[key], _time, key, 2, True)
         return max(1, round(block_seconds / max(seconds, 1e-7)))
 
     def __enter__(self) -> Self:
@@ -140,11 +143,11 @@ def _prepare(key: str, build: Callable[..., tuple[Step, Any]], args: tuple[Any, 
     return about
 
 
-def _time(key: str, calls: int) -> tuple[float, float]:
+def _time(key: str, calls: int, warm: bool) -> tuple[float, float]:
     """Seconds of a call, and the share of the cores' time that it took."""
     step = _steps[key]
     time.sleep(REST_SECONDS)
-    if calls > 1:
+    if warm:
         step()
     gc.collect()
     gc.disable()

@@ -24,10 +24,10 @@ class Journal:
         """Add a record to the run's metrics."""
         self.run.log({"series": self.series, **record})
 
-    def rewind(self, step: int) -> None:
-        """Forget this series' records past a step, which are about to be made again."""
-        if any(self._past(record, step) for record in self.run.metrics()):
-            self.run.truncate_metrics(lambda record: not self._past(record, step))
+    def rewind(self, epoch: int) -> None:
+        """Forget this series' records past an epoch, which are about to be made again."""
+        if any(self._past(record, epoch) for record in self.run.metrics()):
+            self.run.truncate_metrics(lambda record: not self._past(record, epoch))
 
-    def _past(self, record: Mapping[str, Any], step: int) -> bool:
-        return record.get("series") == self.series and record.get("step", 0) > step
+    def _past(self, record: Mapping[str, Any], epoch: int) -> bool:
+        return record.get("series") == self.series and record.get("epoch", 0) > epoch
