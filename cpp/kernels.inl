@@ -3,7 +3,6 @@
 // Everything here has internal linkage: the same template compiled for another instruction set must never replace it.
 #include <omp.h>
 
-#include <algorithm>
 #include <cstring>
 
 #include "kernels.h"
@@ -212,7 +211,8 @@ void sddmm_last(const Pattern<Ptr, Col>& p, Matrix dy, Matrix x, float* dvalues,
 template <class Ptr, class Col>
 void sddmm(const Pattern<Ptr, Col>& p, Matrix dy, Matrix x, float* dvalues, int64_t batch, int threads) {
     constexpr int NV = Lanes::sddmm_vectors;
-    if (batch == 0) std::fill_n(dvalues, p.row_ptr[p.rows], 0.0f);
+    if (batch == 0)
+        for (int64_t k = 0; k < p.row_ptr[p.rows]; ++k) dvalues[k] = 0.0f;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const int part = omp_get_thread_num(), parts = omp_get_num_threads();

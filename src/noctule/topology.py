@@ -90,10 +90,6 @@ class Topology:
         out_features, in_features = _checked_shape(shape)
         places = out_features * in_features
         check_weights(weights, shape)
-        if weights > places // 2:
-            keep = torch.ones(places, dtype=torch.bool, device="cpu")
-            keep[_distinct(places - weights, places, generator)] = False
-            return cls.from_keys(shape, keep.nonzero()[:, 0])
         return cls.from_keys(shape, _distinct(weights, places, generator))
 
     # -- reading it -----------------------------------------------------------------------------------------------
@@ -142,13 +138,10 @@ class Topology:
     def missing(self, count: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Keys (sorted) of ``count`` places that are not here, drawn uniformly; fewer where fewer are missing."""
         keys, absent = self.keys().cpu(), self.places - self.size
-        count = min(count, absent)
-        if count * 2 > absent or absent < self.size:
-            gone = torch.ones(self.places, dtype=torch.bool, device="cpu")
-            gone[keys] = False
-            free = gone.nonzero()[:, 0]
-            return free[torch.randperm(absent, generator=generator, device="cpu")[:count]].sort().values
-        return _distinct(count, self.places, generator, taken=keys)
+        ranks = _distinct(min(count, absent), absent, generator)
+        # keys[k] - k places are missing before the k-th stored one, so rank r lies behind all that have at most r before them
+        before = keys - torch.arange(self.size, device="cpu")
+        return ranks + torch.searchsorted(before, ranks, right=True)
 
     def to(self, device: torch.device | str) -> "Topology":
         """This topology on another device; on ``meta`` it stays where it is, since places cannot be made up later."""
@@ -350,15 +343,16 @@ def _slots_of(keys: Tensor, wanted: Tensor) -> Tensor:
     return torch.where(keys[slot] == wanted, slot, -1)
 
 
-def _distinct(count: int, places: int, generator: torch.Generator | None, taken: Tensor | None = None) -> Tensor:
-    """Sorted ``count`` distinct numbers below ``places`` and not among the sorted ``taken``, each set equally likely."""
+def _distinct(count: int, places: int, generator: torch.Generator | None) -> Tensor:
+    """Sorted ``count`` distinct numbers below ``places``, each set equally likely, in O(count)."""
+    if count > places // 2:
+        keep = torch.ones(places, dtype=torch.bool, device="cpu")
+        keep[_distinct(places - count, places, generator)] = False
+        return keep.nonzero()[:, 0]
     keys = torch.empty(0, dtype=torch.int64, device="cpu")
     while keys.numel() < count:
         short = count - keys.numel()
         drawn = torch.randint(places, (short + short // 4 + 16,), generator=generator, device="cpu")
-        if taken is not None:
-            drawn = drawn.sort().values  # sorted questions are answered twice as fast
-            drawn = drawn[_slots_of(taken, drawn) < 0]
         keys = torch.cat([keys, drawn]).unique()
     if keys.numel() > count:
         keep = torch.ones(keys.numel(), dtype=torch.bool, device="cpu")

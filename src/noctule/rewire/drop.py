@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 Drop = Callable[[Tensor, float], Tensor]
-"""Values (N,) and the fraction to drop -> the slots that go, int64, each once."""
+"""Values (N,) and the fraction to drop -> the slots that go, int64, each once, in any order."""
 
 
 def smallest(values: Tensor, fraction: float) -> Tensor:
@@ -15,7 +15,7 @@ def smallest(values: Tensor, fraction: float) -> Tensor:
     >>> smallest(torch.tensor([3.0, -1.0, 0.5, -2.0]), 0.5).sort().values
     tensor([1, 2])
     """
-    return values.abs().topk(int(fraction * values.numel()), largest=False).indices
+    return values.abs().topk(int(fraction * values.numel()), largest=False, sorted=False).indices
 
 
 def sign_split(values: Tensor, fraction: float) -> Tensor:

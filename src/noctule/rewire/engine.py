@@ -158,5 +158,7 @@ class Rewire(Method):
         grown = sight.choose(min(dropped.numel(), old.places - old.size), keys).to(keys.device)
         if not grown.numel():
             return 0
-        layer.remap_(*exchange(old, dropped[: grown.numel()], grown))
+        if grown.numel() < dropped.numel():  # hardly a place is missing: of those that would go, the largest stay
+            dropped = dropped[layer.values[dropped].abs().argsort()[: grown.numel()]]
+        layer.remap_(*exchange(old, dropped, grown))
         return grown.numel()

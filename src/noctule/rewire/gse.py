@@ -29,7 +29,8 @@ class _Candidates:
     def choose(self, count: int, taken: Tensor) -> Tensor:
         if self.gradient is None:
             return taken.new_empty(0)
-        return self.keys.to(self.gradient.device)[self.gradient.abs().topk(min(count, self.keys.numel())).indices]
+        steepest = self.gradient.abs().topk(min(count, self.keys.numel()), sorted=False).indices
+        return self.keys.to(steepest.device)[steepest]
 
 
 def guided(layer: SparseLinear, generator: torch.Generator) -> _Candidates:
