@@ -24,10 +24,12 @@ bench: bench-env
 	$(BIN)/noctule bench layers
 	$(BIN)/noctule bench fashion
 	$(BIN)/noctule bench memory
+	$(BIN)/noctule bench accuracy
 
 # The peers that the benchmarks compare with; nothing else needs them.
 bench-env: $(VENV)/installed
-	$(BIN)/python -m pip install --no-build-isolation -e ".[bench]"
+	$(BIN)/python -m pip install --quiet pybind11 setuptools wheel scipy
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[bench]"
 
 $(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard cpp/*)
 	$(PYTHON) -c 'import sys; sys.exit("Noctule needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'

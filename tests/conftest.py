@@ -1,4 +1,4 @@
-"""What many tests need: one thread setting, and a run of the command line in a process of its own."""
+"""What many tests need: a seed, a thread setting, and a run of the command line in a process of its own."""
 
 import os
 import subprocess
@@ -10,8 +10,13 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def one_seed():
+def one_seed_and_one_thread():
+    """Tests run beside each other: a second thread only where a test asks for it."""
     torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

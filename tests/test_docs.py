@@ -34,5 +34,7 @@ def test_examples_of_a_module_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(name)
     namespace = {"torch": importlib.import_module("torch"), "nn": importlib.import_module("torch").nn}
-    failed, _ = doctest.testmod(module, extraglobs=namespace, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    failed, _ = doctest.testmod(
+        module, extraglobs=namespace, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    )
     assert not failed

@@ -108,7 +108,9 @@ def test_a_record_whose_checkpoint_was_not_written_is_made_once(toy, tmp_path):
     kept = journal(tmp_path)
     run(toy, kept, epochs=2, checkpoint_seconds=0.0)
     first = kept.run.metrics()
-    state = kept.checkpoints.latest()[1]  # as if killed after the record of epoch 2: its last batch is done, the epoch is not
+    state = kept.checkpoints.latest()[
+        1
+    ]  # as if killed after the record of epoch 2: its last batch is done, the epoch is not
     state["progress"] |= {"epoch": 1, "batch": 7}
     kept.checkpoints.save(14, state)
     run(toy, kept, epochs=2)

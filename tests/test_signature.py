@@ -66,7 +66,14 @@ def test_help_has_the_docstring_and_the_defaults():
 
 def test_json_round_trip_restores_types():
     stored = {"epochs": 4, "where": "/x", "widths": [3], "fast": True, "how": "y", "rate": 1}
-    assert from_json(recipe, stored) == {"epochs": 4, "where": Path("/x"), "widths": (3,), "fast": True, "how": "y", "rate": 1.0}
+    assert from_json(recipe, stored) == {
+        "epochs": 4,
+        "where": Path("/x"),
+        "widths": (3,),
+        "fast": True,
+        "how": "y",
+        "rate": 1.0,
+    }
     assert from_json(recipe, {"where": None}) == {"where": None}
     with pytest.raises(UsageError, match="did you mean epochs"):
         from_json(recipe, {"epoch": 1})

@@ -32,13 +32,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def nearest(given: str, known: Sequence[str]) -> str:
-    """``; did you mean X?`` for the known name most like the given one, or nothing.
+    """`` (did you mean X?)`` for the known name most like the given one, or nothing.
 
     >>> nearest("--epoch", ["--epochs", "--batch"])
-    '; did you mean --epochs?'
+    ' (did you mean --epochs?)'
     """
     close = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def options(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

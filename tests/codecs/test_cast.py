@@ -9,7 +9,11 @@ SHAPES = st.lists(st.integers(0, 5), max_size=3)
 
 
 @settings(derandomize=True, deadline=None, max_examples=30)
-@given(shape=SHAPES, half=st.sampled_from([torch.bfloat16, torch.float16]), dtype=st.sampled_from([torch.float32, torch.float64]))
+@given(
+    shape=SHAPES,
+    half=st.sampled_from([torch.bfloat16, torch.float16]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
 def test_shape_dtype_bytes_and_error_bound(shape, half, dtype):
     x = torch.randn(shape, dtype=dtype)
     codec = Cast(half)

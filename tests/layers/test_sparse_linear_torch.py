@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from noctule.convert import convert_
 from noctule.kernels import Epilogue
 from noctule.layers import FuseEpilogue, SparseLinear
+from noctule.method import attach
+from noctule.rewire import gse, set_
 from noctule.topology import exchange
 
 
@@ -232,7 +234,18 @@ def rank_of_two(rank: int, path: str, results) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", store=FileStore(path, 2), rank=rank, world_size=2)
     halves = [x[4 * rank : 4 * rank + 4] for x in batches()]
-    results.put((rank, [p.numpy() for p in train(DistributedDataParallel(network()), halves)]))
+    trained = [p.numpy() for p in train(DistributedDataParallel(network()), halves)]
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match="differ from rank to rank"):
+        attach(model, optimizer, gse(every=100))
+    wrapped = DistributedDataParallel(model)
+    with attach(model, optimizer, set_(every=1, seed=3)):
+        for x in halves:
+            optimizer.zero_grad()
+            wrapped(x).pow(2).mean().backward()
+            optimizer.step()
+    results.put((rank, trained, model[0].topology.keys().numpy()))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -253,11 +266,13 @@ def test_two_ranks_are_one(tmp_path):
     ranks = [context.Process(target=rank_of_two, args=(r, str(tmp_path / "store"), results)) for r in range(2)]
     for process in ranks:
         process.start()
-    done = dict(results.get(timeout=60) for _ in ranks)
+    (_, first, places), (_, second, same_places) = sorted((results.get(timeout=60) for _ in ranks), key=lambda r: r[0])
     for process in ranks:
         process.join(60)
+    assert (places == same_places).all()  # random growth under one seed moves alike everywhere
+    assert (places != network()[0].topology.keys().numpy()).any()
     alone = train(network(), batches())
-    for a, b, one in zip(done[0], done[1], alone):
+    for a, b, one in zip(first, second, alone):
         assert (a == b).all()
         torch.testing.assert_close(torch.from_numpy(a), one, atol=1e-6, rtol=1e-5)
 

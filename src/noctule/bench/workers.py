@@ -25,6 +25,9 @@ from noctule.measure import Progress, Timing
 REST_SECONDS = 0.01
 """Before a turn: until the idle threads of the process before have stopped waiting in busy loops."""
 
+WARM_SECONDS = 0.08
+"""Of untimed calls at the start of a turn: after a rest the processor needs so long to come back to its pace and its caches."""
+
 Step = Callable[[], object]
 
 
@@ -83,7 +86,7 @@ class Workers:
     def take_turns(self, *, rounds: int, block_seconds: float, warm: bool = True, label: str = "") -> dict[str, Turns]:
         """Time all that is prepared, A B C A B C ..., each turn as many calls as fill ``block_seconds``.
 
-        With ``warm``, a turn begins with one more call, which is not timed.
+        With ``warm``, a turn begins with `WARM_SECONDS` of calls, at least one, which are not timed.
         """
         samples: dict[str, list[tuple[float, float]]] = {key: [] for key in self._where}
         calls = {key: self._calls(key, block_seconds) for key in samples}
@@ -147,7 +150,10 @@ def _time(key: str, calls: int, warm: bool) -> tuple[float, float]:
     """Seconds of a call, and the share of the cores' time that it took."""
     step = _steps[key]
     time.sleep(REST_SECONDS)
+    until = time.perf_counter() + WARM_SECONDS
     if warm:
+        step()
+    while warm and time.perf_counter() < until:
         step()
     gc.collect()
     gc.disable()

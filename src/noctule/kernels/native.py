@@ -5,7 +5,6 @@ of them would meet in the same few sets of the cache.
 """
 
 import warnings
-from functools import cache
 from typing import Any
 
 import torch
@@ -31,10 +30,14 @@ REPACK_FROM = 8
 """Uses of a row from which it pays to copy misplaced rows to cache lines first."""
 
 
-@cache
+_warned = False
+
+
 def available() -> bool:
     """Whether the compiled module is here; warns once where it is not."""
-    if _native is None:
+    global _warned
+    if _native is None and not _warned:
+        _warned = True
         warnings.warn(
             "noctule._native is missing, the sparse products run in plain torch (slow): "
             "install Noctule with pip where a C++ compiler is at hand",

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -94,6 +95,7 @@ class Rewire(Method):
             raise ValueError(f"another method already rewires or watches {busy}: attach one Rewire per layer")
         for layer in layers.values():
             check_carry(optimizers, layer.values)  # refuse now, not at the first move
+        self._check_ranks(next(iter(layers.values())))
         _rewired.update(layers.values())
         self._layers = layers
         self.moved = {name: self.moved.get(name, 0) for name in self._layers}
@@ -127,6 +129,14 @@ class Rewire(Method):
         """Go on from there."""
         self.steps, self.moved = int(state["steps"]), {**dict.fromkeys(self._layers, 0), **state["moved"]}
         self._arm()
+
+    def _check_ranks(self, layer: SparseLinear) -> None:
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if several and callable(self.grow(layer, torch.Generator())):
+            raise RuntimeError(
+                "this way to grow looks at gradients, which differ from rank to rank, and so would the connections: "
+                "with several ranks use set_(seed=...), which draws the same places on all of them"
+            )
 
     def _due(self, step: int) -> bool:
         return step % self.every == 0 and (self.until is None or step < self.until)
