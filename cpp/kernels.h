@@ -35,7 +35,8 @@ struct Epilogue {
 template <class Ptr, class Col>
 struct Products {
     void (*spmm)(const Pattern<Ptr, Col>&, const float* values, Matrix x, Matrix y, int64_t batch, const Epilogue&, int threads);
-    void (*sddmm)(const Pattern<Ptr, Col>&, Matrix dy, Matrix x, float* dvalues, int64_t batch, int threads);
+    // dvalues at the places of dy x^T; dbias = sums of the rows of dy, which are in registers anyway, or null.
+    void (*sddmm)(const Pattern<Ptr, Col>&, Matrix dy, Matrix x, float* dvalues, float* dbias, int64_t batch, int threads);
 };
 
 struct Kernels {

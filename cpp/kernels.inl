@@ -15,7 +15,7 @@ using Word = Lanes::Word;
 using Tail = Lanes::Tail;
 constexpr int W = Lanes::width;
 
-// How far ahead of the sums the rows of x are called into the cache.
+// How far ahead of the sums the rows of x are called into the cache: every second line, its neighbour comes along.
 constexpr int64_t ahead = 8;
 
 // The first row of a part, when rows are shared out by their non-zeros (a row itself costs as much as a few).
@@ -93,7 +93,7 @@ void spmm_tile(const SpmmTask<Ptr, Col>& task, int64_t begin, int64_t end, int64
             const Float w = Lanes::broadcast(task.values[Slots ? static_cast<int64_t>(p.slots[k]) : k]);
             if (k + ahead < stored) {
                 const float* const next = x + static_cast<int64_t>(p.columns[k + ahead]) * task.x.ld;
-                for (int v = 0; v < NV * W; v += 16) __builtin_prefetch(next + v);
+                for (int v = 0; v < NV * W; v += 32) __builtin_prefetch(next + v);
             }
             for (int v = 0; v < NV - 1; ++v) sum[v] = Lanes::fma(w, Lanes::load(from + v * W), sum[v]);
             const float* const f = from + (NV - 1) * W;
@@ -158,23 +158,28 @@ void spmm(const Pattern<Ptr, Col>& pattern, const float* values, Matrix x, Matri
 
 // dvalues[k] (+)= dy[row(k)] . x[column(k)] over n columns of the batch from `at` on; the first tile sets, the others add.
 template <int NV, bool Ragged, class Ptr, class Col>
-void sddmm_tile(const Pattern<Ptr, Col>& p, Matrix dy, Matrix xs, float* dvalues, int64_t begin, int64_t end, int64_t at, int64_t n) {
+void sddmm_tile(const Pattern<Ptr, Col>& p, Matrix dy, Matrix xs, float* dvalues, float* dbias, int64_t begin, int64_t end, int64_t at, int64_t n) {
     const Tail tail = Lanes::tail(Ragged ? static_cast<int>(n - (NV - 1) * W) : 0);
     const float* const x = xs.data + at;
     const int64_t stored = p.row_ptr[p.rows];
     for (int64_t row = begin; row < end; ++row) {
         int64_t k = p.row_ptr[row];
         const int64_t stop = p.row_ptr[row + 1];
-        if (k == stop) continue;
+        if (k == stop && !dbias) continue;
         const float* const d = dy.data + row * dy.ld + at;
         Float g[NV];
         for (int v = 0; v < NV - 1; ++v) g[v] = Lanes::load(d + v * W);
         g[NV - 1] = Ragged ? Lanes::load(d + (NV - 1) * W, tail) : Lanes::load(d + (NV - 1) * W);
+        if (dbias) {
+            Float total = g[0];
+            for (int v = 1; v < NV; ++v) total = Lanes::add(total, g[v]);
+            dbias[row] = at ? dbias[row] + Lanes::sum(total) : Lanes::sum(total);
+        }
         const auto dot = [&](int64_t place) {
             const float* const from = x + static_cast<int64_t>(p.columns[place]) * xs.ld;
             if (place + 2 * ahead < stored) {
                 const float* const next = x + static_cast<int64_t>(p.columns[place + 2 * ahead]) * xs.ld;
-                for (int v = 0; v < NV * W; v += 16) __builtin_prefetch(next + v);
+                for (int v = 0; v < NV * W; v += 32) __builtin_prefetch(next + v);
             }
             const float* const f = from + (NV - 1) * W;
             Float s = Lanes::mul(g[NV - 1], Ragged ? Lanes::load(f, tail) : Lanes::load(f));
@@ -200,26 +205,28 @@ void sddmm_tile(const Pattern<Ptr, Col>& p, Matrix dy, Matrix xs, float* dvalues
 }
 
 template <int NV, class Ptr, class Col>
-void sddmm_last(const Pattern<Ptr, Col>& p, Matrix dy, Matrix x, float* dvalues, int64_t begin, int64_t end, int64_t at, int64_t n) {
+void sddmm_last(const Pattern<Ptr, Col>& p, Matrix dy, Matrix x, float* dvalues, float* dbias, int64_t begin, int64_t end, int64_t at, int64_t n) {
     if constexpr (NV > 1) {
-        if (n <= (NV - 1) * W) return sddmm_last<NV - 1>(p, dy, x, dvalues, begin, end, at, n);
+        if (n <= (NV - 1) * W) return sddmm_last<NV - 1>(p, dy, x, dvalues, dbias, begin, end, at, n);
     }
-    if (n == NV * W) sddmm_tile<NV, false>(p, dy, x, dvalues, begin, end, at, n);
-    else sddmm_tile<NV, true>(p, dy, x, dvalues, begin, end, at, n);
+    if (n == NV * W) sddmm_tile<NV, false>(p, dy, x, dvalues, dbias, begin, end, at, n);
+    else sddmm_tile<NV, true>(p, dy, x, dvalues, dbias, begin, end, at, n);
 }
 
 template <class Ptr, class Col>
-void sddmm(const Pattern<Ptr, Col>& p, Matrix dy, Matrix x, float* dvalues, int64_t batch, int threads) {
+void sddmm(const Pattern<Ptr, Col>& p, Matrix dy, Matrix x, float* dvalues, float* dbias, int64_t batch, int threads) {
     constexpr int NV = Lanes::sddmm_vectors;
     if (batch == 0)
         for (int64_t k = 0; k < p.row_ptr[p.rows]; ++k) dvalues[k] = 0.0f;
+    if (batch == 0 && dbias)
+        for (int64_t row = 0; row < p.rows; ++row) dbias[row] = 0.0f;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const int part = omp_get_thread_num(), parts = omp_get_num_threads();
         const int64_t begin = first_row(p.row_ptr, p.rows, part, parts), end = first_row(p.row_ptr, p.rows, part + 1, parts);
         for (int64_t at = 0; at < batch; at += NV * W) {
             const int64_t n = batch - at < NV * W ? batch - at : NV * W;
-            sddmm_last<NV>(p, dy, x, dvalues, begin, end, at, n);
+            sddmm_last<NV>(p, dy, x, dvalues, dbias, begin, end, at, n);
         }
     }
 }

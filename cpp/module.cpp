@@ -91,13 +91,14 @@ void spmm(int64_t rows, int pointer_bytes, int column_bytes, Address row_ptr, Ad
 }
 
 void sddmm(int64_t rows, int pointer_bytes, int column_bytes, Address row_ptr, Address columns, Address dy, int64_t dy_ld,
-           Address x, int64_t x_ld, Address dvalues, int64_t batch, int threads) {
+           Address x, int64_t x_ld, Address dvalues, Address dbias, int64_t batch, int threads) {
     nb::gil_scoped_release release;
     with_types(pointer_bytes, column_bytes, [&](auto p, auto c) {
         using Ptr = decltype(p);
         using Col = decltype(c);
         const Pattern<Ptr, Col> pattern{rows, pointer<const Ptr>(row_ptr), pointer<const Col>(columns), nullptr};
-        kernels.products(p, c).sddmm(pattern, matrix(dy, dy_ld), matrix(x, x_ld), pointer<float>(dvalues), batch, threads);
+        kernels.products(p, c).sddmm(pattern, matrix(dy, dy_ld), matrix(x, x_ld), pointer<float>(dvalues), pointer<float>(dbias),
+                                     batch, threads);
     });
 }
 

@@ -30,6 +30,9 @@ def check_products(topology: Topology, batch: int, layout: str = "plain", seed: 
     assert_sums(y, *exactly(lambda t, v, x: reference.spmm(t, v, x, None, PLAIN, False)[0], values, x))
     assert_sums(native.spmm_t(topology, values, dy), *exactly(reference.spmm_t, values, dy))
     assert_sums(native.sddmm(topology, dy, x), *exactly(reference.sddmm, dy, x))
+    dvalues, dbias = native.gradients(topology, dy, x, True)
+    assert torch.equal(dvalues, native.sddmm(topology, dy, x))
+    assert_sums(dbias, *exactly(lambda t, d, x: reference.gradients(t, d, x, True)[1], dy, x))
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
@@ -266,10 +269,12 @@ def test_nothing_is_written_beside_the_results(instruction_set, batch):
         assert (dz[:rows, batch:] == guard).all()
         assert (dz[rows] == guard).all()
         assert dbias[rows] == guard
+        dbias.fill_(guard)
         module.sddmm(
             rows, 4, 2, row_ptr.data_ptr(), columns.data_ptr(), dy.data_ptr(), batch, x.data_ptr(), batch,
-            dvalues.data_ptr(), batch, 1,
+            dvalues.data_ptr(), dbias.data_ptr(), batch, 1,
         )  # fmt: skip
+        assert dbias[rows] == guard
         assert (dvalues[stored:] == guard).all()
         module.transpose(dy.data_ptr(), batch, y.fill_(guard).data_ptr(), rows + 1, rows, batch, 1)
         flat = y.flatten()[: batch * (rows + 1)].view(batch, rows + 1)

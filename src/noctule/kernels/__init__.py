@@ -19,7 +19,7 @@ from noctule.kernels.epilogue import IDENTITY, Epilogue, Kept
 from noctule.measure.operations import count
 from noctule.topology import Topology
 
-__all__ = ["IDENTITY", "Epilogue", "Kept", "epilogue_backward", "feature_major", "sddmm", "spmm", "spmm_t"]
+__all__ = ["IDENTITY", "Epilogue", "Kept", "epilogue_backward", "feature_major", "gradients", "sddmm", "spmm", "spmm_t"]
 
 
 def spmm(
@@ -44,8 +44,13 @@ def spmm_t(topology: Topology, values: Tensor, dy_OB: Tensor) -> Tensor:
 
 def sddmm(topology: Topology, dy_OB: Tensor, x_IB: Tensor) -> Tensor:
     """dW (N,) = the places of dY Xᵀ."""
+    return gradients(topology, dy_OB, x_IB, bias=False)[0]
+
+
+def gradients(topology: Topology, dy_OB: Tensor, x_IB: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None]:
+    """dW (N,), and where asked for the gradient of the bias (O,): the sums of the rows of dY, which the product reads anyway."""
     count(topology.size * x_IB.shape[1])
-    return _code_for(dy_OB, x_IB).sddmm(topology, dy_OB, x_IB)
+    return _code_for(dy_OB, x_IB).gradients(topology, dy_OB, x_IB, bias)
 
 
 def epilogue_backward(dy_OB: Tensor, kept: Kept, *, bias: bool) -> tuple[Tensor, Tensor | None]:
@@ -62,6 +67,6 @@ def feature_major(x_BI: Tensor) -> Tensor:
 
 def _code_for(*tensors: Tensor):
     for t in tensors:
-        if t.dtype != torch.float32 or t.device.type != "cpu":
+        if t.dtype is not torch.float32 or not t.is_cpu:
             return reference
     return native if native.available() else reference

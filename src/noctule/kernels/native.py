@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from noctule.kernels import reference
-from noctule.kernels.epilogue import Epilogue, Kept
+from noctule.kernels.epilogue import IDENTITY, Epilogue, Kept
 from noctule.topology import Topology
 
 _native: Any
@@ -70,22 +70,28 @@ def spmm(
 
 def spmm_t(topology: Topology, values: Tensor, dy_OB: Tensor) -> Tensor:
     """See `noctule.kernels.spmm_t`."""
-    return _spmm(topology, topology.transposed, topology.shape[::-1], values, dy_OB, None, Epilogue(), None, None)
+    return _spmm(topology, topology.transposed, topology.shape[::-1], values, dy_OB, None, IDENTITY, None, None)
 
 
 def sddmm(topology: Topology, dy_OB: Tensor, x_IB: Tensor) -> Tensor:
     """See `noctule.kernels.sddmm`."""
+    return gradients(topology, dy_OB, x_IB, False)[0]
+
+
+def gradients(topology: Topology, dy_OB: Tensor, x_IB: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+    """See `noctule.kernels.gradients`."""
     batch = x_IB.shape[1]
     _check("the gradient", dy_OB, topology.shape[0], batch)
     _check("the input", x_IB, topology.shape[1], batch)
-    dvalues = _empty(topology.size)
+    dvalues, dbias = _empty(topology.size), _empty(topology.shape[0]) if bias else None
     row_ptr, columns = topology.row_ptr, topology.columns
     dy, x = _packed(dy_OB, topology.size), _packed(x_IB, topology.size)
     _native.sddmm(
         topology.shape[0], row_ptr.element_size(), columns.element_size(), row_ptr.data_ptr(), columns.data_ptr(),
-        dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), dvalues.data_ptr(), batch, _threads(topology.size * batch),
+        dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), dvalues.data_ptr(), _address(dbias), batch,
+        _threads(topology.size * batch),
     )  # fmt: skip
-    return dvalues
+    return dvalues, dbias
 
 
 def epilogue_backward(dy_OB: Tensor, kept: Kept, bias: bool) -> tuple[Tensor, Tensor | None]:
@@ -137,7 +143,7 @@ def _spmm(topology, index, shape, values, x_IB, bias, epilogue, positive, kept) 
 
 
 def _check(what: str, x: Tensor, features: int, batch: int) -> None:
-    if x.dim() != 2 or x.shape != (features, batch):
+    if x.shape != (features, batch):
         raise ValueError(f"{what} must be ({features}, {batch}) feature-major, got {tuple(x.shape)}")
 
 
@@ -148,7 +154,7 @@ def _rows(features: int, batch: int) -> Tensor:
     ld = -(-batch // LINE) * LINE
     if ld % PAGE == 0:
         ld += LINE
-    return _empty(features, ld)[:, :batch]
+    return _empty(features, ld) if ld == batch else _empty(features, ld)[:, :batch]
 
 
 def _empty(*shape: int) -> Tensor:

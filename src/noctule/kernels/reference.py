@@ -46,12 +46,17 @@ def spmm_t(topology: Topology, values: Tensor, dy_OB: Tensor) -> Tensor:
 
 def sddmm(topology: Topology, dy_OB: Tensor, x_IB: Tensor) -> Tensor:
     """See `noctule.kernels.sddmm`."""
+    return gradients(topology, dy_OB, x_IB, False)[0]
+
+
+def gradients(topology: Topology, dy_OB: Tensor, x_IB: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+    """See `noctule.kernels.gradients`."""
     rows, columns = topology.rows(), topology.columns.to(torch.int64)
     dy, x = dy_OB.to(_sum_dtype(dy_OB)), x_IB.to(_sum_dtype(x_IB))
     dvalues = torch.empty(topology.size, dtype=dy.dtype, device=dy.device)
     for part in _chunks(topology.size, dy.shape[1]):
         dvalues[part] = (dy[rows[part]] * x[columns[part]]).sum(1)
-    return dvalues.to(dy_OB.dtype)
+    return dvalues.to(dy_OB.dtype), dy.sum(1).to(dy_OB.dtype) if bias else None
 
 
 def epilogue_backward(dy_OB: Tensor, kept: Kept, bias: bool) -> tuple[Tensor, Tensor | None]:

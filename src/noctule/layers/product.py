@@ -43,14 +43,16 @@ class SparseProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_BO: Tensor) -> tuple[Tensor | None, ...]:
         """The three gradients; whoever watches is shown what they are made of."""
-        x_IB, values, positive, kept = ctx.saved_tensors
+        x_IB, values, positive, kept_bits = ctx.saved_tensors
         needs_x, needs_values, needs_bias, *_ = ctx.needs_input_grad
         topology = ctx.topology
         dy_OB = kernels.feature_major(dy_BO)
-        dz_OB, dbias = kernels.epilogue_backward(
-            dy_OB, Kept(ctx.epilogue, positive, kept), bias=ctx.has_bias and needs_bias
-        )
-        dvalues = kernels.sddmm(topology, dz_OB, x_IB) if needs_values else None
+        needs_bias = needs_bias and ctx.has_bias
+        kept = Kept(ctx.epilogue, positive, kept_bits)
+        dz_OB, dbias = kernels.epilogue_backward(dy_OB, kept, bias=needs_bias and not needs_values)
+        dvalues = None
+        if needs_values:
+            dvalues, dbias = kernels.gradients(topology, dz_OB, x_IB, bias=needs_bias)
         dx_BI = kernels.spmm_t(topology, values, dz_OB).t() if needs_x else None
         if ctx.watch is not None:
             ctx.watch(dz_OB, x_IB)
@@ -99,8 +101,8 @@ def compiled_backward(
     """dx (I, B), dvalues (N,), dbias (O,)."""
     topology: Topology = named(handle)
     state = Kept(Epilogue(slope, dropout), positive if slope != 1.0 else None, kept if dropout > 0.0 else None)
-    dz_OB, dbias = kernels.epilogue_backward(dy_OB, state, bias=True)
-    dvalues = kernels.sddmm(topology, dz_OB, kernels.feature_major(x_BI))
+    dz_OB, _ = kernels.epilogue_backward(dy_OB, state, bias=False)
+    dvalues, dbias = kernels.gradients(topology, dz_OB, kernels.feature_major(x_BI), bias=True)
     assert dbias is not None
     return kernels.spmm_t(topology, values, dz_OB).contiguous(), dvalues, dbias
 
