@@ -15,7 +15,7 @@ test: $(VENV)/installed
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check src tests
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_public.py
