@@ -73,7 +73,7 @@ def fashion(
             for row in everyone:
                 try:
                     workers.prepare(row.name, row.process, build_chunk, row, recipe, steps)
-                except Exception as error:
+                except Exception as error:  # other libraries raise anything; their row says it, ours still raises
                     if row.process is ROWS["noctule"].process:
                         raise
                     failed[row.name] = str(error)

@@ -122,7 +122,7 @@ class _Bench:
             for layout in layouts_of(c):
                 try:
                     self.workers.prepare(f"{c.name}, {layout}", c.process, build, c, size, density, self.batch, layout)
-                except Exception as error:
+                except Exception as error:  # other libraries raise anything; their row says it, ours still raises
                     if c is NOCTULE:
                         raise
                     failed[c, layout] = str(error)

@@ -48,7 +48,7 @@ def memory(
         with Workers(threads) as workers:  # a fresh process for each
             try:
                 held[row.name] = workers.run(row.process, weigh, row, recipe, steps)
-            except Exception as error:
+            except Exception as error:  # other libraries raise anything; their row says it, ours still raises
                 if row.process is ROWS["noctule"].process:
                     raise
                 held[row.name] = {"error": str(error)}
