@@ -1,6 +1,7 @@
 // What every instruction set provides, as plain structs and one table of functions.
 //
 // All matrices are feature-major: a row is a feature, the batch is contiguous within it, `ld` floats lie between rows.
+// Rows may overlap: the rows of an image, shifted by the places of a kernel, are the rows of a matrix that is never made.
 #pragma once
 #include <cstdint>
 
@@ -18,6 +19,14 @@ struct Pattern {
 struct Matrix {
     float* data;
     int64_t ld;
+    int64_t step;  // from one line to the next
+};
+
+// The columns of a product: several lines of so many each. A linear layer has one line, its batch; a convolution one for each
+// row of an image.
+struct Lines {
+    int64_t columns;
+    int64_t count;
 };
 
 // What happens to a row of the product while it is in registers: bias, two-slope activation, dropout.
@@ -27,16 +36,26 @@ struct Epilogue {
     float scale;        // of what dropout keeps
     uint32_t drop_below;  // drop where the random word is below; 0: no dropout
     uint64_t seed;
-    uint8_t* positive;  // (rows, bits_ld) bits of z > 0, or null: not kept
+    uint8_t* positive;  // (rows, bits_ld) bits of z > 0, or null: not kept; a line begins with a byte of its own
     uint8_t* kept;      // (rows, bits_ld) bits of what dropout kept, or null
     int64_t bits_ld;
 };
 
+// y (C, SH, SW, H, W, B), contiguous but for the channels, gets x (B, C, rows, columns) of any strides with zeros round it:
+// y[c, p, q, h, w] = x[c, h * SH + p - top, w * SW + q - left]. With SH = SW = 1 it is a padded copy.
+struct Place {
+    const float* x;
+    int64_t x_batch, x_channel, x_row, x_column;  // strides
+    int64_t rows, columns, top, left;
+    float* y;
+    int64_t y_channel, channels, phases_high, phases_wide, high, wide, batch;
+};
+
 template <class Ptr, class Col>
 struct Products {
-    void (*spmm)(const Pattern<Ptr, Col>&, const float* values, Matrix x, Matrix y, int64_t batch, const Epilogue&, int threads);
+    void (*spmm)(const Pattern<Ptr, Col>&, const float* values, Matrix x, Matrix y, Lines, const Epilogue&, int threads);
     // dvalues at the places of dy x^T; dbias = sums of the rows of dy, which are in registers anyway, or null.
-    void (*sddmm)(const Pattern<Ptr, Col>&, Matrix dy, Matrix x, float* dvalues, float* dbias, int64_t batch, int threads);
+    void (*sddmm)(const Pattern<Ptr, Col>&, Matrix dy, Matrix x, float* dvalues, float* dbias, Lines, int threads);
 };
 
 struct Kernels {
@@ -46,6 +65,8 @@ struct Kernels {
     Products<int64_t, int32_t> p64c32;
     // dz = dy through activation and dropout (dz.data null: only the sums); dbias = sums of the rows, or null.
     void (*epilogue_backward)(Matrix dy, Matrix dz, float* dbias, int64_t rows, int64_t batch, const Epilogue&, int threads);
+    // An image with a border of zeros, cut into phases; see `Place`.
+    void (*place)(const Place&, int threads);
     // y (columns, rows) = x (rows, columns) transposed.
     void (*transpose)(Matrix x, Matrix y, int64_t rows, int64_t columns, int threads);
     // y = x, row by row.

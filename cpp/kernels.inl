@@ -71,17 +71,20 @@ struct SpmmTask {
     const Pattern<Ptr, Col>& pattern;
     const float* values;
     Matrix x, y;
+    Lines lines;
     const Epilogue& epilogue;
 };
 
-// Rows [begin, end) of Y = W X over the columns [at, at + n) of the batch, n <= NV * W; only the last vector is ragged.
+// Rows [begin, end) of Y = W X over the columns [at, at + n) of a line, n <= NV * W; only the last vector is ragged.
 template <bool Slots, int NV, bool Ragged, class Ptr, class Col>
-void spmm_tile(const SpmmTask<Ptr, Col>& task, int64_t begin, int64_t end, int64_t at, int64_t n) {
+void spmm_tile(const SpmmTask<Ptr, Col>& task, int64_t begin, int64_t end, int64_t line, int64_t at, int64_t n) {
     const auto& p = task.pattern;
     const auto& e = task.epilogue;
     const int last = static_cast<int>(n - (NV - 1) * W);
     const Tail tail = Lanes::tail(Ragged ? last : 0);
-    const float* const x = task.x.data + at;
+    const float* const x = task.x.data + line * task.x.step + at;
+    float* const y = task.y.data + line * task.y.step + at;
+    const int64_t first_bits = line * ((task.lines.columns + 7) / 8) + at / 8, position = line * task.lines.columns + at;
     const int64_t stored = p.row_ptr[p.rows];
     for (int64_t row = begin; row < end; ++row) {
         Float sum[NV];
@@ -104,7 +107,7 @@ void spmm_tile(const SpmmTask<Ptr, Col>& task, int64_t begin, int64_t end, int64
             for (int v = 0; v < NV; ++v) {
                 const uint32_t bits = Lanes::positive(sum[v]);
                 sum[v] = Lanes::select(bits, sum[v], Lanes::mul(sum[v], slope));
-                if (e.positive) store_bits(e.positive + row * e.bits_ld + (at + v * W) / 8, bits, Ragged && v == NV - 1 ? last : W);
+                if (e.positive) store_bits(e.positive + row * e.bits_ld + first_bits + v * W / 8, bits, Ragged && v == NV - 1 ? last : W);
             }
         }
         if (e.drop_below) {
@@ -112,12 +115,12 @@ void spmm_tile(const SpmmTask<Ptr, Col>& task, int64_t begin, int64_t end, int64
             const Float scale = Lanes::broadcast(e.scale);
             const Word below = Lanes::words(e.drop_below);
             for (int v = 0; v < NV; ++v) {
-                const uint32_t bits = Lanes::at_least(random(at + v * W), below);
+                const uint32_t bits = Lanes::at_least(random(position + v * W), below);
                 sum[v] = Lanes::select(bits, Lanes::mul(sum[v], scale), Lanes::zero());
-                if (e.kept) store_bits(e.kept + row * e.bits_ld + (at + v * W) / 8, bits, Ragged && v == NV - 1 ? last : W);
+                if (e.kept) store_bits(e.kept + row * e.bits_ld + first_bits + v * W / 8, bits, Ragged && v == NV - 1 ? last : W);
             }
         }
-        float* const to = task.y.data + row * task.y.ld + at;
+        float* const to = y + row * task.y.ld;
         for (int v = 0; v < NV - 1; ++v) Lanes::store(to + v * W, sum[v]);
         if (Ragged) Lanes::store(to + (NV - 1) * W, sum[NV - 1], tail);
         else Lanes::store(to + (NV - 1) * W, sum[NV - 1]);
@@ -125,55 +128,57 @@ void spmm_tile(const SpmmTask<Ptr, Col>& task, int64_t begin, int64_t end, int64
 }
 
 template <bool Slots, int NV, class Ptr, class Col>
-void spmm_last(const SpmmTask<Ptr, Col>& task, int64_t begin, int64_t end, int64_t at, int64_t n) {
+void spmm_last(const SpmmTask<Ptr, Col>& task, int64_t begin, int64_t end, int64_t line, int64_t at, int64_t n) {
     if constexpr (NV > 1) {
-        if (n <= (NV - 1) * W) return spmm_last<Slots, NV - 1>(task, begin, end, at, n);
+        if (n <= (NV - 1) * W) return spmm_last<Slots, NV - 1>(task, begin, end, line, at, n);
     }
-    if (n == NV * W) spmm_tile<Slots, NV, false>(task, begin, end, at, n);
-    else spmm_tile<Slots, NV, true>(task, begin, end, at, n);
+    if (n == NV * W) spmm_tile<Slots, NV, false>(task, begin, end, line, at, n);
+    else spmm_tile<Slots, NV, true>(task, begin, end, line, at, n);
 }
 
 template <bool Slots, class Ptr, class Col>
-void spmm_part(const SpmmTask<Ptr, Col>& task, int64_t batch, int part, int parts) {
+void spmm_part(const SpmmTask<Ptr, Col>& task, int part, int parts) {
     constexpr int NV = Lanes::spmm_vectors;
     const auto& p = task.pattern;
     const int64_t begin = first_row(p.row_ptr, p.rows, part, parts), end = first_row(p.row_ptr, p.rows, part + 1, parts);
-    for (int64_t at = 0; at < batch; at += NV * W) {
-        const int64_t n = batch - at < NV * W ? batch - at : NV * W;
-        spmm_last<Slots, NV>(task, begin, end, at, n);
-    }
+    const int64_t columns = task.lines.columns;
+    for (int64_t line = 0; line < task.lines.count; ++line)
+        for (int64_t at = 0; at < columns; at += NV * W) {
+            const int64_t n = columns - at < NV * W ? columns - at : NV * W;
+            spmm_last<Slots, NV>(task, begin, end, line, at, n);
+        }
 }
 
 template <class Ptr, class Col>
-void spmm(const Pattern<Ptr, Col>& pattern, const float* values, Matrix x, Matrix y, int64_t batch, const Epilogue& epilogue,
+void spmm(const Pattern<Ptr, Col>& pattern, const float* values, Matrix x, Matrix y, Lines lines, const Epilogue& epilogue,
           int threads) {
-    const SpmmTask<Ptr, Col> task{pattern, values, x, y, epilogue};
+    const SpmmTask<Ptr, Col> task{pattern, values, x, y, lines, epilogue};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const int part = omp_get_thread_num(), parts = omp_get_num_threads();
-        if (pattern.slots) spmm_part<true>(task, batch, part, parts);
-        else spmm_part<false>(task, batch, part, parts);
+        if (pattern.slots) spmm_part<true>(task, part, parts);
+        else spmm_part<false>(task, part, parts);
     }
 }
 
-// dvalues[k] (+)= dy[row(k)] . x[column(k)] over n columns of the batch from `at` on; the first tile sets, the others add.
+// dvalues[k] (+)= dy[row(k)] . x[column(k)] over n columns from `dy` and `x` on; the first tile sets, the others add.
 template <int NV, bool Ragged, class Ptr, class Col>
-void sddmm_tile(const Pattern<Ptr, Col>& p, Matrix dy, Matrix xs, float* dvalues, float* dbias, int64_t begin, int64_t end, int64_t at, int64_t n) {
+void sddmm_tile(const Pattern<Ptr, Col>& p, Matrix dy, Matrix xs, float* dvalues, float* dbias, int64_t begin, int64_t end, bool add, int64_t n) {
     const Tail tail = Lanes::tail(Ragged ? static_cast<int>(n - (NV - 1) * W) : 0);
-    const float* const x = xs.data + at;
+    const float* const x = xs.data;
     const int64_t stored = p.row_ptr[p.rows];
     for (int64_t row = begin; row < end; ++row) {
         int64_t k = p.row_ptr[row];
         const int64_t stop = p.row_ptr[row + 1];
         if (k == stop && !dbias) continue;
-        const float* const d = dy.data + row * dy.ld + at;
+        const float* const d = dy.data + row * dy.ld;
         Float g[NV];
         for (int v = 0; v < NV - 1; ++v) g[v] = Lanes::load(d + v * W);
         g[NV - 1] = Ragged ? Lanes::load(d + (NV - 1) * W, tail) : Lanes::load(d + (NV - 1) * W);
         if (dbias) {
             Float total = g[0];
             for (int v = 1; v < NV; ++v) total = Lanes::add(total, g[v]);
-            dbias[row] = at ? dbias[row] + Lanes::sum(total) : Lanes::sum(total);
+            dbias[row] = add ? dbias[row] + Lanes::sum(total) : Lanes::sum(total);
         }
         const auto dot = [&](int64_t place) {
             const float* const from = x + static_cast<int64_t>(p.columns[place]) * xs.ld;
@@ -190,7 +195,7 @@ void sddmm_tile(const Pattern<Ptr, Col>& p, Matrix dy, Matrix xs, float* dvalues
             Float s[W];
             for (int j = 0; j < W; ++j) s[j] = dot(k + j);
             Float total = Lanes::sums(s);
-            if (at) total = Lanes::add(total, Lanes::load(dvalues + k));
+            if (add) total = Lanes::add(total, Lanes::load(dvalues + k));
             Lanes::store(dvalues + k, total);
         }
         for (; k < stop; k += 4) {
@@ -199,35 +204,38 @@ void sddmm_tile(const Pattern<Ptr, Col>& p, Matrix dy, Matrix xs, float* dvalues
             for (int64_t j = 0; j < 4; ++j) s[j] = j < left ? dot(k + j) : Lanes::zero();
             float total[4];
             Lanes::four_sums(s, total);
-            for (int64_t j = 0; j < left; ++j) dvalues[k + j] = at ? dvalues[k + j] + total[j] : total[j];
+            for (int64_t j = 0; j < left; ++j) dvalues[k + j] = add ? dvalues[k + j] + total[j] : total[j];
         }
     }
 }
 
 template <int NV, class Ptr, class Col>
-void sddmm_last(const Pattern<Ptr, Col>& p, Matrix dy, Matrix x, float* dvalues, float* dbias, int64_t begin, int64_t end, int64_t at, int64_t n) {
+void sddmm_last(const Pattern<Ptr, Col>& p, Matrix dy, Matrix x, float* dvalues, float* dbias, int64_t begin, int64_t end, bool add, int64_t n) {
     if constexpr (NV > 1) {
-        if (n <= (NV - 1) * W) return sddmm_last<NV - 1>(p, dy, x, dvalues, dbias, begin, end, at, n);
+        if (n <= (NV - 1) * W) return sddmm_last<NV - 1>(p, dy, x, dvalues, dbias, begin, end, add, n);
     }
-    if (n == NV * W) sddmm_tile<NV, false>(p, dy, x, dvalues, dbias, begin, end, at, n);
-    else sddmm_tile<NV, true>(p, dy, x, dvalues, dbias, begin, end, at, n);
+    if (n == NV * W) sddmm_tile<NV, false>(p, dy, x, dvalues, dbias, begin, end, add, n);
+    else sddmm_tile<NV, true>(p, dy, x, dvalues, dbias, begin, end, add, n);
 }
 
 template <class Ptr, class Col>
-void sddmm(const Pattern<Ptr, Col>& p, Matrix dy, Matrix x, float* dvalues, float* dbias, int64_t batch, int threads) {
+void sddmm(const Pattern<Ptr, Col>& p, Matrix dy, Matrix x, float* dvalues, float* dbias, Lines lines, int threads) {
     constexpr int NV = Lanes::sddmm_vectors;
-    if (batch == 0)
+    const bool empty = lines.columns == 0 || lines.count == 0;
+    if (empty)
         for (int64_t k = 0; k < p.row_ptr[p.rows]; ++k) dvalues[k] = 0.0f;
-    if (batch == 0 && dbias)
+    if (empty && dbias)
         for (int64_t row = 0; row < p.rows; ++row) dbias[row] = 0.0f;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const int part = omp_get_thread_num(), parts = omp_get_num_threads();
         const int64_t begin = first_row(p.row_ptr, p.rows, part, parts), end = first_row(p.row_ptr, p.rows, part + 1, parts);
-        for (int64_t at = 0; at < batch; at += NV * W) {
-            const int64_t n = batch - at < NV * W ? batch - at : NV * W;
-            sddmm_last<NV>(p, dy, x, dvalues, dbias, begin, end, at, n);
-        }
+        for (int64_t line = 0; line < lines.count; ++line)
+            for (int64_t at = 0; at < lines.columns; at += NV * W) {
+                const int64_t n = lines.columns - at < NV * W ? lines.columns - at : NV * W;
+                const Matrix d{dy.data + line * dy.step + at, dy.ld, 0}, from{x.data + line * x.step + at, x.ld, 0};
+                sddmm_last<NV>(p, d, from, dvalues, dbias, begin, end, line || at, n);
+            }
     }
 }
 
@@ -250,6 +258,55 @@ void epilogue_backward(Matrix dy, Matrix dz, float* dbias, int64_t rows, int64_t
             else Lanes::store(to + at, g);
         }
         if (dbias) dbias[row] = Lanes::sum(total);
+    }
+}
+
+// One row of an image: `wide` places of `batch` floats, those from `first` to `last` (excluded) from x, the others zero.
+void place_row(const Place& p, const float* x, int64_t x_column, float* y, int64_t first, int64_t last) {
+    const int64_t batch = p.batch;
+    if (first > 0) std::memset(y, 0, sizeof(float) * static_cast<size_t>(first * batch));
+    if (last < p.wide) std::memset(y + last * batch, 0, sizeof(float) * static_cast<size_t>((p.wide - last) * batch));
+    if (last <= first) return;
+    float* const to = y + first * batch;
+    const int64_t n = last - first;
+    if (p.x_batch == 1 || batch == 1) {
+        if (x_column == batch) std::memcpy(to, x, sizeof(float) * static_cast<size_t>(n * batch));
+        else
+            for (int64_t i = 0; i < n; ++i)
+                for (int64_t b = 0; b < batch; ++b) to[i * batch + b] = x[i * x_column + b];
+        return;
+    }
+    int64_t i = 0;
+    if (x_column == 1)
+        for (; i + W <= n; i += W) {
+            int64_t b = 0;
+            for (; b + W <= batch; b += W) Lanes::transpose(x + b * p.x_batch + i, p.x_batch, to + i * batch + b, batch);
+            for (; b < batch; ++b)
+                for (int64_t j = i; j < i + W; ++j) to[j * batch + b] = x[b * p.x_batch + j];
+        }
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t j = i; j < n; ++j) to[j * batch + b] = x[b * p.x_batch + j * x_column];
+}
+
+void place(const Place& p, int threads) {
+    const int64_t phases = p.phases_high * p.phases_wide, rows = p.channels * phases * p.high;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t h = r % p.high, phase = r / p.high;
+        const int64_t q = phase % p.phases_wide, i = phase % phases / p.phases_wide, c = phase / phases;
+        const int64_t row = h * p.phases_high + i - p.top;
+        // the places whose column w * SW + q - left lies in the image
+        int64_t first = 0, last = 0;
+        if (row >= 0 && row < p.rows) {
+            const int64_t skip = p.left - q;
+            first = skip > 0 ? (skip + p.phases_wide - 1) / p.phases_wide : 0;
+            last = (p.columns - 1 + p.left - q) / p.phases_wide + 1;
+            if (p.columns - 1 + p.left - q < 0) last = 0;
+            if (last > p.wide) last = p.wide;
+            if (first > last) first = last;
+        }
+        const float* const x = p.x + c * p.x_channel + row * p.x_row + (first * p.phases_wide + q - p.left) * p.x_column;
+        place_row(p, x, p.x_column * p.phases_wide, p.y + c * p.y_channel + (phase % phases * p.high + h) * p.wide * p.batch, first, last);
     }
 }
 
@@ -279,8 +336,8 @@ Products<Ptr, Col> products() {
 
 Kernels table() {
     return {products<int32_t, uint16_t>(), products<int32_t, int32_t>(), products<int64_t, uint16_t>(),
-            products<int64_t, int32_t>(),  epilogue_backward,            transpose,
-            copy_rows};
+            products<int64_t, int32_t>(),  epilogue_backward,            place,
+            transpose,                    copy_rows};
 }
 
 }  // namespace

@@ -59,7 +59,7 @@ void use_instruction_set(const std::string& name) {
     throw std::invalid_argument("this machine cannot run the instruction set '" + name + "'; see instruction_sets()");
 }
 
-Matrix matrix(Address data, int64_t ld) { return {reinterpret_cast<float*>(data), ld}; }
+Matrix matrix(Address data, int64_t ld, int64_t step = 0) { return {reinterpret_cast<float*>(data), ld, step}; }
 
 template <class T>
 T* pointer(Address address) {
@@ -77,7 +77,8 @@ void with_types(int pointer_bytes, int column_bytes, F&& f) {
 }
 
 void spmm(int64_t rows, int pointer_bytes, int column_bytes, Address row_ptr, Address columns, Address slots, Address values,
-          Address x, int64_t x_ld, Address y, int64_t y_ld, int64_t batch, int threads, Address bias, float slope,
+          Address x, int64_t x_ld, int64_t x_step, Address y, int64_t y_ld, int64_t y_step, int64_t columns_of_line, int64_t lines,
+          int threads, Address bias, float slope,
           uint32_t drop_below, float scale, uint64_t seed, Address positive, Address kept, int64_t bits_ld) {
     const Epilogue epilogue{pointer<const float>(bias), slope, scale, drop_below, seed, pointer<uint8_t>(positive),
                             pointer<uint8_t>(kept), bits_ld};
@@ -86,19 +87,21 @@ void spmm(int64_t rows, int pointer_bytes, int column_bytes, Address row_ptr, Ad
         using Ptr = decltype(p);
         using Col = decltype(c);
         const Pattern<Ptr, Col> pattern{rows, pointer<const Ptr>(row_ptr), pointer<const Col>(columns), pointer<const Ptr>(slots)};
-        kernels.products(p, c).spmm(pattern, pointer<const float>(values), matrix(x, x_ld), matrix(y, y_ld), batch, epilogue, threads);
+        kernels.products(p, c).spmm(pattern, pointer<const float>(values), matrix(x, x_ld, x_step), matrix(y, y_ld, y_step),
+                                    Lines{columns_of_line, lines}, epilogue, threads);
     });
 }
 
 void sddmm(int64_t rows, int pointer_bytes, int column_bytes, Address row_ptr, Address columns, Address dy, int64_t dy_ld,
-           Address x, int64_t x_ld, Address dvalues, Address dbias, int64_t batch, int threads) {
+           int64_t dy_step, Address x, int64_t x_ld, int64_t x_step, Address dvalues, Address dbias, int64_t columns_of_line,
+           int64_t lines, int threads) {
     nb::gil_scoped_release release;
     with_types(pointer_bytes, column_bytes, [&](auto p, auto c) {
         using Ptr = decltype(p);
         using Col = decltype(c);
         const Pattern<Ptr, Col> pattern{rows, pointer<const Ptr>(row_ptr), pointer<const Col>(columns), nullptr};
-        kernels.products(p, c).sddmm(pattern, matrix(dy, dy_ld), matrix(x, x_ld), pointer<float>(dvalues), pointer<float>(dbias),
-                                     batch, threads);
+        kernels.products(p, c).sddmm(pattern, matrix(dy, dy_ld, dy_step), matrix(x, x_ld, x_step), pointer<float>(dvalues),
+                                     pointer<float>(dbias), Lines{columns_of_line, lines}, threads);
     });
 }
 
@@ -107,6 +110,15 @@ void epilogue_backward(Address dy, int64_t dy_ld, Address dz, int64_t dz_ld, Add
     const Epilogue epilogue{nullptr, slope, scale, 0, 0, pointer<uint8_t>(positive), pointer<uint8_t>(kept), bits_ld};
     nb::gil_scoped_release release;
     kernels.epilogue_backward(matrix(dy, dy_ld), matrix(dz, dz_ld), pointer<float>(dbias), rows, batch, epilogue, threads);
+}
+
+void place(Address x, int64_t x_batch, int64_t x_channel, int64_t x_row, int64_t x_column, int64_t rows, int64_t columns,
+           int64_t top, int64_t left, Address y, int64_t y_channel, int64_t channels, int64_t phases_high, int64_t phases_wide, int64_t high,
+           int64_t wide, int64_t batch, int threads) {
+    const Place task{pointer<const float>(x), x_batch, x_channel, x_row, x_column, rows, columns, top, left, pointer<float>(y),
+                     y_channel, channels, phases_high, phases_wide, high, wide, batch};
+    nb::gil_scoped_release release;
+    kernels.place(task, threads);
 }
 
 void transpose(Address x, int64_t x_ld, Address y, int64_t y_ld, int64_t rows, int64_t columns, int threads) {
@@ -129,6 +141,7 @@ NB_MODULE(_native, m) {
     m.def("spmm", &spmm);
     m.def("sddmm", &sddmm);
     m.def("epilogue_backward", &epilogue_backward);
+    m.def("place", &place);
     m.def("transpose", &transpose);
     m.def("copy_rows", &copy_rows);
 }

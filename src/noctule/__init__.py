@@ -21,6 +21,7 @@ _HOME = {
     "Rewire": "rewire",
     "RunFolder": "report",
     "Session": "method",
+    "SparseConv2d": "layers",
     "SparseLinear": "layers",
     "ToDense": "layers",
     "ToSparse": "layers",
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from noctule.convert import Conversion, convert_
     from noctule.data import Batches, Dataset
     from noctule.decay import Decay
-    from noctule.layers import AllReLU, FuseEpilogue, SparseLinear, ToDense, ToSparse
+    from noctule.layers import AllReLU, FuseEpilogue, SparseConv2d, SparseLinear, ToDense, ToSparse
     from noctule.loop import evaluate, fit
     from noctule.measure import footprint
     from noctule.method import Method, Session, attach

@@ -1,10 +1,11 @@
 """How many of the allowed weights each layer gets."""
 
 from collections.abc import Callable, Sequence
+from math import prod
 
-Shape = tuple[int, int]
+Shape = tuple[int, ...]
 Budget = Callable[[Sequence[Shape], int], list[int]]
-"""Shapes (O, I) of the layers and the total number of weights -> weights of each layer."""
+"""Shapes of the layers' weights, (O, I) or (O, C, KH, KW), and the total number of weights -> weights of each layer."""
 
 
 def uniform(shapes: Sequence[Shape], weights: int) -> list[int]:
@@ -13,21 +14,23 @@ def uniform(shapes: Sequence[Shape], weights: int) -> list[int]:
     >>> uniform([(10, 10), (10, 30)], 40)
     [10, 30]
     """
-    return _share(shapes, weights, [float(o * i) for o, i in shapes])
+    return _share(shapes, weights, [float(prod(shape)) for shape in shapes])
 
 
 def erdos_renyi(shapes: Sequence[Shape], weights: int) -> list[int]:
     """In proportion to O + I: small layers get denser, and full ones pass the rest on (Mocanu et al. 2018, arXiv 1707.04780).
 
+    Kernels count with all their sides, O + C + KH + KW (Evci et al. 2020, arXiv 1911.11134).
+
     >>> erdos_renyi([(1000, 784), (1000, 1000), (1000, 1000), (10, 1000)], 125_685)
     [35681, 40002, 40002, 10000]
     """
-    return _share(shapes, weights, [float(o + i) for o, i in shapes])
+    return _share(shapes, weights, [float(sum(shape)) for shape in shapes])
 
 
 def _share(shapes: Sequence[Shape], weights: int, claims: list[float]) -> list[int]:
     """Shares in proportion to the claims, none above its places, which add up to ``weights``; a layer with places gets one."""
-    places = [o * i for o, i in shapes]
+    places = [prod(shape) for shape in shapes]
     if not 0 <= weights <= sum(places):
         raise ValueError(f"{weights} weights do not fit into the {sum(places)} places of layers {list(shapes)}")
     if weights < sum(p > 0 for p in places):

@@ -13,7 +13,7 @@ from typing import Any
 from noctule.errors import NoctuleError, UsageError
 from noctule.signature import Parser, add_options, from_json, nearest
 
-BENCHMARKS = ("layers", "fashion", "memory", "accuracy")
+BENCHMARKS = ("layers", "convolution", "fashion", "memory", "accuracy", "original")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

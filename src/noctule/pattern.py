@@ -3,21 +3,31 @@
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from noctule.topology import Topology
 
-Pattern = Callable[[nn.Linear, int, torch.Generator | None], Topology]
+Pattern = Callable[[nn.Module, int, torch.Generator | None], Topology]
 """A dense layer and a number of weights -> the places that stay."""
 
 
-def anywhere(linear: nn.Linear, weights: int, generator: torch.Generator | None = None) -> Topology:
+def anywhere(layer: nn.Module, weights: int, generator: torch.Generator | None = None) -> Topology:
     """Random places, each equally likely, whatever the weights are."""
-    shape = (linear.out_features, linear.in_features)
-    return Topology.random(shape, weights, generator=generator).to(linear.weight.device)
+    weight_OI = _matrix(layer)
+    return Topology.random(_shape(weight_OI), weights, generator=generator).to(weight_OI.device)
 
 
-def largest(linear: nn.Linear, weights: int, generator: torch.Generator | None = None) -> Topology:
+def largest(layer: nn.Module, weights: int, generator: torch.Generator | None = None) -> Topology:
     """The places of the largest |weight|."""
-    keys = linear.weight.detach().abs().flatten().topk(weights).indices.sort().values
-    return Topology.from_keys((linear.out_features, linear.in_features), keys)
+    weight_OI = _matrix(layer)
+    return Topology.from_keys(_shape(weight_OI), weight_OI.flatten().abs().topk(weights).indices.sort().values)
+
+
+def _matrix(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().flatten(1)
+
+
+def _shape(weight_OI: Tensor) -> tuple[int, int]:
+    return weight_OI.shape[0], weight_OI.shape[1]

@@ -7,7 +7,7 @@ import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 from weakref import WeakValueDictionary
 
 import torch
@@ -27,6 +27,26 @@ class Transposed(NamedTuple):
     row_ptr: Tensor
     columns: Tensor
     slots: Tensor
+    sources: int
+    """How many columns there are."""
+
+
+class Places(Protocol):
+    """What a product is taken over: rows of a matrix, each with the columns it holds; place k has value k.
+
+    It has ``shape``, ``row_ptr`` and ``columns`` like a `Topology`, which is one; a convolution's shifted rows of an image are
+    another.
+    """
+
+    shape: tuple[int, int]
+    row_ptr: Tensor
+    columns: Tensor
+    size: int
+
+    @property
+    def transposed(self) -> Transposed:
+        """The same places, for the way back."""
+        ...
 
 
 class Topology:
@@ -46,6 +66,8 @@ class Topology:
         self.columns = columns
         self.size = columns.numel()
         self._transposed: Transposed | None = None
+        self.derived: dict[Any, Any] = {}
+        """Indices that others made of these places and that live as long as they, each with ``nbytes``."""
         serial = next(_serial)
         self.handle = torch.tensor(serial, device="cpu")
         _alive[serial] = self
@@ -60,7 +82,7 @@ class Topology:
         counts = torch.bincount(rows, minlength=out_features)
         row_ptr = torch.zeros(out_features + 1, dtype=_pointer_dtype(keys.numel()), device=keys.device)
         row_ptr[1:] = counts.cumsum(0)
-        columns = (keys - rows * in_features).to(_column_dtype(in_features))
+        columns = (keys - rows * in_features).to(column_dtype(in_features))
         return cls((out_features, in_features), row_ptr, columns)
 
     @classmethod
@@ -112,7 +134,8 @@ class Topology:
     @property
     def nbytes(self) -> int:
         """Bytes of all index arrays, derived ones included where they exist."""
-        return sum(t.nbytes for t in (self.row_ptr, self.columns, *(self._transposed or ())))
+        arrays = (self.row_ptr, self.columns, *(self._transposed or ())[:3], *self.derived.values())
+        return sum(array.nbytes for array in arrays)
 
     def rows(self) -> Tensor:
         """The row of each place (N,), int64."""
@@ -131,8 +154,8 @@ class Topology:
             slots = torch.argsort(columns, stable=True)
             row_ptr = torch.zeros(self.shape[1] + 1, dtype=self.row_ptr.dtype, device=self.device)
             row_ptr[1:] = torch.bincount(columns, minlength=self.shape[1]).cumsum(0)
-            rows = self.rows()[slots].to(_column_dtype(self.shape[0]))
-            self._transposed = Transposed(row_ptr, rows, slots.to(self.row_ptr.dtype))
+            rows = self.rows()[slots].to(column_dtype(self.shape[0]))
+            self._transposed = Transposed(row_ptr, rows, slots.to(self.row_ptr.dtype), self.shape[0])
         return self._transposed
 
     def missing(self, count: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -324,7 +347,8 @@ def _pointer_dtype(size: int) -> torch.dtype:
     return torch.int32 if size < 2**31 else torch.int64
 
 
-def _column_dtype(features: int) -> torch.dtype:
+def column_dtype(features: int) -> torch.dtype:
+    """The smallest type that holds the index of a column."""
     return torch.uint16 if features <= 2**16 else torch.int32
 
 

@@ -252,8 +252,8 @@ def test_nothing_is_written_beside_the_results(instruction_set, batch):
     positive, kept = torch.full((2, rows + 1, bits_ld), 0xAA, dtype=torch.uint8)
     with running(instruction_set):
         module.spmm(
-            rows, 4, 2, row_ptr.data_ptr(), columns.data_ptr(), 0, values.data_ptr(), x.data_ptr(), batch, y.data_ptr(),
-            batch + 9, batch, 1, 0, 0.5, 1 << 31, 2.0, 5, positive.data_ptr(), kept.data_ptr(), bits_ld,
+            rows, 4, 2, row_ptr.data_ptr(), columns.data_ptr(), 0, values.data_ptr(), x.data_ptr(), batch, 0,
+            y.data_ptr(), batch + 9, 0, batch, 1, 1, 0, 0.5, 1 << 31, 2.0, 5, positive.data_ptr(), kept.data_ptr(), bits_ld,
         )  # fmt: skip
         assert (y[:rows, batch:] == guard).all()
         assert (y[rows] == guard).all()
@@ -271,8 +271,8 @@ def test_nothing_is_written_beside_the_results(instruction_set, batch):
         assert dbias[rows] == guard
         dbias.fill_(guard)
         module.sddmm(
-            rows, 4, 2, row_ptr.data_ptr(), columns.data_ptr(), dy.data_ptr(), batch, x.data_ptr(), batch,
-            dvalues.data_ptr(), dbias.data_ptr(), batch, 1,
+            rows, 4, 2, row_ptr.data_ptr(), columns.data_ptr(), dy.data_ptr(), batch, 0, x.data_ptr(), batch,
+            0, dvalues.data_ptr(), dbias.data_ptr(), batch, 1, 1,
         )  # fmt: skip
         assert dbias[rows] == guard
         assert (dvalues[stored:] == guard).all()

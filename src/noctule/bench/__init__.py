@@ -1,1 +1,1 @@
-"""The benchmarks as programs: `layers`, `fashion` and `memory`, each beside dense layers and the other sparse libraries."""
+"""The benchmarks as programs, each beside dense layers and the other sparse libraries."""

@@ -1,7 +1,5 @@
 """What sparsity costs in accuracy: paired trainings of the recipe, the test set read once by each."""
 
-import math
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -11,14 +9,13 @@ from typing import Any
 import torch
 
 from noctule.bench import program
+from noctule.bench.paired import interval
 from noctule.recipes import sparse_mlp
 from noctule.report import RunFolder
 
 PARTS = ("dense", "static", "original")
 WITHIN_DENSE_POINTS = 0.5
 ORIGINAL_LEAST = 0.855
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Student's t for a two-sided 95 % interval of the mean of so many pairs."""
 
 
 def accuracy(
@@ -77,7 +74,7 @@ def accuracy(
                     epochs=epochs,
                     **_pair(pairs[-1], "sparse", "dense"),
                 )
-            found = _interval(pairs)
+            found = interval(pairs)
             holds = found["difference_points"] >= -WITHIN_DENSE_POINTS
             written.append(
                 lines.write("accuracy.target", row="sparse - dense", target=-WITHIN_DENSE_POINTS, holds=holds, **found)
@@ -97,7 +94,7 @@ def accuracy(
                     epochs=epochs,
                     **_pair(pairs[-1], "rewired", "static"),
                 )
-            found = _interval(pairs)
+            found = interval(pairs)
             holds = all(rewired > static for rewired, static in pairs)
             written.append(
                 lines.write("accuracy.target", row="rewired - static, each pair", target=0.0, holds=holds, **found)
@@ -145,18 +142,6 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
 
 def _pair(pair: tuple[float, float], first: str, second: str) -> dict[str, float]:
     return {first: pair[0], second: pair[1], "difference_points": 100 * (pair[0] - pair[1])}
-
-
-def _interval(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """The mean difference of the pairs in points, with its 95 % interval where there are enough."""
-    points = [100 * (a - b) for a, b in pairs]
-    mean = statistics.fmean(points)
-    half = T_95[len(points)] * statistics.stdev(points) / math.sqrt(len(points)) if len(points) in T_95 else None
-    return {
-        "difference_points": mean,
-        "interval_points": None if half is None else [mean - half, mean + half],
-        "pairs": len(points),
-    }
 
 
 def _found(line: dict[str, Any]) -> str:

@@ -73,6 +73,13 @@ class Lines:
         return json.loads(line)
 
 
+def read(path: Path | None, name: str) -> list[dict[str, Any]]:
+    """The lines of that name that a file of results has already."""
+    if path is None or not path.exists():
+        return []
+    return [line for text in path.read_text().splitlines() if (line := json.loads(text))["name"] == name]
+
+
 def show(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stderr, the first column to the left and the others to the right; nothing where there are no rows."""
     if not rows:

@@ -1,6 +1,7 @@
 """The sparse products, each call sent to the fastest code that can do it.
 
-Shapes: B batch, I in, O out, N non-zeros. Activations are feature-major: (I, B), the batch contiguous within a feature.
+Shapes: B batch, I in, O out, N non-zeros. Activations are feature-major: (I, B), the batch contiguous within a feature. Where a
+product is a convolution (see `noctule.kernels.image`) they have lines: (I, L, B), and results are (O, L, B).
 
 =========== ===================================================
 ``spmm``      Y = W X, then bias, activation and dropout
@@ -11,19 +12,34 @@ Shapes: B batch, I in, O out, N non-zeros. Activations are feature-major: (I, B)
 float32 on the CPU goes to `native`; every other dtype or device, and machines without the compiled module, to `reference`.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from noctule.kernels import native, reference
 from noctule.kernels.epilogue import IDENTITY, Epilogue, Kept
+from noctule.kernels.frame import Frame
 from noctule.measure.operations import count
-from noctule.topology import Topology
+from noctule.topology import Places
 
-__all__ = ["IDENTITY", "Epilogue", "Kept", "epilogue_backward", "feature_major", "gradients", "sddmm", "spmm", "spmm_t"]
+__all__ = [
+    "IDENTITY",
+    "Epilogue",
+    "Frame",
+    "Kept",
+    "epilogue_backward",
+    "feature_major",
+    "gradients",
+    "place",
+    "sddmm",
+    "spmm",
+    "spmm_t",
+]
 
 
 def spmm(
-    topology: Topology,
+    topology: Places,
     values: Tensor,
     x_IB: Tensor,
     bias: Tensor | None = None,
@@ -32,24 +48,24 @@ def spmm(
     keep: bool = False,
 ) -> tuple[Tensor, Kept]:
     """Y (O, B) = W X + bias through the epilogue; with ``keep``, also what the epilogue's backward needs."""
-    count(topology.size * x_IB.shape[1])
+    count(topology.size * math.prod(x_IB.shape[1:]))
     return _code_for(values, x_IB).spmm(topology, values, x_IB, bias, epilogue, keep)
 
 
-def spmm_t(topology: Topology, values: Tensor, dy_OB: Tensor) -> Tensor:
+def spmm_t(topology: Places, values: Tensor, dy_OB: Tensor) -> Tensor:
     """dX (I, B) = Wᵀ dY."""
-    count(topology.size * dy_OB.shape[1])
+    count(topology.size * math.prod(dy_OB.shape[1:]))
     return _code_for(values, dy_OB).spmm_t(topology, values, dy_OB)
 
 
-def sddmm(topology: Topology, dy_OB: Tensor, x_IB: Tensor) -> Tensor:
+def sddmm(topology: Places, dy_OB: Tensor, x_IB: Tensor) -> Tensor:
     """dW (N,) = the places of dY Xᵀ."""
     return gradients(topology, dy_OB, x_IB, bias=False)[0]
 
 
-def gradients(topology: Topology, dy_OB: Tensor, x_IB: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None]:
+def gradients(topology: Places, dy_OB: Tensor, x_IB: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None]:
     """dW (N,), and where asked for the gradient of the bias (O,): the sums of the rows of dY, which the product reads anyway."""
-    count(topology.size * x_IB.shape[1])
+    count(topology.size * math.prod(x_IB.shape[1:]))
     return _code_for(dy_OB, x_IB).gradients(topology, dy_OB, x_IB, bias)
 
 
@@ -63,6 +79,11 @@ def feature_major(x_BI: Tensor) -> Tensor:
     if x_BI.shape[0] == 1 or x_BI.stride(0) == 1:
         return x_BI.t()
     return _code_for(x_BI).transpose(x_BI)
+
+
+def place(x_BCHW: Tensor, frame: Frame) -> Tensor:
+    """An image with zeros round it, in the layout that shifted rows are read from: (rows of the frame, B)."""
+    return _code_for(x_BCHW).place(x_BCHW, frame)
 
 
 def _code_for(*tensors: Tensor):

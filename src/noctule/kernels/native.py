@@ -5,6 +5,7 @@ of them would meet in the same few sets of the cache.
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from noctule.kernels import reference
 from noctule.kernels.epilogue import IDENTITY, Epilogue, Kept
-from noctule.topology import Topology
+from noctule.kernels.frame import Frame
+from noctule.topology import Places
 
 _native: Any
 try:
@@ -53,49 +55,55 @@ def instruction_set() -> str:
 
 
 def spmm(
-    topology: Topology, values: Tensor, x_IB: Tensor, bias: Tensor | None, epilogue: Epilogue, keep: bool
+    topology: Places, values: Tensor, x_IB: Tensor, bias: Tensor | None, epilogue: Epilogue, keep: bool
 ) -> tuple[Tensor, Kept]:
     """See `noctule.kernels.spmm`."""
-    batch = x_IB.shape[1]
     positive = kept = None
-    bits = topology.shape[0], (batch + 7) // 8
+    bits = topology.shape[0], *x_IB.shape[1:-1], (x_IB.shape[-1] + 7) // 8
     if keep and epilogue.slope != 1.0:
         positive = torch.empty(bits, dtype=torch.uint8, device="cpu")
     if keep and epilogue.drop_below:
         kept = torch.empty(bits, dtype=torch.uint8, device="cpu")
     index = (topology.row_ptr, topology.columns, None)
-    y_OB = _spmm(topology, index, topology.shape, values, x_IB, bias, epilogue, positive, kept)
+    y_OB = _spmm(topology, index, topology.shape[1], values, x_IB, bias, epilogue, positive, kept)
     return y_OB, Kept(epilogue, positive, kept)
 
 
-def spmm_t(topology: Topology, values: Tensor, dy_OB: Tensor) -> Tensor:
+def spmm_t(topology: Places, values: Tensor, dy_OB: Tensor) -> Tensor:
     """See `noctule.kernels.spmm_t`."""
-    return _spmm(topology, topology.transposed, topology.shape[::-1], values, dy_OB, None, IDENTITY, None, None)
+    back = topology.transposed
+    index = (back.row_ptr, back.columns, back.slots)
+    return _spmm(topology, index, back.sources, values, dy_OB, None, IDENTITY, None, None)
 
 
-def sddmm(topology: Topology, dy_OB: Tensor, x_IB: Tensor) -> Tensor:
+def sddmm(topology: Places, dy_OB: Tensor, x_IB: Tensor) -> Tensor:
     """See `noctule.kernels.sddmm`."""
     return gradients(topology, dy_OB, x_IB, False)[0]
 
 
-def gradients(topology: Topology, dy_OB: Tensor, x_IB: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+def gradients(topology: Places, dy_OB: Tensor, x_IB: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
     """See `noctule.kernels.gradients`."""
-    batch = x_IB.shape[1]
-    _check("the gradient", dy_OB, topology.shape[0], batch)
-    _check("the input", x_IB, topology.shape[1], batch)
+    columns_of_line = x_IB.shape[1:]
+    _check("the gradient", dy_OB, topology.shape[0], columns_of_line)
+    _check("the input", x_IB, topology.shape[1], columns_of_line)
     dvalues, dbias = _empty(topology.size), _empty(topology.shape[0]) if bias else None
     row_ptr, columns = topology.row_ptr, topology.columns
     dy, x = _packed(dy_OB, topology.size), _packed(x_IB, topology.size)
+    (length, lines), (dy_step, x_step) = _lines(dy, x)
     _native.sddmm(
         topology.shape[0], row_ptr.element_size(), columns.element_size(), row_ptr.data_ptr(), columns.data_ptr(),
-        dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), dvalues.data_ptr(), _address(dbias), batch,
-        _threads(topology.size * batch),
+        dy.data_ptr(), dy.stride(0), dy_step, x.data_ptr(), x.stride(0), x_step, dvalues.data_ptr(), _address(dbias),
+        length, lines, _threads(topology.size * length * lines),
     )  # fmt: skip
     return dvalues, dbias
 
 
 def epilogue_backward(dy_OB: Tensor, kept: Kept, bias: bool) -> tuple[Tensor, Tensor | None]:
     """See `noctule.kernels.epilogue_backward`."""
+    if dy_OB.dim() == 3:  # a line at a time
+        dz, dbias = epilogue_backward(dy_OB.flatten(0, 1), _flat(kept), False)
+        dz = dz.view(dy_OB.shape)
+        return dz, dz.sum((1, 2)) if bias else dbias
     rows, batch = dy_OB.shape
     dy = _readable(dy_OB)
     changed = kept.positive is not None or kept.kept is not None
@@ -122,29 +130,63 @@ def transpose(x_BI: Tensor) -> Tensor:
     return x_IB
 
 
-def _spmm(topology, index, shape, values, x_IB, bias, epilogue, positive, kept) -> Tensor:
-    batch = x_IB.shape[1]
-    _check("the input", x_IB, shape[1], batch)
-    if values.shape != (topology.size,) or (bias is not None and bias.shape != (shape[0],)):
-        raise ValueError(
-            f"expected {topology.size} values and {shape[0]} biases, got {tuple(values.shape)} and "
-            f"{None if bias is None else tuple(bias.shape)}"
-        )
-    row_ptr, columns, slots = index
-    x, y, values = _packed(x_IB, topology.size), _rows(shape[0], batch), values.contiguous()
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
-    _native.spmm(
-        shape[0], row_ptr.element_size(), columns.element_size(), row_ptr.data_ptr(), columns.data_ptr(), _address(slots),
-        values.data_ptr(), x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), batch, _threads(topology.size * batch),
-        _address(bias), epilogue.slope, epilogue.drop_below, epilogue.scale, epilogue.seed, _address(positive),
-        _address(kept), (batch + 7) // 8,
+def place(x_BCHW: Tensor, frame: Frame) -> Tensor:
+    """See `noctule.kernels.place`."""
+    batch, channels, rows, columns = x_BCHW.shape
+    y = _empty(channels * frame.rows, batch)
+    strides = [0 if size == 1 else stride for size, stride in zip(x_BCHW.shape, x_BCHW.stride(), strict=True)]
+    strides[0] = strides[0] if batch > 1 else 1
+    _native.place(
+        x_BCHW.data_ptr(), *strides, rows, columns, frame.top, frame.left, y.data_ptr(), frame.rows * batch, channels,
+        *frame.phases, frame.high, frame.wide, batch, _threads(y.numel()),
     )  # fmt: skip
     return y
 
 
-def _check(what: str, x: Tensor, features: int, batch: int) -> None:
-    if x.shape != (features, batch):
-        raise ValueError(f"{what} must be ({features}, {batch}) feature-major, got {tuple(x.shape)}")
+def _spmm(topology, index, sources, values, x_IB, bias, epilogue, positive, kept) -> Tensor:
+    row_ptr, columns, slots = index
+    rows = row_ptr.numel() - 1
+    _check("the input", x_IB, sources, x_IB.shape[1:])
+    if values.shape != (topology.size,) or (bias is not None and bias.shape != (rows,)):
+        raise ValueError(
+            f"expected {topology.size} values and {rows} biases, got {tuple(values.shape)} and "
+            f"{None if bias is None else tuple(bias.shape)}"
+        )
+    y = _rows(rows, x_IB.shape[1]) if x_IB.dim() == 2 else _empty(rows, *x_IB.shape[1:])
+    x, values = _packed(x_IB, topology.size), values.contiguous()
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    bits = positive is not None or kept is not None
+    (length, lines), (x_step, y_step) = _lines(x, y, merge=not bits)
+    _native.spmm(
+        rows, row_ptr.element_size(), columns.element_size(), row_ptr.data_ptr(), columns.data_ptr(), _address(slots),
+        values.data_ptr(), x.data_ptr(), x.stride(0), x_step, y.data_ptr(), y.stride(0), y_step, length, lines,
+        _threads(topology.size * length * lines), _address(bias), epilogue.slope, epilogue.drop_below, epilogue.scale,
+        epilogue.seed, _address(positive), _address(kept), (length + 7) // 8 * lines,
+    )  # fmt: skip
+    return y
+
+
+def _lines(a: Tensor, b: Tensor, *, merge: bool = True) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Columns in a line and number of lines, and from one line to the next in each; lines without a gap are one."""
+    if a.dim() == 2:
+        return (a.shape[1], 1), (0, 0)
+    lines, length = a.shape[1:]
+    steps = (a.stride(1), b.stride(1))
+    if merge and steps == (length, length):
+        return (length * lines, 1), (0, 0)
+    return (length, lines), steps
+
+
+def _flat(kept: Kept) -> Kept:
+    def flat(bits: Tensor | None) -> Tensor | None:
+        return None if bits is None else bits.flatten(0, 1)
+
+    return Kept(kept.epilogue, flat(kept.positive), flat(kept.kept))
+
+
+def _check(what: str, x: Tensor, features: int, columns: Sequence[int]) -> None:
+    if x.shape != (features, *columns):
+        raise ValueError(f"{what} must be {(features, *columns)} feature-major, got {tuple(x.shape)}")
 
 
 def _rows(features: int, batch: int) -> Tensor:
@@ -168,6 +210,8 @@ def _readable(x: Tensor) -> Tensor:
 
 def _packed(x: Tensor, weights: int) -> Tensor:
     """``x`` where its rows lie well, else a copy that does if each row is used often enough to pay for it."""
+    if x.dim() == 3:  # the rows of an image, which overlap
+        return x if x.shape[2] == 1 or x.stride(2) == 1 else x.contiguous()
     x = _readable(x)
     features, batch = x.shape
     ld = x.stride(0)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from noctule.kernels.epilogue import Epilogue, Kept
-from noctule.topology import Topology
+from noctule.kernels.frame import Frame
+from noctule.topology import Places, Transposed
 
 CHUNK_ELEMENTS = 1 << 22
 """Numbers in flight at once (16 MiB in float32)."""
@@ -20,58 +21,77 @@ _LONG = (1 << 64) - 1
 
 
 def spmm(
-    topology: Topology, values: Tensor, x_IB: Tensor, bias: Tensor | None, epilogue: Epilogue, keep: bool
+    topology: Places, values: Tensor, x_IB: Tensor, bias: Tensor | None, epilogue: Epilogue, keep: bool
 ) -> tuple[Tensor, Kept]:
     """See `noctule.kernels.spmm`."""
-    z_OB = _accumulate(topology.shape[0], topology.rows(), topology.columns.to(torch.int64), values, x_IB)
+    z_OB = _accumulate(topology.shape[0], _rows(topology), topology.columns.to(torch.int64), values, x_IB)
     if bias is not None:
-        z_OB += bias.to(z_OB.dtype)[:, None]
+        z_OB += _beside(bias.to(z_OB.dtype), z_OB)
     positive = kept = None
     if epilogue.slope != 1.0:
         on = z_OB > 0
         z_OB = torch.where(on, z_OB, z_OB * epilogue.slope)
         positive = _pack(on) if keep else None
     if epilogue.drop_below:
-        on = random_words(epilogue.seed, *z_OB.shape, device=z_OB.device) >= epilogue.drop_below
+        words = random_words(epilogue.seed, z_OB.shape[0], z_OB[:1].numel(), device=z_OB.device)
+        on = words.view_as(z_OB) >= epilogue.drop_below
         z_OB = torch.where(on, z_OB * epilogue.scale, 0.0)
         kept = _pack(on) if keep else None
     return z_OB.to(values.dtype), Kept(epilogue, positive, kept)
 
 
-def spmm_t(topology: Topology, values: Tensor, dy_OB: Tensor) -> Tensor:
+def spmm_t(topology: Places, values: Tensor, dy_OB: Tensor) -> Tensor:
     """See `noctule.kernels.spmm_t`."""
-    dx_IB = _accumulate(topology.shape[1], topology.columns.to(torch.int64), topology.rows(), values, dy_OB)
+    back = topology.transposed
+    order = back.slots.to(torch.int64)
+    dx_IB = _accumulate(back.row_ptr.numel() - 1, _rows(back), back.columns.to(torch.int64), values[order], dy_OB)
     return dx_IB.to(values.dtype)
 
 
-def sddmm(topology: Topology, dy_OB: Tensor, x_IB: Tensor) -> Tensor:
+def sddmm(topology: Places, dy_OB: Tensor, x_IB: Tensor) -> Tensor:
     """See `noctule.kernels.sddmm`."""
     return gradients(topology, dy_OB, x_IB, False)[0]
 
 
-def gradients(topology: Topology, dy_OB: Tensor, x_IB: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+def gradients(topology: Places, dy_OB: Tensor, x_IB: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
     """See `noctule.kernels.gradients`."""
-    rows, columns = topology.rows(), topology.columns.to(torch.int64)
-    dy, x = dy_OB.to(_sum_dtype(dy_OB)), x_IB.to(_sum_dtype(x_IB))
+    rows, columns = _rows(topology), topology.columns.to(torch.int64)
+    dy, over = dy_OB.to(_sum_dtype(dy_OB)), tuple(range(1, dy_OB.dim()))
     dvalues = torch.empty(topology.size, dtype=dy.dtype, device=dy.device)
-    for part in _chunks(topology.size, dy.shape[1]):
-        dvalues[part] = (dy[rows[part]] * x[columns[part]]).sum(1)
-    return dvalues.to(dy_OB.dtype), dy.sum(1).to(dy_OB.dtype) if bias else None
+    for part in _chunks(topology.size, dy[:1].numel()):
+        dvalues[part] = (dy[rows[part]] * x_IB[columns[part]].to(dy.dtype)).sum(over)
+    return dvalues.to(dy_OB.dtype), dy.sum(over).to(dy_OB.dtype) if bias else None
 
 
 def epilogue_backward(dy_OB: Tensor, kept: Kept, bias: bool) -> tuple[Tensor, Tensor | None]:
     """See `noctule.kernels.epilogue_backward`."""
-    batch, dz_OB = dy_OB.shape[1], dy_OB
+    batch, dz_OB = dy_OB.shape[-1], dy_OB
     if kept.positive is not None:
         dz_OB = torch.where(_unpack(kept.positive, batch), dz_OB, dz_OB * kept.epilogue.slope)
     if kept.kept is not None:
         dz_OB = torch.where(_unpack(kept.kept, batch), dz_OB * kept.epilogue.scale, 0.0)
-    return dz_OB, dz_OB.to(_sum_dtype(dz_OB)).sum(1).to(dz_OB.dtype) if bias else None
+    return dz_OB, dz_OB.to(_sum_dtype(dz_OB)).flatten(1).sum(1).to(dz_OB.dtype) if bias else None
 
 
 def transpose(x_BI: Tensor) -> Tensor:
     """(I, B), the batch contiguous."""
     return x_BI.t().contiguous()
+
+
+def place(x_BCHW: Tensor, frame: Frame) -> Tensor:
+    """See `noctule.kernels.place`."""
+    batch, channels = x_BCHW.shape[:2]
+    (ph, pw), high, wide = frame.phases, frame.high, frame.wide
+    y = x_BCHW.new_zeros(channels, frame.rows, batch)
+    padded = x_BCHW.new_zeros(channels, high * ph, wide * pw, batch)
+    # what of the image lies within: a crop may begin before it and end after it
+    top, left = max(frame.top, 0), max(frame.left, 0)
+    x = x_BCHW.permute(1, 2, 3, 0)[:, max(-frame.top, 0) :, max(-frame.left, 0) :]
+    x = x[:, : max(high * ph - top, 0), : max(wide * pw - left, 0)]
+    padded[:, top : top + x.shape[1], left : left + x.shape[2]] = x
+    phases = padded.view(channels, high, ph, wide, pw, batch).permute(0, 2, 4, 1, 3, 5)
+    y[:, : ph * pw * high * wide] = phases.reshape(channels, -1, batch)
+    return y.view(-1, batch)
 
 
 def random_words(seed: int, rows: int, columns: int, *, device: torch.device | str = "cpu") -> Tensor:
@@ -89,11 +109,22 @@ def random_words(seed: int, rows: int, columns: int, *, device: torch.device | s
 
 def _accumulate(size: int, to: Tensor, source: Tensor, values: Tensor, x: Tensor) -> Tensor:
     """y[to[k]] += values[k] * x[source[k]]."""
-    x = x.to(_sum_dtype(x))
-    y = torch.zeros(size, x.shape[1], dtype=x.dtype, device=x.device)
-    for part in _chunks(values.numel(), x.shape[1]):
-        y.index_add_(0, to[part], values[part, None].to(x.dtype) * x[source[part]])
+    y = torch.zeros(size, *x.shape[1:], dtype=_sum_dtype(x), device=x.device)
+    for part in _chunks(values.numel(), y[:1].numel()):
+        y.index_add_(0, to[part], _beside(values[part].to(y.dtype), y) * x[source[part]].to(y.dtype))
     return y
+
+
+def _rows(places: Places | Transposed) -> Tensor:
+    counts = places.row_ptr.diff().to(torch.int64)
+    return torch.arange(counts.numel(), device=counts.device).repeat_interleave(
+        counts, output_size=places.columns.numel()
+    )
+
+
+def _beside(numbers: Tensor, y: Tensor) -> Tensor:
+    """A number for each row, shaped to multiply or add to the rows."""
+    return numbers.view(-1, *[1] * (y.dim() - 1))
 
 
 def _chunks(size: int, width: int) -> Iterator[slice]:
@@ -106,14 +137,14 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 
 
 def _pack(bits: Tensor) -> Tensor:
-    rows, columns = bits.shape
-    bits = torch.nn.functional.pad(bits.to(torch.uint8), (0, -columns % 8)).view(rows, -1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(2, dtype=torch.uint8)
+    *lines, columns = bits.shape
+    bits = torch.nn.functional.pad(bits.to(torch.uint8), (0, -columns % 8)).view(*lines, (columns + 7) // 8, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8)
 
 
 def _unpack(packed: Tensor, columns: int) -> Tensor:
-    bits = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
-    return bits.flatten(1)[:, :columns].bool()
+    bits = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return bits.flatten(-2)[..., :columns].bool()
 
 
 def _signed(x: int) -> int:

@@ -3,7 +3,9 @@
 from noctule.layers.activations import AllReLU
 from noctule.layers.fuse import FuseEpilogue
 from noctule.layers.product import Watch
+from noctule.layers.sparse_conv2d import SparseConv2d
+from noctule.layers.sparse_layer import SparseLayer
 from noctule.layers.sparse_linear import SparseLinear
 from noctule.layers.to_sparse import ToDense, ToSparse
 
-__all__ = ["AllReLU", "FuseEpilogue", "SparseLinear", "ToDense", "ToSparse", "Watch"]
+__all__ = ["AllReLU", "FuseEpilogue", "SparseConv2d", "SparseLayer", "SparseLinear", "ToDense", "ToSparse", "Watch"]

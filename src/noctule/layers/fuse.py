@@ -9,12 +9,12 @@ from torch import nn
 from noctule.convert import Rule, hooked
 from noctule.kernels import IDENTITY, Epilogue
 from noctule.layers.activations import AllReLU
-from noctule.layers.sparse_linear import SparseLinear
+from noctule.layers.sparse_layer import SparseLayer
 
 
 @dataclass(frozen=True)
 class FuseEpilogue:
-    """In an `nn.Sequential`, folds ReLU, LeakyReLU or AllReLU, then Dropout, into the `SparseLinear` before them.
+    """In an `nn.Sequential`, folds ReLU, LeakyReLU or AllReLU, then Dropout, into the sparse layer before them.
 
     What was folded leaves an `nn.Identity`, so names in ``state_dict`` stay. The dropout mask is drawn by Noctule's counter-based
     generator, not by torch's: same distribution, other numbers. A layer that stands in several places is left: not all of
@@ -32,7 +32,7 @@ class FuseEpilogue:
             return None
         children, folded = list(module), False
         for at, layer in enumerate(children):
-            if not isinstance(layer, SparseLinear) or layer.epilogue != IDENTITY or uses[layer] > 1:
+            if not isinstance(layer, SparseLayer) or layer.epilogue != IDENTITY or uses[layer] > 1:
                 continue
             slope, dropout, next_at = 1.0, 0.0, at + 1
             if next_at < len(children) and (found := _slope(children[next_at])) is not None:

@@ -15,8 +15,8 @@ from noctule import kernels
 from noctule.kernels import Epilogue, Kept
 from noctule.topology import Topology, named
 
-Watch = Callable[[Tensor, Tensor], None]
-"""What is shown in a backward pass: the gradient before the epilogue (O, B) and the input (I, B), feature-major."""
+Watch = Callable[[Tensor, Any], None]
+"""What is shown in a backward pass: the gradient before the epilogue and the input, as the layer's own methods take them."""
 
 
 class SparseProduct(torch.autograd.Function):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from noctule.layers import SparseLinear
+from noctule.layers import SparseLayer
 from noctule.method import Method
 from noctule.optim import check_carry
 from noctule.rewire.drop import Drop, smallest
@@ -18,7 +18,7 @@ from noctule.schedule import constant
 from noctule.topology import Remap, exchange
 from noctule.types import Schedule
 
-_rewired: WeakSet[SparseLinear] = WeakSet()
+_rewired: WeakSet[SparseLayer] = WeakSet()
 """Layers whose connections a `Rewire` moves: a second one would take the first one's watch."""
 
 
@@ -33,7 +33,7 @@ class Sight(Protocol):
 class Grow(Protocol):
     """Where new connections go."""
 
-    def __call__(self, layer: SparseLinear, generator: torch.Generator) -> Sight:
+    def __call__(self, layer: SparseLayer, generator: torch.Generator) -> Sight:
         """Start to look at a layer; what it sees is asked for after the step."""
         ...
 
@@ -78,12 +78,12 @@ class Rewire(Method):
         self.steps = 0
         self.moved: dict[str, int] = {}
         """Connections moved since the method began, by layer."""
-        self._layers: dict[str, SparseLinear] = {}
+        self._layers: dict[str, SparseLayer] = {}
         self._sights: dict[str, Sight] = {}
 
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Find the sparse layers; from now on they are watched in the steps that need it."""
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
         unknown = set(self.skip) - set(layers)
         if unknown:
             raise ValueError(f"skip names no sparse layer: {sorted(unknown)}; there are {sorted(layers)}")
@@ -130,7 +130,7 @@ class Rewire(Method):
         self.steps, self.moved = int(state["steps"]), {**dict.fromkeys(self._layers, 0), **state["moved"]}
         self._arm()
 
-    def _check_ranks(self, layer: SparseLinear) -> None:
+    def _check_ranks(self, layer: SparseLayer) -> None:
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if several and callable(self.grow(layer, torch.Generator())):
             raise RuntimeError(
@@ -156,7 +156,7 @@ class Rewire(Method):
         layer.watch = sight if callable(sight) else None
 
     @torch.no_grad()
-    def _rewire(self, layer: SparseLinear, sight: Sight) -> int:
+    def _rewire(self, layer: SparseLayer, sight: Sight) -> int:
         old = layer.topology
         fraction = self.fraction(self.steps)
         if not 0.0 <= fraction <= 1.0:

@@ -9,21 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noctule import kernels
-from noctule.layers import SparseLinear
+from noctule.layers import SparseLayer
 from noctule.rewire.engine import Rewire
 from noctule.topology import Topology
 
 
 class _Candidates:
-    def __init__(self, layer: SparseLinear, generator: torch.Generator) -> None:
-        topology = layer.topology
+    def __init__(self, layer: SparseLayer, generator: torch.Generator) -> None:
+        self.layer, topology = layer, layer.topology
         self.keys = topology.missing(topology.size, generator=generator)
         self.candidates = Topology.from_keys(topology.shape, self.keys).to(topology.device)
         self.gradient: Tensor | None = None
 
-    def __call__(self, dy_OB: Tensor, x_IB: Tensor) -> None:
-        gradient = kernels.sddmm(self.candidates, dy_OB, x_IB)
+    def __call__(self, dy: Tensor, x: Any) -> None:
+        gradient = self.layer.gradient_at(self.candidates, dy, x)
         self.gradient = gradient if self.gradient is None else self.gradient + gradient
 
     def choose(self, count: int, taken: Tensor) -> Tensor:
@@ -33,7 +32,7 @@ class _Candidates:
         return self.keys.to(steepest.device)[steepest]
 
 
-def guided(layer: SparseLinear, generator: torch.Generator) -> _Candidates:
+def guided(layer: SparseLayer, generator: torch.Generator) -> _Candidates:
     """A `Grow` that adds up the gradient at as many random missing places as the layer has weights."""
     return _Candidates(layer, generator)
 

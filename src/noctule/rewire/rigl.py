@@ -10,33 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noctule.layers import SparseLinear
+from noctule.layers import SparseLayer
 from noctule.rewire.engine import Rewire
 from noctule.schedule import cosine
-from noctule.topology import Topology
 
 TILE_PLACES = 1 << 22
 """Places of the dense gradient in memory at once (16 MiB in float32)."""
 
 
 class _WholeGradient:
-    def __init__(self, topology: Topology) -> None:
-        self.topology = topology
-        self.passes: list[tuple[Tensor, Tensor]] = []
+    def __init__(self, layer: SparseLayer) -> None:
+        self.layer = layer
+        self.passes: list[tuple[Tensor, Any]] = []
 
-    def __call__(self, dy_OB: Tensor, x_IB: Tensor) -> None:
-        self.passes.append((dy_OB, x_IB))
+    def __call__(self, dy: Tensor, x: Any) -> None:
+        self.passes.append((dy, x))
 
     def choose(self, count: int, taken: Tensor) -> Tensor:
         if not self.passes:
             return taken.new_empty(0)
-        dy_OB = torch.cat([dy for dy, _ in self.passes], 1)
-        x_IB = torch.cat([x for _, x in self.passes], 1)
-        out_features, in_features = self.topology.shape
-        best, best_keys = dy_OB.new_empty(0), taken.new_empty(0)
+        out_features, in_features = self.layer.topology.shape
+        best, best_keys = self.layer.values.new_empty(0), taken.new_empty(0)
         step = max(1, TILE_PLACES // max(in_features, 1))
         for row in range(0, out_features, step):
-            gradient = (dy_OB[row : row + step] @ x_IB.t()).abs_().flatten()
+            stop = min(row + step, out_features)
+            tiles = (self.layer.gradient_rows(row, stop, dy, x) for dy, x in self.passes)
+            gradient = sum(tiles, torch.zeros((), device=best.device)).abs().flatten()
             first = row * in_features
             here = taken[torch.searchsorted(taken, first) : torch.searchsorted(taken, first + gradient.numel())]
             gradient[here - first] = -1.0
@@ -47,9 +46,9 @@ class _WholeGradient:
         return best_keys
 
 
-def steepest(layer: SparseLinear, generator: torch.Generator) -> _WholeGradient:
+def steepest(layer: SparseLayer, generator: torch.Generator) -> _WholeGradient:
     """A `Grow` that looks at the gradient of every missing place."""
-    return _WholeGradient(layer.topology)
+    return _WholeGradient(layer)
 
 
 def rigl(*, until: int, fraction: float = 0.3, **options: Any) -> Rewire:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noctule.layers import SparseLinear
+from noctule.layers import SparseLayer
 from noctule.rewire.engine import Rewire
 from noctule.topology import Topology
 
@@ -25,7 +25,7 @@ class _Blind:
         return self.topology.missing(count, generator=self.generator)
 
 
-def anywhere(layer: SparseLinear, generator: torch.Generator) -> _Blind:
+def anywhere(layer: SparseLayer, generator: torch.Generator) -> _Blind:
     """A `Grow` that draws missing places uniformly, without looking."""
     return _Blind(layer.topology, generator)
 
