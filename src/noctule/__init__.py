@@ -33,6 +33,7 @@ _HOME = {
     "fit": "loop",
     "footprint": "measure",
     "gse": "rewire",
+    "keep_freed_memory": "allocator",
     "load_model": "checkpoint",
     "merge": "topology",
     "mlp": "models",
@@ -48,6 +49,7 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from noctule.allocator import keep_freed_memory
     from noctule.budget import erdos_renyi, uniform
     from noctule.checkpoint import Checkpoints, load_model, save_model
     from noctule.convert import Conversion, convert_

@@ -104,9 +104,11 @@ def _start(
 ) -> int:
     import torch
 
+    from noctule.allocator import keep_freed_memory
     from noctule.kernels import native
     from noctule.report import RunFolder
 
+    keep_freed_memory()
     if resume is not None:
         options = from_json(recipe, about["options"])
         changed = sorted(k for k, v in given.items() if options.get(k, v) != v or k not in options)

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import torch
 
+from noctule.allocator import keep_freed_memory
 from noctule.errors import NoctuleError
 from noctule.measure import Progress, Timing
 
@@ -135,6 +136,7 @@ def at_forget(function: Callable[[], None]) -> None:
 
 
 def _start(threads: int) -> None:
+    keep_freed_memory()  # all rows alike
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 
