@@ -12,11 +12,12 @@ from torch import nn
 from noctule.convert import convert_
 from noctule.kernels import Epilogue, Frame, native, reference
 from noctule.layers import FuseEpilogue, SparseConv2d, SparseLayer, ToDense, ToSparse
+from noctule.layers.compiled_convolution import compiled_convolution, packed, unpacked
 from noctule.layers.convolution import Framed, shifted
 from noctule.measure import measure
 from noctule.method import attach
 from noctule.rewire import gse, rigl, set_
-from noctule.topology import Topology
+from noctule.topology import Remap, Topology
 
 
 @st.composite
@@ -254,7 +255,7 @@ def test_rigl_grows_where_the_dense_gradient_is_steepest():
     gradient = _step(layer.to_dense(), x, dy)[2].abs().flatten()
     keys = layer.topology.keys()
     gradient[keys] = -1
-    assert set(sight.choose(7, keys).tolist()) == set(gradient.topk(7).indices.tolist())
+    assert set(sight.choose(7, keys, keys[:0]).tolist()) == set(gradient.topk(7).indices.tolist())
 
 
 def test_state_dict_brings_the_places_along():
@@ -325,3 +326,27 @@ def test_reflecting_convolutions_are_left():
 def test_topologies_of_other_shapes_are_refused():
     with pytest.raises(ValueError, match="the topology has shape"):
         SparseConv2d(3, 4, 3, topology=Topology.random((4, 3), 5))
+
+
+@pytest.mark.parametrize("slope", [1.0, 0.0])
+def test_compiled_it_finds_what_eager_finds_and_sees_new_places(slope):
+    torch.manual_seed(0)
+    layer = SparseConv2d(4, 6, 3, stride=2, padding=1, density=0.3)
+    layer.epilogue = Epilogue(slope)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, 4, 9, 9)
+    for _ in range(2):
+        for a, b in zip(_step(compiled, x), _step(layer, x), strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+        topology = Topology.random(layer.topology.shape, layer.weights)
+        layer.remap_(topology, Remap.between(layer.topology, topology), 0.5)
+
+
+def test_the_operator_passes_torchs_own_checks():
+    layer = SparseConv2d(3, 4, (2, 3), padding=1, density=0.5)
+    arguments = (
+        torch.randn(2, 3, 5, 6, requires_grad=True), layer.values, layer.bias, layer.topology.handle,
+        torch.zeros((), dtype=torch.int64), packed(layer.geometry), 0.5, 0.0,
+    )  # fmt: skip
+    torch.library.opcheck(compiled_convolution, arguments)
+    assert unpacked(packed(layer.geometry)) == layer.geometry

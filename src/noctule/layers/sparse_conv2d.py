@@ -1,5 +1,6 @@
 """A two-dimensional convolution that stores, computes and learns its non-zeros only."""
 
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
@@ -7,8 +8,10 @@ from torch import Tensor, nn
 
 from noctule import kernels
 from noctule.kernels import Epilogue
+from noctule.layers.compiled_convolution import compiled_convolution, packed
 from noctule.layers.convolution import Framed, Geometry, Pair, SparseConvolution, shifted
 from noctule.layers.sparse_layer import SparseLayer, places_of
+from noctule.layers.stand_in import StandIn
 from noctule.topology import Topology
 
 
@@ -85,16 +88,35 @@ class SparseConv2d(SparseLayer):
                 f"expected images of {self.in_channels} channels, (B, C, H, W), got shape {tuple(x.shape)}"
             )
         x = self._own_dtype(x)
-        y = SparseConvolution.apply(
-            x if x.dim() == 4 else x[None],
+        x_BCHW = x if x.dim() == 4 else x[None]
+        y_BOHW = self._compiled(x_BCHW) if torch.compiler.is_compiling() else self._eager(x_BCHW)
+        return y_BOHW if x.dim() == 4 else y_BOHW[0]
+
+    def _eager(self, x_BCHW: Tensor) -> Tensor:
+        y_BOHW = SparseConvolution.apply(
+            x_BCHW, self.values, self.bias, self.topology, self.geometry, self._epilogue_now(), self.watch
+        )
+        return y_BOHW  # type: ignore[return-value]
+
+    def _compiled(self, x_BCHW: Tensor) -> Tensor:
+        seed, dropout = self._compiled_dropout()
+        y_OHWB, *_ = compiled_convolution(
+            x_BCHW,
             self.values,
             self.bias,
-            self.topology,
-            self.geometry,
-            self._epilogue_now(),
-            self.watch,
+            self.topology.handle,
+            seed,
+            packed(self.geometry),
+            self.epilogue.slope,
+            dropout,
         )
-        return y if x.dim() == 4 else y[0]  # type: ignore[index,return-value]
+        return y_OHWB.permute(3, 0, 1, 2)
+
+    @property
+    def weight(self) -> Tensor:
+        """A stand-in for the dense weight (O, C / G, KH, KW), for other people's code: it has no numbers."""
+        g = self.geometry
+        return StandIn(self.values, (g.out_channels, g.in_channels // g.groups, *g.kernel_size))
 
     @torch.no_grad()
     def respond(self, x: Framed) -> Tensor:
@@ -160,8 +182,16 @@ class SparseConv2d(SparseLayer):
         return self._give_weights(dense)
 
     def _take_shape(self, topology: Topology) -> None:
-        if topology.shape != self.geometry.shape:
-            raise ValueError(f"a topology of shape {topology.shape} is none of this convolution {self.geometry.shape}")
+        g, (out_channels, columns) = self.geometry, topology.shape
+        if topology.shape == g.shape:
+            return
+        places = g.kernel_size[0] * g.kernel_size[1]
+        if g.groups > 1 or columns % places:
+            raise ValueError(
+                f"a convolution of shape {g.shape} ({g.groups} groups, kernel {g.kernel_size}) cannot become one of shape "
+                f"{topology.shape}: only one without groups can, by whole channels"
+            )
+        self.geometry = replace(g, in_channels=columns // places, out_channels=out_channels)
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""

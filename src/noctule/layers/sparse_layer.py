@@ -35,6 +35,8 @@ class SparseLayer(nn.Module):
 
     values: nn.Parameter
     bias: nn.Parameter | None
+    origin: type[nn.Module] | None = None
+    """The class of the dense layer that it was made from, where that is not the one of its kind (see `noctule.layers.foreign`)."""
 
     def __init__(
         self,
@@ -68,7 +70,7 @@ class SparseLayer(nn.Module):
         self.values = nn.Parameter(torch.empty(topology.size, **factory))
         self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], **factory)) if bias else None)
         self._remap_checks: OrderedDict[int, Callable[[SparseLayer, Remap], None]] = OrderedDict()
-        self._remap_hooks: OrderedDict[int, Callable[[SparseLayer, nn.Parameter, Remap], None]] = OrderedDict()
+        self._remap_hooks: OrderedDict[int, Callable[[SparseLayer, dict[str, nn.Parameter], Remap], None]] = OrderedDict()
         self.reset_parameters(generator=generator)
 
     def reset_parameters(self, *, generator: torch.Generator | None = None) -> None:
@@ -128,48 +130,61 @@ class SparseLayer(nn.Module):
 
     @abstractmethod
     def _take_shape(self, topology: Topology) -> None:
-        """Note the widths of a new topology."""
+        """Note the widths of a new topology, or raise ValueError, having noted nothing, where they cannot be had."""
 
     # -- changing places ------------------------------------------------------------------------------------------
 
     def remap_(self, topology: Topology, remap: Remap, new: float | Tensor = 0.0) -> None:
-        """Move to another topology: values and their gradient follow ``remap``; whoever keeps state is told.
+        """Move to another topology: values, bias and their gradients follow ``remap``; whoever keeps state is told.
 
-        With as many weights as before the parameter stays the same object; otherwise a new one takes its place. Checks that
+        A parameter with as many numbers as before stays the same object; otherwise a new one takes its place. Checks that
         refuse the change do so before anything moved.
 
         Args:
-            topology: the new places.
+            topology: the new places; where its shape is another one, ``remap`` says which row and column is which, as that
+                of `resize` does.
             remap: the old slot of each new one.
-            new: first value of the new connections, a number or a (N_new,) tensor.
+            new: first value of the new connections, a number or a (N_new,) tensor; a new row's bias is zero.
+        """
+        self.check_remap(topology, remap)
+        old = dict(self.named_parameters(recurse=False))
+        parts = {name: part for name in old if (part := remap.of(name)) is not None}
+        with torch.no_grad():
+            moved = {name: part.apply(old[name], new if name == "values" else 0.0) for name, part in parts.items()}
+            self._take_shape(topology)
+            self.topology = topology
+            for name, part in parts.items():
+                setattr(self, name, carried(old[name], moved[name], part))
+        for hook in tuple(self._remap_hooks.values()):
+            hook(self, old, remap)
+
+    def check_remap(self, topology: Topology, remap: Remap) -> None:
+        """Refuse, without moving anything, what `remap_` would refuse.
+
+        Raises:
+            ValueError: the remap does not lead from here to this topology, or somebody who keeps state cannot follow.
         """
         if (remap.old_size, remap.new_size) != (self.weights, topology.size):
             raise ValueError(
                 f"a remap of {remap.old_size} to {remap.new_size} slots does not lead from {self.weights} "
                 f"to {topology.size} weights"
             )
+        if remap.resized(self.topology.shape) != topology.shape:
+            raise ValueError(
+                f"this remap does not say how a layer of shape {self.topology.shape} becomes one of {topology.shape}: "
+                "take that of resize, which names the rows and columns that stay"
+            )
         for check in tuple(self._remap_checks.values()):
             check(self, remap)
-        old = self.values
-        with torch.no_grad():
-            moved = remap.apply(old.detach(), new)
-            if remap.new_size == remap.old_size:
-                old.copy_(moved)
-            else:
-                self.values = nn.Parameter(moved, requires_grad=old.requires_grad)
-            if old.grad is not None:
-                self.values.grad = remap.apply(old.grad)
-            self.topology = topology
-            self._take_shape(topology)
-        for hook in tuple(self._remap_hooks.values()):
-            hook(self, old, remap)
 
     def register_remap_check(self, check: Callable[["SparseLayer", Remap], None]) -> RemovableHandle:
         """Call ``check(layer, remap)`` before every change of places; an exception there refuses it."""
         return _register(self._remap_checks, check)
 
-    def register_remap_hook(self, hook: Callable[["SparseLayer", nn.Parameter, Remap], None]) -> RemovableHandle:
-        """Call ``hook(layer, old_values, remap)`` after every change of places."""
+    def register_remap_hook(
+        self, hook: Callable[["SparseLayer", dict[str, nn.Parameter], Remap], None]
+    ) -> RemovableHandle:
+        """Call ``hook(layer, old, remap)`` after every change of places, ``old`` being the parameters by name before it."""
         return _register(self._remap_hooks, hook)
 
     # -- what kinds share -----------------------------------------------------------------------------------------
@@ -211,11 +226,15 @@ class SparseLayer(nn.Module):
             return replace(self.epilogue, dropout=0.0)
         return replace(self.epilogue, seed=int(torch.randint(2**62, (), device="cpu")))
 
-    def _unwatched(self) -> None:
+    def _compiled_dropout(self) -> tuple[Tensor, float]:
+        """Seed and rate of this forward's dropout inside a compiled graph."""
         if self.watch is not None:
             raise RuntimeError(
                 "a method watches this layer's gradients, which a compiled graph does not show: run it in eager mode"
             )
+        dropout = self.epilogue.dropout if self.training else 0.0
+        seed = torch.randint(2**62, (), device="cpu") if dropout else torch.zeros((), dtype=torch.int64, device="cpu")
+        return seed, dropout
 
     def _text(self) -> str:
         text = f"weights={self.weights} ({self.density:.2%}), bias={self.bias is not None}"
@@ -240,7 +259,10 @@ class SparseLayer(nn.Module):
             try:
                 topology = Topology.from_state_dict(state).to(self.values.device)
                 if topology.shape != self.topology.shape:
-                    raise ValueError(f"a layer of shape {topology.shape} does not fit {self.topology.shape}")
+                    raise ValueError(
+                        f"a layer of shape {topology.shape} does not fit {self.topology.shape}: "
+                        "where neurons were removed in training, call resize_to(model, state) before"
+                    )
                 if values.shape != (topology.size,):
                     raise ValueError(f"{tuple(values.shape)} values do not match {topology.size} places")
                 if topology != self.topology:
@@ -284,6 +306,17 @@ def places_of(weight_OI: Tensor, density: float | None, weights: int | None, top
         return Topology.from_keys(shape, flat.nonzero()[:, 0])
     check_weights(weights, shape)
     return Topology.from_keys(shape, flat.abs().topk(weights).indices.sort().values)
+
+
+def carried(old: nn.Parameter, moved: Tensor, remap: Remap) -> nn.Parameter:
+    """The parameter with these numbers: the same object where the shape stays, else a new one; its gradient moves too."""
+    gradient = None if old.grad is None else remap.apply(old.grad.flatten()).view(moved.shape)
+    if moved.shape == old.shape:
+        new = old.copy_(moved)
+    else:
+        new = nn.Parameter(moved, requires_grad=old.requires_grad)
+    new.grad = gradient
+    return new
 
 
 def _register(hooks: OrderedDict[int, Any], hook: Any) -> RemovableHandle:

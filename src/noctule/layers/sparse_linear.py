@@ -1,15 +1,16 @@
 """A linear layer that stores, computes and learns its non-zeros only."""
 
 import math
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from noctule import kernels
-from noctule.kernels import Epilogue
+from noctule.kernels import IDENTITY, Epilogue
 from noctule.layers.product import SparseProduct, compiled_product
 from noctule.layers.sparse_layer import SparseLayer, places_of
+from noctule.layers.stand_in import StandIn
 from noctule.topology import Topology
 
 
@@ -63,27 +64,42 @@ class SparseLinear(SparseLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
+        if x.is_nested:
+            parts = x.unbind()
+            y = self(torch.cat(parts)).split([len(part) for part in parts])
+            return torch.nested.as_nested_tensor(list(y), layout=x.layout)
+        x_BI = self._rows(x)
+        y_BO = self._compiled(x_BI) if torch.compiler.is_compiling() else self._eager(x_BI)
+        return y_BO if x.dim() == 2 else y_BO.reshape(*x.shape[:-1], self.out_features)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """(..., I) -> (B, I) in the dtype of the values."""
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(
                 f"expected inputs of {self.in_features} features in the last dimension, got shape {tuple(x.shape)}"
             )
         x = self._own_dtype(x)
-        x_BI = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), self.in_features)
-        y_BO = self._compiled(x_BI) if torch.compiler.is_compiling() else self._eager(x_BI)
-        return y_BO if x.dim() == 2 else y_BO.reshape(*x.shape[:-1], self.out_features)
+        return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), self.in_features)
 
     def _eager(self, x_BI: Tensor) -> Tensor:
         y_BO = SparseProduct.apply(x_BI, self.values, self.bias, self.topology, self._epilogue_now(), self.watch)
         return y_BO  # type: ignore[return-value]
 
     def _compiled(self, x_BI: Tensor) -> Tensor:
-        self._unwatched()
-        dropout = self.epilogue.dropout if self.training else 0.0
-        seed = torch.randint(2**62, (), device="cpu") if dropout else torch.zeros((), dtype=torch.int64, device="cpu")
+        seed, dropout = self._compiled_dropout()
         y_OB, *_ = compiled_product(
             x_BI, self.values, self.bias, self.topology.handle, seed, self.out_features, self.epilogue.slope, dropout
         )
         return y_OB.t()
+
+    @property
+    def weight(self) -> Tensor:
+        """A stand-in for the dense weight (O, I), for other people's code: it has the product with an input, no numbers."""
+        return StandIn(self.values, self.topology.shape, self._product)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y_BO: Any = SparseProduct.apply(self._rows(x), self.values, bias, self.topology, IDENTITY, self.watch)
+        return y_BO.reshape(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def respond(self, x: Tensor) -> Tensor:

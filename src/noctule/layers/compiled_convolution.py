@@ -1,0 +1,106 @@
+"""The sparse convolution as a registered operator, for ``torch.compile``; eager mode uses `SparseConvolution`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noctule import kernels
+from noctule.kernels import Epilogue, Kept
+from noctule.layers.convolution import Geometry, convolve, convolve_backward, shifted
+from noctule.topology import named
+
+
+@torch.library.custom_op("noctule::sparse_conv2d", mutates_args=())
+def compiled_convolution(
+    x_BCHW: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    handle: Tensor,
+    seed: Tensor,
+    geometry: Sequence[int],
+    slope: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (O, H', W', B) and the bits that its backward needs; ``handle`` names the topology of the call, so it may change."""
+    epilogue = Epilogue(slope, dropout, int(seed))
+    y, kept, _ = convolve(named(handle), unpacked(geometry), values, bias, x_BCHW, epilogue, keep=True)
+    nothing = torch.empty(0, dtype=torch.uint8, device=x_BCHW.device)
+    bits = (nothing if b is None else b for b in (kept.positive, kept.kept))
+    return y.permute(1, 2, 3, 0).contiguous(), *(b.clone() if b is nothing else b for b in bits)  # type: ignore[return-value]
+
+
+@compiled_convolution.register_fake
+def _(x_BCHW, values, bias, handle, seed, geometry, slope, dropout):
+    g, batch = unpacked(geometry), x_BCHW.shape[0]
+    high, wide = g.output_size((x_BCHW.shape[2], x_BCHW.shape[3]))
+
+    def bits(there: bool) -> Tensor:
+        shape = (g.out_channels, high, (wide * batch + 7) // 8) if there else (0,)
+        return x_BCHW.new_empty(shape, dtype=torch.uint8)
+
+    y = x_BCHW.new_empty((g.out_channels, high, wide, batch), dtype=values.dtype)
+    return y, bits(slope != 1.0), bits(dropout > 0.0)
+
+
+@torch.library.custom_op("noctule::sparse_conv2d_backward", mutates_args=())
+def compiled_backward(
+    dy_OHWB: Tensor,
+    x_BCHW: Tensor,
+    values: Tensor,
+    handle: Tensor,
+    positive: Tensor,
+    kept: Tensor,
+    geometry: Sequence[int],
+    slope: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (B, C, H, W), dvalues (N,), dbias (O,)."""
+    topology, g = named(handle), unpacked(geometry)
+    image = x_BCHW.shape[2], x_BCHW.shape[3]
+    frame = kernels.place(x_BCHW, shifted(topology, g, image, x_BCHW.shape[0]).frame)
+    state = Kept(Epilogue(slope, dropout), positive if slope != 1.0 else None, kept if dropout > 0.0 else None)
+    dy = dy_OHWB.permute(3, 0, 1, 2)
+    _, dx, dvalues, dbias = convolve_backward(topology, g, values, frame, image, dy, state, (True, True, True))
+    assert dx is not None and dvalues is not None and dbias is not None
+    return dx.contiguous(), dvalues, dbias
+
+
+@compiled_backward.register_fake
+def _(dy_OHWB, x_BCHW, values, handle, positive, kept, geometry, slope, dropout):
+    dx = x_BCHW.new_empty(x_BCHW.shape)
+    return dx, torch.empty_like(values), dy_OHWB.new_empty(dy_OHWB.shape[0])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x_BCHW, values, bias, handle, _, ctx.geometry, ctx.slope, ctx.dropout = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x_BCHW, values, handle, output[1], output[2])
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _backward(ctx: Any, dy_OHWB: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x_BCHW, values, handle, positive, kept = ctx.saved_tensors
+    dx, dvalues, dbias = compiled_backward(
+        dy_OHWB, x_BCHW, values, handle, positive, kept, ctx.geometry, ctx.slope, ctx.dropout
+    )
+    return dx, dvalues, dbias if ctx.has_bias else None, None, None, None, None, None
+
+
+compiled_convolution.register_autograd(_backward, setup_context=_keep)
+
+
+def packed(geometry: Geometry) -> list[int]:
+    """A geometry as the whole numbers that an operator takes."""
+    g = geometry
+    (top, bottom), (left, right) = g.padding
+    return [
+        g.in_channels, g.out_channels, *g.kernel_size, *g.stride, top, bottom, left, right, *g.dilation, g.groups
+    ]  # fmt: skip
+
+
+def unpacked(numbers: Sequence[int]) -> Geometry:
+    """The inverse of `packed`."""
+    into, out, kh, kw, sh, sw, top, bottom, left, right, dh, dw, groups = numbers
+    return Geometry(into, out, (kh, kw), (sh, sw), ((top, bottom), (left, right)), (dh, dw), groups)
