@@ -14,9 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from noctule import checkpoint
 from noctule.layers.sparse_linear import SparseLinear
-from noctule.method import Method, attach
+from noctule.method import Method, attach, sessions_of
 from noctule.optim import param_groups
-from noctule.topology import Remap, Topology
+from noctule.topology import Remap, Topology, resize, resize_full
 
 
 class SparseStandIn(nn.Module):
@@ -36,13 +36,17 @@ class SparseStandIn(nn.Module):
     def remap_(self, topology: Topology, remap: Remap) -> None:
         for check in self.checks.values():
             check(self, remap)
-        old, moved = self.values, remap.apply(self.values.detach())
-        if remap.new_size == remap.old_size:
-            old.data.copy_(moved)
-        else:
-            self.values = nn.Parameter(moved)
-        if old.grad is not None:
-            self.values.grad = remap.apply(old.grad)
+        old = {"values": self.values, "bias": self.bias}
+        for name, before in old.items():
+            if (part := remap.of(name)) is None:
+                continue
+            moved = part.apply(before.detach())
+            if part.new_size == part.old_size:
+                before.data.copy_(moved)
+            else:
+                setattr(self, name, nn.Parameter(moved))
+            if before.grad is not None:
+                getattr(self, name).grad = part.apply(before.grad)
         self.topology = topology
         for hook in self.hooks.values():
             hook(self, old, remap)
@@ -790,5 +794,88 @@ def test_inside_data_parallel_places_may_move_but_their_number_stays(tmp_path):
             with pytest.raises(ValueError, match="from 4 to 3 weights inside DistributedDataParallel"):
                 rewire(layer, weights=3)
             assert layer.values.shape == (4,)
+            empty = resize(layer.topology, rows=torch.tensor([0, 1, -1]))  # as many weights, one more in the bias
+            with pytest.raises(ValueError, match="from 2 to 3 weights inside DistributedDataParallel"):
+                layer.remap_(*empty)
+            assert layer.bias.shape == (2,)
     finally:
         torch.distributed.destroy_process_group()
+
+
+# ---- layers whose width changes
+
+
+@sparse
+@pytest.mark.parametrize("rows", [[2, 0], [0, 2, 3], [3, 2, 1, 0], [1, -1, 3, -1, 0]])
+def test_the_state_of_the_bias_follows_the_rows(kind, rows):
+    layer = kind(3, 4, weights=12)
+    model = nn.Sequential(layer)
+    optimizer = AdamW(param_groups(model), lr=0.1)
+    method = Log()
+    with attach(model, optimizer, method) as session:
+        backward(model)
+        optimizer.step()
+        old = layer.bias
+        before = {key: state.clone() for key, state in optimizer.state[old].items()}
+        gradient = old.grad.clone()
+        topology, remap = resize(layer.topology, rows=torch.tensor(rows))
+        layer.remap_(topology, remap)
+        assert (layer.bias is old) == (len(rows) == 4)
+        assert torch.equal(layer.bias.grad, remap.rows.apply(gradient))
+        state = optimizer.state[layer.bias]
+        assert torch.equal(state["step"], before["step"])
+        assert torch.equal(state["exp_avg"], remap.rows.apply(before["exp_avg"]))
+        survivors = before["exp_avg_sq"][[row for row in rows if row >= 0]]
+        assert torch.equal(state["exp_avg_sq"], remap.rows.apply(before["exp_avg_sq"], survivors.mean()))
+        assert [[id(p) for p in group["params"]] for group in optimizer.param_groups] == [
+            [id(layer.values)],
+            [id(layer.bias)],
+        ]
+        assert method.remaps == [(layer, remap)]
+        optimizer.step()
+        assert session.steps == 2
+    assert set(optimizer.state) == {layer.values, layer.bias}
+
+
+@sparse
+def test_an_optimizer_that_cannot_follow_the_bias_refuses_before_the_weights_moved(kind):
+    layer = kind(3, 4, weights=6)
+    optimizers = [Adam([layer.values]), LBFGS([layer.bias])]
+    with attach(layer, optimizers, Log()):
+        before = layer.topology, layer.values, layer.values.detach().clone(), layer.bias
+        with pytest.raises(ValueError, match="LBFGS keeps a history"):
+            layer.remap_(*resize(layer.topology, rows=torch.tensor([0, 2])))
+        assert (layer.topology, layer.values, layer.bias) == (before[0], before[1], before[3])
+        assert torch.equal(layer.values, before[2])
+        rewire(layer, weights=6)  # the rows stay, and so does what the bias has
+
+
+def test_a_session_is_found_by_the_modules_of_its_model(model):
+    nested = nn.Sequential(model)
+    optimizer = SGD(nested.parameters(), lr=0.1)
+    with attach(nested, optimizer) as session:
+        assert sessions_of(model) == sessions_of(nested) == [session]
+        assert sessions_of(nn.Linear(3, 2)) == []
+    assert sessions_of(model) == []
+
+
+def test_a_dense_module_may_change_too(model):
+    optimizer, method = SGD(model.parameters(), lr=0.1, momentum=0.9), Log()
+    with attach(model, optimizer, method) as session:
+        backward(model)
+        optimizer.step()
+        remap = resize_full((2, 3), rows=torch.tensor([1]), columns=torch.tensor([0, 2]))
+        session.check_remap(model, remap)
+        old = dict(model.named_parameters())
+        momentum = optimizer.state[model.weight]["momentum_buffer"].clone()
+        model.weight = nn.Parameter(model.weight.detach()[[1]][:, [0, 2]])
+        model.bias = nn.Parameter(model.bias.detach()[[1]])
+        session.remapped(model, old, remap)
+        assert torch.equal(optimizer.state[model.weight]["momentum_buffer"], momentum[[1]][:, [0, 2]])
+        assert method.remaps == [(model, remap)]
+    frozen, lbfgs = model, LBFGS(model.parameters())
+    with (
+        attach(frozen, lbfgs) as session,
+        pytest.raises(ValueError, match="LBFGS keeps a history"),
+    ):
+        session.check_remap(frozen, resize_full((1, 2), rows=torch.tensor([0])))

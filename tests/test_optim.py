@@ -24,7 +24,7 @@ from torch.optim import (
 )
 
 from noctule.optim import carry_state, check_carry, param_groups, sparse_layers
-from noctule.topology import Remap, Topology
+from noctule.topology import Remap, Topology, resize_full
 
 RECIPES = {
     "sgd": (SGD, {"momentum": 0.9, "weight_decay": 0.01}),
@@ -411,3 +411,50 @@ def test_an_optimizer_that_does_not_know_the_weights_is_left_alone():
     values, stranger = nn.Parameter(torch.ones(3)), Adam([nn.Parameter(torch.ones(3))])
     change(stranger, values, remap_of([0, -1], 3))
     assert stranger.state == defaultdict(dict)
+
+
+# ---- matrices
+
+
+def trained_matrix(kind, options, *, steps: int = 3) -> tuple[nn.Parameter, Optimizer]:
+    weight = nn.Parameter(numbers(8 * 8, 0).view(8, 8))
+    optimizer = kind([weight], **options)
+    for seed in range(1, steps + 1):
+        step(optimizer, weight, numbers(8 * 8, seed).view(8, 8))
+    return weight, optimizer
+
+
+@all_optimizers
+@pytest.mark.parametrize("steps", [0, 2])
+def test_the_state_of_a_matrix_follows_its_rows_and_columns(kind, options, steps):
+    weight, optimizer = trained_matrix(kind, options, steps=steps)
+    before = snapshot(optimizer, weight)
+    rows, columns = torch.tensor([0, 3, 4, 7]), torch.tensor([5, 1])
+    smaller = nn.Parameter(weight.detach()[rows][:, columns])
+    carry_state(optimizer, weight, smaller, resize_full((8, 8), rows=rows, columns=columns))
+    assert optimizer.param_groups[0]["params"][0] is smaller
+    assert weight not in optimizer.state
+    after = snapshot(optimizer, smaller)
+    assert after.keys() == before.keys()
+    for key, state in before.items():
+        expected = state if key in COUNTERS else state[rows][:, columns]
+        assert torch.equal(after[key], expected)
+
+    gradient = numbers(8 * 8, 77).view(8, 8)
+    step(optimizer, smaller, gradient[rows][:, columns])
+    step(other := trained_matrix(kind, options, steps=steps)[1], whole := other.param_groups[0]["params"][0], gradient)
+    torch.testing.assert_close(smaller, whole.detach()[rows][:, columns])
+
+
+def test_state_by_rows_and_columns_cannot_follow_a_matrix():
+    weight, optimizer = trained_matrix(Adafactor, {})
+    with pytest.raises(ValueError, match=r"Adafactor keeps 'row_var' .* of shape \(8, 1\) for 64 weights"):
+        check_carry(optimizer, weight)
+
+
+def test_state_that_was_loaded_before_the_model_is_told():
+    values, optimizer = trained(SGD, {"lr": 0.1, "momentum": 0.9}, weights=3)
+    _, smaller = trained(SGD, {"lr": 0.1, "momentum": 0.9}, weights=2)
+    optimizer.load_state_dict(smaller.state_dict())
+    with pytest.raises(ValueError, match="load the model of a checkpoint before its optimizer"):
+        check_carry(optimizer, values)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from noctule.topology import Remap, Topology, exchange, merge, named, resize
+from noctule.topology import Remap, Topology, exchange, merge, named, resize, resize_full
 
 laws = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -367,31 +367,94 @@ def test_exchange_drops_and_grows(topology, data):
     assert torch.equal(remap.old_slot, again.old_slot)
 
 
+@st.composite
+def kept_lines(draw: st.DrawFn, size: int) -> Tensor | None:
+    """Old lines in some order with new ones in between, or None: all stay."""
+    if draw(st.booleans()):
+        return None
+    old = draw(st.permutations(range(size)))[: draw(st.integers(0, size))]
+    return torch.tensor(draw(st.permutations([*old, *[-1] * draw(st.integers(0, 3))])), dtype=torch.int64)
+
+
+def indexed(full: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """Those rows and columns of a matrix; -1 finds an empty one."""
+    bordered = torch.zeros(full.shape[0] + 1, full.shape[1] + 1)
+    bordered[:-1, :-1] = full
+    r = torch.arange(full.shape[0]) if rows is None else rows
+    c = torch.arange(full.shape[1]) if columns is None else columns
+    return bordered[r][:, c]
+
+
 @given(topologies(), st.data())
 @laws
 def test_resize_is_indexing(topology, data):
-    def kept(size: int) -> Tensor | None:
-        if data.draw(st.booleans()):
-            return None
-        old = data.draw(st.permutations(range(size)))[: data.draw(st.integers(0, size))]
-        return torch.tensor(data.draw(st.permutations([*old, *[-1] * data.draw(st.integers(0, 3))])), dtype=torch.int64)
-
-    rows, columns = kept(topology.shape[0]), kept(topology.shape[1])
+    rows, columns = (data.draw(kept_lines(size)) for size in topology.shape)
     new, remap = resize(topology, rows=rows, columns=columns)
     check(new)
     assert remap.old_size == topology.size
-    bordered = torch.zeros(topology.shape[0] + 1, topology.shape[1] + 1)  # index -1 finds the empty border
-    bordered[:-1, :-1] = dense(topology, numbers(topology))
-    r = torch.arange(topology.shape[0]) if rows is None else rows
-    c = torch.arange(topology.shape[1]) if columns is None else columns
-    assert torch.equal(dense(new, remap.apply(numbers(topology))), bordered[r][:, c])
+    assert remap.resized(topology.shape) == new.shape
+    expected = indexed(dense(topology, numbers(topology)), rows, columns)
+    assert torch.equal(dense(new, remap.apply(numbers(topology))), expected)
     assert remap.grown == 0
+
+
+@given(st.integers(0, 5), st.integers(0, 5), st.data())
+@laws
+def test_a_full_matrix_is_indexed_too(height, width, data):
+    rows, columns = data.draw(kept_lines(height)), data.draw(kept_lines(width))
+    remap = resize_full((height, width), rows=rows, columns=columns)
+    full = torch.arange(1.0, height * width + 1).view(height, width)
+    expected = indexed(full, rows, columns)
+    assert remap.resized((height, width)) == tuple(expected.shape)
+    assert torch.equal(remap.apply(full.flatten()).view(expected.shape), expected)
+
+
+@given(topologies(), st.data())
+@laws
+def test_rows_and_columns_are_remaps_of_their_own(topology, data):
+    kept = [data.draw(kept_lines(size)) for size in topology.shape]
+    remaps = [
+        resize(topology, rows=kept[0], columns=kept[1])[1],
+        resize_full(topology.shape, rows=kept[0], columns=kept[1]),
+    ]
+    for remap in remaps:
+        assert remap.of("values") is remap
+        assert remap.of("weight") is remap
+        assert remap.of("gain") is None
+        assert remap.of("bias") is remap.rows
+        for lines, old, size in zip((remap.rows, remap.columns), kept, topology.shape):
+            assert (lines is None) == (old is None)
+            if old is not None:
+                each = torch.arange(1.0, size + 1)
+                assert torch.equal(lines.apply(each), torch.cat([each, torch.zeros(1)])[old])
+
+
+def test_what_leaves_the_width_alone_says_nothing_of_rows():
+    topology = Topology.random((3, 4), 5)
+    for remap in (
+        Remap.between(topology, Topology.random((3, 4), 6)),
+        exchange(topology, torch.tensor([0]), topology.missing(1))[1],
+    ):
+        assert remap.rows is None
+        assert remap.columns is None
+        assert remap.of("bias") is None
+        assert remap.resized((3, 4)) == (3, 4)
+
+
+def test_a_remap_of_other_lines_is_refused():
+    remap = resize_full((3, 4), rows=torch.tensor([0]))
+    assert remap.resized((3, 9)) == (1, 9)
+    with pytest.raises(ValueError, match=r"of 3 rows and 5 columns, the weight has the shape \(4, 5\)"):
+        remap.resized((4, 5))
 
 
 @pytest.mark.parametrize("rows", [[0, 0], [0, 2], [5]])
 def test_resize_refuses_rows_that_are_not_there_or_twice(rows):
-    with pytest.raises(ValueError, match="each used once"):
-        resize(Topology.random((2, 2), 2), rows=torch.tensor(rows))
+    for side in ("rows", "columns"):
+        with pytest.raises(ValueError, match="each used once"):
+            resize(Topology.random((2, 2), 2), **{side: torch.tensor(rows)})
+        with pytest.raises(ValueError, match="each used once"):
+            resize_full((2, 2), **{side: torch.tensor(rows)})
 
 
 @given(st.integers(1, 4), st.integers(0, 6), st.integers(0, 6), st.integers(0, 9))

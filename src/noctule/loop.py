@@ -13,13 +13,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from noctule.checkpoint import Checkpoints
-from noctule.data import Batches, Dataset
+from noctule.data import Batches, Dataset, Windows
 from noctule.errors import CheckpointError
 from noctule.finite import check_parameters, explain
 from noctule.interrupt import deferred_interrupt
 from noctule.measure import Progress
 from noctule.method import Method, attach
 from noctule.optim import sparse_layers
+from noctule.prune import resize_to
+from noctule.topology import Remap
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -56,7 +58,7 @@ class Fitted:
     epoch_seconds: list[float] = field(default_factory=list)
     """The same, epoch by epoch."""
     best_epoch: int = 0
-    """The epoch, from 1, with the best validation accuracy; of equals the first."""
+    """The epoch, from 1, with the best validation accuracy of a network of these widths; of equals the first."""
     best_accuracy: float = -1.0
     loss_sum: float = 0.0
     """Sum of the losses of the epoch's samples so far."""
@@ -64,24 +66,32 @@ class Fitted:
     """Connections that came in this epoch, by layer."""
     best_state: dict[str, Any] = field(default_factory=dict, repr=False)
     """The model's state dict at `best_epoch`."""
+    built: dict[str, list[int]] = field(default_factory=dict, repr=False)
+    """Shapes in the model's state dict when training began: methods may have removed neurons since."""
 
 
 def evaluate(
-    model: nn.Module, dataset: Dataset, *, loss_fn: Loss = nn.functional.cross_entropy, batch_size: int = 1000
+    model: nn.Module, dataset: Dataset | Windows, *, loss_fn: Loss = nn.functional.cross_entropy, batch_size: int = 1000
 ) -> tuple[float, float]:
-    """Mean loss and accuracy on a data set, in evaluation mode; the model's mode is put back."""
+    """Mean loss and accuracy on a data set, in evaluation mode; the model's mode is put back.
+
+    Args:
+        batch_size: targets at a time, at least those of one sample.
+    """
     was_training = model.training
     model.eval()
     loss = right = 0.0
+    targets_each = dataset.targets.numel() // len(dataset)
     try:
         with torch.no_grad():
-            for inputs, targets in Batches(dataset, batch_size, seed=0, shuffle=False).epoch(0):
+            batches = Batches(dataset, max(1, batch_size // targets_each), seed=0, shuffle=False)
+            for inputs, targets in batches.epoch(0):
                 outputs = model(inputs)
                 loss += float(loss_fn(outputs, targets)) * len(targets)
                 right += int((outputs.argmax(1) == targets).sum())
     finally:
         model.train(was_training)
-    return loss / len(dataset), right / len(dataset)
+    return loss / len(dataset), right / dataset.targets.numel()
 
 
 def fit(
@@ -89,7 +99,7 @@ def fit(
     optimizer: Optimizer,
     train: Batches,
     *,
-    validation: Dataset,
+    validation: Dataset | Windows,
     epochs: int,
     loss_fn: Loss = nn.functional.cross_entropy,
     methods: Sequence[Method] = (),
@@ -110,7 +120,7 @@ def fit(
     """
     if epochs < 0:
         raise ValueError(f"epochs must be at least 0, got {epochs}")
-    progress = Fitted()
+    progress = Fitted(built=_shapes(model.state_dict()))
     with ExitStack() as stack:
         session = stack.enter_context(attach(model, optimizer, *methods))
         interrupted = stack.enter_context(deferred_interrupt())
@@ -130,11 +140,11 @@ def fit(
 
         if journal is not None:
             if (found := journal.checkpoints.latest()) is not None:
-                progress = _resume(found[1], pieces())
+                progress = _resume(found[1], pieces(), built=progress.built)
             journal.rewind(progress.epoch)
 
         def count(name: str) -> Callable[..., None]:
-            def grown(layer: nn.Module, old: Tensor, remap: Any) -> None:
+            def grown(layer: nn.Module, old: Any, remap: Remap) -> None:
                 progress.moved[name] = progress.moved.get(name, 0) + remap.grown
 
             return grown
@@ -199,18 +209,23 @@ def _finish_epoch(progress: Fitted, model: nn.Module, accuracy: float) -> None:
     progress.epoch += 1
     progress.batch = 0
     progress.epoch_seconds.append(progress.seconds - sum(progress.epoch_seconds))
-    if accuracy > progress.best_accuracy:
+    state = model.state_dict()
+    if accuracy > progress.best_accuracy or _shapes(state) != _shapes(progress.best_state):
         progress.best_accuracy, progress.best_epoch = accuracy, progress.epoch
-        progress.best_state = copy.deepcopy(model.state_dict())
+        progress.best_state = copy.deepcopy(state)
 
 
-def _resume(state: dict[str, Any], pieces: dict[str, Any]) -> Fitted:
+def _resume(state: dict[str, Any], pieces: dict[str, Any], *, built: dict[str, list[int]]) -> Fitted:
     missing = {"progress", "random", *pieces}.symmetric_difference(state)
     if missing:
         raise CheckpointError(
             f"the checkpoint is of another training: {sorted(missing)} differ. Resume with the same recipe and options"
         )
     try:
+        progress = Fitted(**state["progress"])
+        if progress.built not in ({}, built):
+            raise ValueError("its model had other layers, or layers of other widths, when it began")
+        resize_to(pieces["model"], state["model"])
         for name, piece in pieces.items():
             piece.load_state_dict(state[name])
     except (ValueError, RuntimeError, KeyError) as error:
@@ -218,7 +233,17 @@ def _resume(state: dict[str, Any], pieces: dict[str, Any]) -> Fitted:
             f"the checkpoint is of another training: {error}. Resume with the same recipe and options"
         ) from error
     torch.set_rng_state(state["random"])
-    return Fitted(**state["progress"])
+    return progress
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, list[int]]:
+    """The shapes in a model's state dict that are the same however many weights a sparse layer stores."""
+    shapes = {}
+    for key, value in state.items():
+        shape = value.get("shape") if isinstance(value, dict) else getattr(value, "shape", None)
+        if shape is not None and key.rpartition(".")[2] != "values":
+            shapes[key] = list(shape)
+    return shapes
 
 
 def _samples(train: Batches) -> int:

@@ -1,6 +1,6 @@
 """Round `optimizer.step()`: `Method` is what a technique overrides, `attach` calls it at the right moments."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Self
 from weakref import WeakSet
@@ -16,6 +16,8 @@ from noctule.topology import Remap
 _attached: WeakSet[Any] = WeakSet()
 """Optimizers and sparse layers that an open session dispatches for: moving their state twice would scramble it."""
 
+_open: WeakSet["Session"] = WeakSet()
+
 
 class Method:
     """A technique that acts round the optimizer's step: override what you need, by default each moment does nothing."""
@@ -30,7 +32,7 @@ class Method:
         """Weights have moved; gradients may be there still."""
 
     def remapped(self, layer: nn.Module, remap: Remap) -> None:
-        """The places of a layer's weights changed (whoever changed them): move what you keep for it."""
+        """The places of a layer's weights changed, or the width of a module (whoever changed them): move what you keep for it."""
 
     def observe(self, **metrics: float) -> None:
         """Somebody measured something, such as a validation loss, and says so."""
@@ -54,7 +56,7 @@ def attach(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer], *metho
     again before the others have (as in adversarial training) closes the round first and opens the next; so does leaving
     the session. Steps that a GradScaler skips for an overflow do not count, nor do micro-batches.
 
-    When a sparse layer changes its places, the optimizers' state follows, then every method is told.
+    When a sparse layer changes its places, or any module its width, the optimizers' state follows, then every method is told.
 
     Raises:
         ValueError: a trainable parameter is in none of the optimizers (looked at again at the first step).
@@ -79,6 +81,11 @@ def attach(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer], *metho
     if not several:
         raise ValueError("attach got no optimizer: give it one, or a list of them")
     return Session(model, several, methods)
+
+
+def sessions_of(module: nn.Module) -> list["Session"]:
+    """The open sessions of models that this module is part of."""
+    return [session for session in _open if any(m is module for m in session.model.modules())]
 
 
 class Session:
@@ -110,6 +117,8 @@ class Session:
                 self._begun.append(method)
                 self._undo.callback(lambda: self._begun.pop().end())
             self._undo.callback(self._finish_round)
+            _open.add(self)
+            self._hooks.callback(_open.discard, self)
         except BaseException:
             self._undo.close()
             raise
@@ -174,25 +183,33 @@ class Session:
             if layer not in self._layers:
                 self._claim(layer, name or type(layer).__name__)
                 self._layers.add(layer)
-                self._hooks.callback(layer.register_remap_check(self._check_remap).remove)
-                self._hooks.callback(layer.register_remap_hook(self._remapped).remove)
+                self._hooks.callback(layer.register_remap_check(self.check_remap).remove)
+                self._hooks.callback(layer.register_remap_hook(self.remapped).remove)
 
-    # What the layers call.
+    # What the layers call, and whoever changes the width of another module.
 
-    def _check_remap(self, layer: Any, remap: Remap) -> None:
-        check_carry(self.optimizers, layer.values)
-        if remap.new_size != remap.old_size and any(
-            isinstance(m, DistributedDataParallel) for m in self.model.modules()
-        ):
-            raise ValueError(
-                f"a layer cannot go from {remap.old_size} to {remap.new_size} weights inside DistributedDataParallel, "
-                "which keeps buckets of the old ones: change the plain model, then wrap it again"
-            )
+    def check_remap(self, module: nn.Module, remap: Remap) -> None:
+        """Refuse, before anything moved, a change of a module's weights that somebody here cannot follow."""
+        for name, parameter in module.named_parameters(recurse=False):
+            part = remap.of(name)
+            if part is None:
+                continue
+            check_carry(self.optimizers, parameter)
+            if part.new_size != part.old_size and any(
+                isinstance(m, DistributedDataParallel) for m in self.model.modules()
+            ):
+                raise ValueError(
+                    f"a layer cannot go from {part.old_size} to {part.new_size} weights inside DistributedDataParallel, "
+                    "which keeps buckets of the old ones: change the plain model, then wrap it again"
+                )
 
-    def _remapped(self, layer: Any, old_values: Tensor, remap: Remap) -> None:
-        carry_state(self.optimizers, old_values, layer.values, remap)
+    def remapped(self, module: nn.Module, old: Mapping[str, Tensor], remap: Remap) -> None:
+        """A module's weights changed: move the optimizers' state of its parameters, `old` by name, and tell the methods."""
+        for name, before in old.items():
+            if (part := remap.of(name)) is not None:
+                carry_state(self.optimizers, before, getattr(module, name), part)
         for method in self._begun:
-            method.remapped(layer, remap)
+            method.remapped(module, remap)
 
     # What the optimizers call.
 

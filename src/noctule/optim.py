@@ -73,20 +73,20 @@ def check_carry(optimizers: Optimizer | Iterable[Optimizer], parameter: Tensor) 
             if reason:
                 raise ValueError(
                     f"{name} keeps {key!r} for these weights, {reason}: it cannot follow a change of places. "
-                    "Use an optimizer with one number of state per weight, such as SGD or AdamW, "
-                    "or delete optimizer.state[values] before the change to start afresh"
+                    "Use an optimizer with one number of state per weight, such as SGD or AdamW, load the model of a "
+                    "checkpoint before its optimizer, or delete optimizer.state[values] before the change to start afresh"
                 )
 
 
 @torch.no_grad()
 def carry_state(optimizers: Optimizer | Iterable[Optimizer], old: Tensor, new: Tensor, remap: Remap) -> None:
-    """Move what optimizers keep for the weights `old` (N_old,) to the places of `new` (N_new,).
+    """Move what optimizers keep for the weights `old` (N_old in all) to the places of `new` (N_new in all).
 
     A surviving weight keeps its state. A new one gets the neutral value: 0 for momenta and other state of either sign;
     for non-negative state (second moments and the like), whose zero would mean a huge step, the mean over the layer's
     survivors; state unknown here goes by its signs. Counters (0-d, one-element, or named `step`) stay as they are.
 
-    With N unchanged, state tensors are changed in place. Where `new` is another tensor than `old`, it takes its place
+    With the shape unchanged, state tensors are changed in place. Where `new` is another tensor than `old`, it takes its place
     in the groups and in the state.
 
     Raises:
@@ -94,7 +94,7 @@ def carry_state(optimizers: Optimizer | Iterable[Optimizer], old: Tensor, new: T
     """
     optimizers = _several(optimizers)
     check_carry(optimizers, old)
-    if old.shape != (remap.old_size,) or new.shape != (remap.new_size,):
+    if old.numel() != remap.old_size or new.numel() != remap.new_size:
         raise ValueError(
             f"the remap leads from {remap.old_size} weights to {remap.new_size}, "
             f"but the old values have shape {tuple(old.shape)} and the new ones {tuple(new.shape)}"
@@ -107,7 +107,7 @@ def carry_state(optimizers: Optimizer | Iterable[Optimizer], old: Tensor, new: T
         state = optimizer.state.pop(old)
         for key, value in state.items():
             if _per_weight(key, value, old):
-                state[key] = _moved(value, remap, fill=_neutral(key, value, remap))
+                state[key] = _moved(key, value, remap, new.shape)
         optimizer.state[new] = state
 
 
@@ -207,13 +207,14 @@ def _leaves(tree: Any) -> Iterable[Any]:
 
 
 def _neutral(key: str, value: Tensor, remap: Remap) -> Tensor:
-    """What a new weight's slot of this state starts with, ()."""
+    """What a new weight's slot of this state (N_old,) starts with, ()."""
     if key in _SIGNED or not value.is_floating_point() or not value.numel() or bool((value < 0).any()):
         return value.new_zeros(())
     survivors = value[remap.old_slot[remap.old_slot >= 0]]
     return (survivors if survivors.numel() else value).mean()
 
 
-def _moved(value: Tensor, remap: Remap, *, fill: Tensor) -> Tensor:
-    moved = remap.apply(value, new=fill)
-    return value.copy_(moved) if moved.shape == value.shape else moved
+def _moved(key: str, value: Tensor, remap: Remap, shape: torch.Size) -> Tensor:
+    flat = value.flatten()
+    moved = remap.apply(flat, new=_neutral(key, flat, remap)).view(shape)
+    return value.copy_(moved) if shape == value.shape else moved

@@ -235,10 +235,17 @@ def named(handle: Tensor) -> Topology:
 
 @dataclass(frozen=True, eq=False)
 class Remap:
-    """Where each new slot of a weight comes from: its old slot, or -1 for a new connection."""
+    """Where each new slot of a weight comes from: its old slot, or -1 for a new connection.
+
+    Where the width changed too, ``rows`` and ``columns`` are the same for what has one number for each row (a bias, a neuron's
+    scale) or column.
+    """
 
     old_slot: Tensor
     old_size: int
+    rows: "Remap | None" = None
+    """Where each new row comes from; None: the rows are what they were."""
+    columns: "Remap | None" = None
 
     @property
     def new_size(self) -> int:
@@ -259,6 +266,24 @@ class Remap:
         old_slot = self.old_slot.to(x.device)
         moved = x[old_slot.clamp(min=0)] if self.old_size else x.new_zeros(self.new_size)
         return torch.where(old_slot < 0, torch.as_tensor(new, dtype=x.dtype, device=x.device), moved)
+
+    def of(self, name: str) -> "Remap | None":
+        """What happened to a layer's parameter of this name: this to its weight, to the bias what happened to the rows."""
+        return {"values": self, "weight": self, "bias": self.rows}.get(name)
+
+    def resized(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """The shape, after the change, of a weight that had this one before.
+
+        Raises:
+            ValueError: the rows or columns are those of another shape.
+        """
+        (rows, height), (columns, width) = (
+            (size, size) if lines is None else (lines.old_size, lines.new_size)
+            for lines, size in zip((self.rows, self.columns), shape, strict=True)
+        )
+        if (rows, columns) != tuple(shape):
+            raise ValueError(f"this remap is of {rows} rows and {columns} columns, the weight has the shape {shape}")
+        return height, width
 
     @classmethod
     def between(cls, old: Topology, new: Topology) -> Self:
@@ -289,28 +314,42 @@ def resize(topology: Topology, *, rows: Tensor | None = None, columns: Tensor | 
 
     >>> t = Topology.from_places((2, 2), torch.tensor([0, 1]), torch.tensor([0, 1]))
     >>> smaller, remap = resize(t, rows=torch.tensor([1]))
-    >>> smaller.shape, remap.old_slot.tolist()
-    ((1, 2), [1])
+    >>> smaller.shape, remap.old_slot.tolist(), remap.rows.old_slot.tolist(), remap.columns
+    ((1, 2), [1], [1], None)
     """
+    row_remap, column_remap = _lines(rows, topology.shape[0]), _lines(columns, topology.shape[1])
 
-    def inverse(kept: Tensor | None, size: int) -> tuple[Tensor, int]:
-        kept = torch.arange(size, device="cpu") if kept is None else kept.to(torch.int64).cpu()
-        old = kept[kept >= 0]
-        if old.numel() and (int(old.max()) >= size or old.unique().numel() != old.numel()):
-            raise ValueError(
-                f"old rows and columns must be below {size} and each used once, got {kept.tolist()!r:.200}"
-            )
-        place = torch.full((size,), -1, dtype=torch.int64, device="cpu")
-        place[old] = (kept >= 0).nonzero()[:, 0]
-        return place, kept.numel()
+    def moved(at: Tensor, remap: Remap | None) -> Tensor:
+        """The new row or column of each place, or -1."""
+        if remap is None:
+            return at
+        continued = (remap.old_slot >= 0).nonzero()[:, 0]
+        new = torch.full((remap.old_size,), -1, dtype=torch.int64, device="cpu")
+        new[remap.old_slot[continued]] = continued
+        return new[at]
 
-    new_row, height = inverse(rows, topology.shape[0])
-    new_column, width = inverse(columns, topology.shape[1])
-    r, c = new_row[topology.rows().cpu()], new_column[topology.columns.to(torch.int64).cpu()]
+    r, c = moved(topology.rows().cpu(), row_remap), moved(topology.columns.to(torch.int64).cpu(), column_remap)
     stays = ((r >= 0) & (c >= 0)).nonzero()[:, 0]
+    width = topology.shape[1] if column_remap is None else column_remap.new_size
     keys, order = (r[stays] * width + c[stays]).sort()
     device = topology.device
-    return Topology.from_keys((height, width), keys.to(device)), Remap(stays[order].to(device), topology.size)
+    remap = Remap(stays[order].to(device), topology.size, row_remap, column_remap)
+    return Topology.from_keys(remap.resized(topology.shape), keys.to(device)), remap
+
+
+def resize_full(shape: tuple[int, int], *, rows: Tensor | None = None, columns: Tensor | None = None) -> Remap:
+    """The same of a weight that stores all its places, row by row, as a dense layer does; new rows and columns are full.
+
+    >>> resize_full((2, 3), columns=torch.tensor([0, 2])).old_slot.tolist()
+    [0, 2, 3, 5]
+    """
+    row_remap, column_remap = _lines(rows, shape[0]), _lines(columns, shape[1])
+    r, c = (
+        torch.arange(size, device="cpu") if remap is None else remap.old_slot
+        for remap, size in ((row_remap, shape[0]), (column_remap, shape[1]))
+    )
+    slots = torch.where((r[:, None] < 0) | (c < 0), -1, r[:, None] * shape[1] + c)
+    return Remap(slots.flatten(), shape[0] * shape[1], row_remap, column_remap)
 
 
 def merge(topologies: Sequence[Topology], values: Sequence[Tensor]) -> tuple[Topology, Tensor]:
@@ -328,6 +367,17 @@ def merge(topologies: Sequence[Topology], values: Sequence[Tensor]) -> tuple[Top
         0, slot, torch.cat(list(values))
     )
     return Topology.from_keys(topologies[0].shape, keys), total / torch.bincount(slot, minlength=keys.numel())
+
+
+def _lines(kept: Tensor | None, size: int) -> Remap | None:
+    """What becomes of ``size`` rows or columns of which these are kept."""
+    if kept is None:
+        return None
+    kept = kept.to(torch.int64).cpu()
+    old = kept[kept >= 0]
+    if old.numel() and (int(old.max()) >= size or old.unique().numel() != old.numel()):
+        raise ValueError(f"old rows and columns must be below {size} and each used once, got {kept.tolist()!r:.200}")
+    return Remap(kept.clamp(min=-1), size)
 
 
 def check_weights(weights: int, shape: tuple[int, int]) -> None:

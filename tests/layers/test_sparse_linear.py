@@ -356,8 +356,11 @@ def test_five_million_features_make_a_small_layer():
 
 
 def test_there_is_no_dense_weight_to_fall_for():
-    with pytest.raises(AttributeError):
-        _ = SparseLinear(30, 20, density=0.2).weight
+    weight = SparseLinear(30, 20, density=0.2, dtype=torch.float64).weight
+    assert (weight.shape, weight.dtype) == ((20, 30), torch.float64)
+    for read in (lambda: weight + 1, lambda: torch.zeros(3, 30) @ weight.t(), weight.sum, weight.tolist):
+        with pytest.raises(RuntimeError, match=r"to_dense\(\)\.weight|tensor subclasses"):
+            read()
 
 
 def test_print_shows_what_matters():

@@ -1,6 +1,7 @@
 """Layers that store their non-zeros only, and the rules that put them in a model."""
 
 from noctule.layers.activations import AllReLU
+from noctule.layers.attention import SparseAttention
 from noctule.layers.fuse import FuseEpilogue
 from noctule.layers.product import Watch
 from noctule.layers.sparse_conv2d import SparseConv2d
@@ -8,4 +9,14 @@ from noctule.layers.sparse_layer import SparseLayer
 from noctule.layers.sparse_linear import SparseLinear
 from noctule.layers.to_sparse import ToDense, ToSparse
 
-__all__ = ["AllReLU", "FuseEpilogue", "SparseConv2d", "SparseLayer", "SparseLinear", "ToDense", "ToSparse", "Watch"]
+__all__ = [
+    "AllReLU",
+    "FuseEpilogue",
+    "SparseAttention",
+    "SparseConv2d",
+    "SparseLayer",
+    "SparseLinear",
+    "ToDense",
+    "ToSparse",
+    "Watch",
+]

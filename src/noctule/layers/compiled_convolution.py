@@ -63,7 +63,9 @@ def compiled_backward(
     state = Kept(Epilogue(slope, dropout), positive if slope != 1.0 else None, kept if dropout > 0.0 else None)
     dy = dy_OHWB.permute(3, 0, 1, 2)
     _, dx, dvalues, dbias = convolve_backward(topology, g, values, frame, image, dy, state, (True, True, True))
-    assert dx is not None and dvalues is not None and dbias is not None
+    assert dx is not None
+    assert dvalues is not None
+    assert dbias is not None
     return dx.contiguous(), dvalues, dbias
 
 

@@ -23,6 +23,9 @@ from noctule.topology import Places, Topology, Transposed, column_dtype
 
 Pair = tuple[int, int]
 
+MOST_SIZES = 4
+"""Sizes of images for which a topology keeps its shifted places: those of training, evaluation and their last batches."""
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -145,6 +148,8 @@ def shifted(topology: Topology, geometry: Geometry, image: Pair, batch: int) -> 
     frames = _frames(geometry, image, batch)
     key = (geometry, image, frames.frame, frames.back)
     if key not in topology.derived:
+        while len(topology.derived) >= MOST_SIZES:
+            del topology.derived[next(iter(topology.derived))]
         topology.derived[key] = Shifted(topology, geometry, image, frames)
     return topology.derived[key]
 

@@ -70,7 +70,9 @@ class SparseLayer(nn.Module):
         self.values = nn.Parameter(torch.empty(topology.size, **factory))
         self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], **factory)) if bias else None)
         self._remap_checks: OrderedDict[int, Callable[[SparseLayer, Remap], None]] = OrderedDict()
-        self._remap_hooks: OrderedDict[int, Callable[[SparseLayer, dict[str, nn.Parameter], Remap], None]] = OrderedDict()
+        self._remap_hooks: OrderedDict[int, Callable[[SparseLayer, dict[str, nn.Parameter], Remap], None]] = (
+            OrderedDict()
+        )
         self.reset_parameters(generator=generator)
 
     def reset_parameters(self, *, generator: torch.Generator | None = None) -> None:
@@ -311,10 +313,8 @@ def places_of(weight_OI: Tensor, density: float | None, weights: int | None, top
 def carried(old: nn.Parameter, moved: Tensor, remap: Remap) -> nn.Parameter:
     """The parameter with these numbers: the same object where the shape stays, else a new one; its gradient moves too."""
     gradient = None if old.grad is None else remap.apply(old.grad.flatten()).view(moved.shape)
-    if moved.shape == old.shape:
-        new = old.copy_(moved)
-    else:
-        new = nn.Parameter(moved, requires_grad=old.requires_grad)
+    new = old if moved.shape == old.shape else nn.Parameter(moved, requires_grad=old.requires_grad)
+    new.copy_(moved)
     new.grad = gradient
     return new
 

@@ -1,14 +1,18 @@
 """The rules that make a model sparse, and dense again."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from noctule.budget import Budget, erdos_renyi
 from noctule.convert import Leave, Rule, hooked
+from noctule.layers.attention import SparseAttention, projections_of
+from noctule.layers.foreign import conv1d_of, is_conv1d, linear_of
 from noctule.layers.sparse_conv2d import SparseConv2d
 from noctule.layers.sparse_layer import SparseLayer
 from noctule.layers.sparse_linear import SparseLinear
@@ -22,6 +26,9 @@ TWINS: dict[type[nn.Module], type[SparseLayer]] = {nn.Linear: SparseLinear, nn.C
 @dataclass(frozen=True, kw_only=True)
 class ToSparse:
     """`nn.Linear` -> `SparseLinear`, `nn.Conv2d` -> `SparseConv2d`, a total number of weights shared out over the layers.
+
+    `nn.MultiheadAttention` becomes a `SparseAttention` of four layers, Hugging Face's `Conv1D` a `SparseLinear`. Where a part of an
+    `nn.TransformerEncoderLayer` is sparse, torch no longer takes its fused path of evaluation, which reads dense weights.
 
     Args:
         density: the share of all the layers' places that is kept, in (0, 1]; give this or ``weights`` or ``epsilon``.
@@ -57,8 +64,38 @@ class ToSparse:
             raise ValueError(f"epsilon must be above 0, got {self.epsilon}")
 
     def plan(self, modules: Mapping[str, nn.Module]) -> Rule:
-        """Share the weights out over the linear layers and convolutions among these modules."""
-        layers = [m for m in modules.values() if type(m) in TWINS]
+        """Share the weights out over what can become sparse among these modules."""
+        parts: dict[nn.Module, list[nn.Module]] = {}
+        reasons: dict[nn.Module, Leave] = {}
+        within = {m.out_proj for m in modules.values() if isinstance(m, nn.MultiheadAttention)}
+        for module in modules.values():
+            if module not in within:
+                try:
+                    parts[module] = parts_of(module)
+                except Leave as reason:
+                    reasons[module] = reason
+        weights = self._shares([part for own in parts.values() for part in own])
+
+        def rule(module: nn.Module) -> nn.Module | None:
+            if module in within:  # it goes or stays with its attention
+                return None
+            if module in reasons:
+                raise reasons[module]
+            if own := parts.get(module):
+                return self._sparse(module, own, [weights[part] for part in own])
+            if module not in parts and parts_of(module):
+                raise Leave("it holds tied weights")
+            if isinstance(module, nn.TransformerEncoderLayer) and any(
+                isinstance(m, SparseLayer) for m in module.modules()
+            ):
+                raise Leave(
+                    "its parts are sparse; torch's fused path of evaluation, which reads dense weights, stays off"
+                )
+            return None
+
+        return rule
+
+    def _shares(self, layers: Sequence[nn.Module]) -> dict[nn.Module, int]:
         shapes = [tuple(m.weight.shape) for m in layers]  # type: ignore[union-attr]
         places = [prod(shape) for shape in shapes]
         if self.epsilon is not None:
@@ -68,37 +105,34 @@ class ToSparse:
             if self.density is not None:
                 total = max(sum(p > 0 for p in places), round(self.density * sum(places)))
             shares = self.budget(shapes, total or 0) if layers else []
-        weights = dict(zip(layers, shares, strict=True))
+        return dict(zip(layers, shares, strict=True))
 
-        def rule(module: nn.Module) -> nn.Module | None:
-            kind = next((kind for kind in TWINS if isinstance(module, kind)), None)
-            if kind is None:
-                return None
-            if type(module) is not kind:
-                raise Leave(f"{type(module).__name__} is not a plain nn.{kind.__name__}")
-            if module not in weights:
-                raise Leave("it holds tied weights")
-            return self._sparse(module, weights[module])
+    def _sparse(self, module: nn.Module, parts: Sequence[nn.Module], weights: Sequence[int]) -> nn.Module:
+        layers = [self._twin(part, share) for part, share in zip(parts, weights, strict=True)]
+        if self.measure_first:
+            self._check_faster(parts, layers)
+        if isinstance(module, nn.MultiheadAttention):
+            return SparseAttention.from_dense(module, layers)
+        if parts[0] is not module:
+            layers[0].origin = type(module)
+        return layers[0]
 
-        return rule
-
-    def _sparse(self, dense: nn.Module, weights: int) -> nn.Module:
-        if hooked(dense):
-            raise Leave("it has hooks, which would be lost")
-        if isinstance(dense, nn.Conv2d) and dense.padding_mode != "zeros":
-            raise Leave(f"it pads with {dense.padding_mode!r}, not with zeros")
-        topology = self.pattern(dense, weights, self.generator)
-        layer = TWINS[type(dense)].from_dense(dense, topology=topology)
+    def _twin(self, dense: nn.Module, weights: int) -> Any:
+        layer = TWINS[type(dense)].from_dense(dense, topology=self.pattern(dense, weights, self.generator))
         if self.fresh:
             layer.reset_parameters(generator=self.generator)
-        if self.measure_first:
-            seconds = {name: t.median_seconds for name, t in _step_times(dense, layer, self._sample(dense)).items()}
-            if seconds["dense"] <= seconds["sparse"]:
-                raise Leave(
-                    f"dense is faster: {seconds['dense'] * 1e3:.3f} ms against {seconds['sparse'] * 1e3:.3f} ms "
-                    f"at {layer.density:.1%} of the weights and batch {self.batch}"
-                )
         return layer
+
+    def _check_faster(self, parts: Sequence[nn.Module], layers: Sequence[SparseLayer]) -> None:
+        pairs = list(zip(parts, layers, strict=True))
+        times = [_step_times(dense, sparse, self._sample(dense)) for dense, sparse in pairs]
+        seconds = {name: sum(own[name].median_seconds for own in times) for name in ("dense", "sparse")}
+        if seconds["dense"] <= seconds["sparse"]:
+            density = sum(layer.weights for layer in layers) / sum(layer.topology.places for layer in layers)
+            raise Leave(
+                f"dense is faster: {seconds['dense'] * 1e3:.3f} ms against {seconds['sparse'] * 1e3:.3f} ms "
+                f"at {density:.1%} of the weights and batch {self.batch}"
+            )
 
     def _sample(self, dense: nn.Module) -> Tensor:
         if isinstance(dense, nn.Conv2d):
@@ -109,21 +143,48 @@ class ToSparse:
 
 @dataclass(frozen=True)
 class ToDense:
-    """Sparse layers -> dense ones with the zeros written out, followed by the activation and dropout they had fused."""
+    """Sparse layers -> what they were made from, zeros written out, followed by activation and dropout if these were fused."""
 
     def __call__(self, module: nn.Module) -> nn.Module | None:
         """The dense twin, or None for another kind of module."""
-        if not isinstance(module, SparseLayer):
+        if not isinstance(module, SparseLayer | SparseAttention):
             return None
-        if hooked(module):
+        if any(hooked(m) for m in module.modules()):
             raise Leave("it has hooks, which would be lost")
+        dense = module.to_dense()
+        if isinstance(module, SparseAttention):
+            return dense
+        if module.origin is not None and isinstance(dense, nn.Linear):
+            dense = conv1d_of(dense, module.origin)
         slope, dropout = module.epilogue.slope, module.epilogue.dropout
         after: list[nn.Module] = []
         if slope != 1.0:
             after.append(nn.ReLU() if slope == 0.0 else nn.LeakyReLU(slope))
         if dropout:
             after.append(nn.Dropout(dropout))
-        return nn.Sequential(module.to_dense(), *after) if after else module.to_dense()
+        return nn.Sequential(dense, *after) if after else dense
+
+
+def parts_of(module: nn.Module) -> list[nn.Module]:
+    """The plain linear layers and convolutions that a module consists of; none where it is of another kind.
+
+    Raises:
+        Leave: it is of a kind that becomes sparse, and cannot; the text says why.
+    """
+    kind = next((k for k in (*TWINS, nn.MultiheadAttention) if isinstance(module, k)), None)
+    if kind is None and not is_conv1d(module):
+        return []
+    if type(module) is NonDynamicallyQuantizableLinear:
+        raise Leave("nn.MultiheadAttention reads its weight itself")
+    if kind is not None and type(module) is not kind:
+        raise Leave(f"{type(module).__name__} is not a plain nn.{kind.__name__}")
+    if any(hooked(m) for m in module.modules()):
+        raise Leave("it has hooks, which would be lost")
+    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+        raise Leave(f"it pads with {module.padding_mode!r}, not with zeros")
+    if isinstance(module, nn.MultiheadAttention):
+        return [*projections_of(module)]
+    return [linear_of(module) if kind is None else module]
 
 
 def _step_times(dense: nn.Module, sparse: SparseLayer, sample: Tensor):
