@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from random import Random
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakSet
 
 import torch
@@ -25,8 +25,14 @@ _rewired: WeakSet[SparseLayer] = WeakSet()
 class Sight(Protocol):
     """What a grower saw of one layer in the backward passes of one step; it is a `Watch` itself if it needs to see any."""
 
-    def choose(self, count: int, taken: Tensor) -> Tensor:
-        """Keys of up to ``count`` missing places to grow, none of them among the sorted ``taken``."""
+    def choose(self, count: int, taken: Tensor, dropped: Tensor) -> Tensor:
+        """Keys of up to ``count`` places to grow, each once: missing ones, or some that are to go and then stay instead.
+
+        Args:
+            count: the number of connections that go, or of missing places if that is smaller.
+            taken: the sorted keys of all places that hold a weight now.
+            dropped: the keys of those among them that are to go, in any order.
+        """
         ...
 
 
@@ -38,13 +44,35 @@ class Grow(Protocol):
         ...
 
 
+@runtime_checkable
+class Listener(Protocol):
+    """What a `Grow` has besides if where it grows depends on more than the step: it is told, and what it keeps is saved."""
+
+    def begin(self, layers: Mapping[str, SparseLayer]) -> None:
+        """These layers will be rewired: raise ValueError where one of them cannot be."""
+        ...
+
+    def observe(self, **metrics: float) -> None:
+        """Somebody measured something, such as a validation loss."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs, as plain data."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        ...
+
+
 class Rewire(Method):
     """Every so many steps, drops a fraction of each sparse layer's connections and grows as many elsewhere, from zero.
 
-    SET is (smallest, anywhere), RigL (smallest, steepest), GSE (smallest, guided). Values and the optimizers' state of the
-    survivors move along. It differs from RigL's code in that the step on which connections move is an ordinary weight update
-    too: a method cannot veto a step. In a layer with fewer missing places than would be grown, fewer move; in a
-    frozen one, or one whose gradient a grower should have seen and did not, none.
+    SET is (smallest, anywhere), RigL (smallest, steepest), GSE (smallest, guided), CTRE (smallest, `MostAlike`). Values and
+    the optimizers' state of the survivors move along. It differs from RigL's code in that the step on which connections move
+    is an ordinary weight update too: a method cannot veto a step. In a layer with fewer missing places than would be grown,
+    fewer move; in a frozen one, or one whose gradient a grower should have seen and did not, none. A grower may choose a
+    place that was to be dropped: it stays.
 
     Args:
         drop: which connections go.
@@ -95,6 +123,8 @@ class Rewire(Method):
             raise ValueError(f"another method already rewires or watches {busy}: attach one Rewire per layer")
         for layer in layers.values():
             check_carry(optimizers, layer.values)  # refuse now, not at the first move
+        if isinstance(self.grow, Listener):
+            self.grow.begin(layers)
         self._check_ranks(next(iter(layers.values())))
         _rewired.update(layers.values())
         self._layers = layers
@@ -114,6 +144,11 @@ class Rewire(Method):
             if self._layers[name] is layer:
                 self._look(name)
 
+    def observe(self, **metrics: float) -> None:
+        """Tell the grower, if it listens."""
+        if isinstance(self.grow, Listener):
+            self.grow.observe(**metrics)
+
     def end(self) -> None:
         """Stop watching."""
         for layer in self._layers.values():
@@ -122,19 +157,22 @@ class Rewire(Method):
         self._layers, self._sights = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps done and connections moved; where they are is the layers' own state."""
-        return {"steps": self.steps, "moved": dict(self.moved)}
+        """Steps done, connections moved and what a grower that listens keeps; where they are is the layers' own state."""
+        state: dict[str, Any] = {"steps": self.steps, "moved": dict(self.moved)}
+        return state | {"grow": self.grow.state_dict()} if isinstance(self.grow, Listener) else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self.steps, self.moved = int(state["steps"]), {**dict.fromkeys(self._layers, 0), **state["moved"]}
+        if isinstance(self.grow, Listener) and "grow" in state:  # not in that of a training which grew another way
+            self.grow.load_state_dict(state["grow"])
         self._arm()
 
     def _check_ranks(self, layer: SparseLayer) -> None:
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if several and callable(self.grow(layer, torch.Generator())):
             raise RuntimeError(
-                "this way to grow looks at gradients, which differ from rank to rank, and so would the connections: "
+                "this way to grow looks at gradients or activations, which differ from rank to rank, as the connections would: "
                 "with several ranks use set_(seed=...), which draws the same places on all of them"
             )
 
@@ -165,10 +203,22 @@ class Rewire(Method):
             )
         dropped = self.drop(layer.values.detach(), fraction)
         keys = old.keys()
-        grown = sight.choose(min(dropped.numel(), old.places - old.size), keys).to(keys.device)
+        grown = sight.choose(min(dropped.numel(), old.places - old.size), keys, keys[dropped]).to(keys.device)
+        dropped, grown = _without_regrown(keys, dropped, grown)
         if not grown.numel():
             return 0
         if grown.numel() < dropped.numel():  # hardly a place is missing: of those that would go, the largest stay
             dropped = dropped[layer.values[dropped].abs().argsort()[: grown.numel()]]
         layer.remap_(*exchange(old, dropped, grown))
         return grown.numel()
+
+
+def _without_regrown(keys: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
+    """The slots that go and the keys that come, without the places that are in both."""
+    if not grown.numel():
+        return dropped, grown
+    slot = torch.searchsorted(keys, grown).clamp_(max=keys.numel() - 1)
+    again = keys[slot] == grown
+    stays = torch.zeros_like(keys, dtype=torch.bool)
+    stays[slot[again]] = True
+    return dropped[~stays[dropped]], grown[~again]

@@ -25,7 +25,7 @@ class _Candidates:
         gradient = self.layer.gradient_at(self.candidates, dy, x)
         self.gradient = gradient if self.gradient is None else self.gradient + gradient
 
-    def choose(self, count: int, taken: Tensor) -> Tensor:
+    def choose(self, count: int, taken: Tensor, dropped: Tensor) -> Tensor:
         if self.gradient is None:
             return taken.new_empty(0)
         steepest = self.gradient.abs().topk(min(count, self.keys.numel()), sorted=False).indices

@@ -5,6 +5,7 @@ authors' code: the dense gradient is never whole in memory. It is computed in ti
 move, and only the steepest places so far are kept.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,31 @@ TILE_PLACES = 1 << 22
 """Places of the dense gradient in memory at once (16 MiB in float32)."""
 
 
+def largest(
+    scores: Callable[[int, int], Tensor], shape: tuple[int, int], count: int, excluded: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys and scores of the ``count`` places with the largest scores, in tiles of rows.
+
+    Args:
+        scores: the scores, at least 0, of the rows from a first one to a last one (excluded).
+        shape: of the weight, (O, I).
+        count: how many places; fewer where fewer are left.
+        excluded: sorted keys of places that are not to be had.
+    """
+    out_features, in_features = shape
+    best, best_keys = torch.empty(0, device=excluded.device), excluded.new_empty(0)
+    step = max(1, TILE_PLACES // max(in_features, 1))
+    for row in range(0, out_features, step):
+        tile, first = scores(row, min(row + step, out_features)).flatten(), row * in_features
+        here = excluded[torch.searchsorted(excluded, first) : torch.searchsorted(excluded, first + tile.numel())]
+        tile[here - first] = -1.0
+        score, place = tile.topk(min(count, tile.numel() - here.numel()))
+        best, best_keys = torch.cat([best, score]), torch.cat([best_keys, place + first])
+        best, order = best.topk(min(count, best.numel()))
+        best_keys = best_keys[order]
+    return best_keys, best
+
+
 class _WholeGradient:
     def __init__(self, layer: SparseLayer) -> None:
         self.layer = layer
@@ -26,24 +52,15 @@ class _WholeGradient:
     def __call__(self, dy: Tensor, x: Any) -> None:
         self.passes.append((dy, x))
 
-    def choose(self, count: int, taken: Tensor) -> Tensor:
+    def choose(self, count: int, taken: Tensor, dropped: Tensor) -> Tensor:
         if not self.passes:
             return taken.new_empty(0)
-        out_features, in_features = self.layer.topology.shape
-        best, best_keys = self.layer.values.new_empty(0), taken.new_empty(0)
-        step = max(1, TILE_PLACES // max(in_features, 1))
-        for row in range(0, out_features, step):
-            stop = min(row + step, out_features)
-            tiles = (self.layer.gradient_rows(row, stop, dy, x) for dy, x in self.passes)
-            gradient = sum(tiles, torch.zeros((), device=best.device)).abs().flatten()
-            first = row * in_features
-            here = taken[torch.searchsorted(taken, first) : torch.searchsorted(taken, first + gradient.numel())]
-            gradient[here - first] = -1.0
-            score, place = gradient.topk(min(count, gradient.numel() - here.numel()))
-            best, best_keys = torch.cat([best, score]), torch.cat([best_keys, place + first])
-            best, order = best.topk(min(count, best.numel()))
-            best_keys = best_keys[order]
-        return best_keys
+
+        def steepness(start: int, stop: int) -> Tensor:
+            tiles = (self.layer.gradient_rows(start, stop, dy, x) for dy, x in self.passes)
+            return sum(tiles, torch.zeros((), device=taken.device)).abs()
+
+        return largest(steepness, self.layer.topology.shape, count, taken)[0]
 
 
 def steepest(layer: SparseLayer, generator: torch.Generator) -> _WholeGradient:

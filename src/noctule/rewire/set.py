@@ -21,7 +21,7 @@ class _Blind:
     topology: Topology
     generator: torch.Generator
 
-    def choose(self, count: int, taken: Tensor) -> Tensor:
+    def choose(self, count: int, taken: Tensor, dropped: Tensor) -> Tensor:
         return self.topology.missing(count, generator=self.generator)
 
 
