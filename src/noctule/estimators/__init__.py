@@ -1,0 +1,13 @@
+"""Sparse multilayer perceptrons in scikit-learn's manners: for pipelines, grid search and whatever else takes an estimator."""
+
+try:
+    from sklearn.utils.validation import validate_data as _since_1_6  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "noctule.estimators needs scikit-learn 1.6 or newer, which is missing: pip install 'scikit-learn>=1.6'"
+    ) from error
+
+from noctule.estimators.classifier import SparseMLPClassifier
+from noctule.estimators.regressor import SparseMLPRegressor
+
+__all__ = ["SparseMLPClassifier", "SparseMLPRegressor"]
