@@ -27,7 +27,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_the_next_steps_need_hardly_a_new_page():
     def faults(keep):
-        text = subprocess.run([sys.executable, "-c", PROGRAM.format(keep=keep)], capture_output=True, check=True, text=True)
+        text = subprocess.run(
+            [sys.executable, "-c", PROGRAM.format(keep=keep)], capture_output=True, check=True, text=True
+        )
         return int(text.stdout)
 
     kept, default = faults(True), faults(False)

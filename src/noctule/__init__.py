@@ -16,6 +16,7 @@ _HOME = {
     "Dataset": "data",
     "Decay": "decay",
     "FuseEpilogue": "layers",
+    "ImportancePruning": "prune",
     "Method": "method",
     "Remap": "topology",
     "Rewire": "rewire",
@@ -23,11 +24,14 @@ _HOME = {
     "Session": "method",
     "SparseConv2d": "layers",
     "SparseLinear": "layers",
+    "SparseMLPClassifier": "estimators",
+    "SparseMLPRegressor": "estimators",
     "ToDense": "layers",
     "ToSparse": "layers",
     "Topology": "topology",
     "attach": "method",
     "convert_": "convert",
+    "ctre": "rewire",
     "erdos_renyi": "budget",
     "evaluate": "loop",
     "fit": "loop",
@@ -42,6 +46,7 @@ _HOME = {
     "rigl": "rewire",
     "save_model": "checkpoint",
     "set_": "rewire",
+    "shrink": "prune",
     "uniform": "budget",
     "write_report": "report",
 }
@@ -55,14 +60,16 @@ if TYPE_CHECKING:
     from noctule.convert import Conversion, convert_
     from noctule.data import Batches, Dataset
     from noctule.decay import Decay
+    from noctule.estimators import SparseMLPClassifier, SparseMLPRegressor
     from noctule.layers import AllReLU, FuseEpilogue, SparseConv2d, SparseLinear, ToDense, ToSparse
     from noctule.loop import evaluate, fit
     from noctule.measure import footprint
     from noctule.method import Method, Session, attach
     from noctule.models import mlp
     from noctule.optim import param_groups
+    from noctule.prune import ImportancePruning, shrink
     from noctule.report import RunFolder, write_report
-    from noctule.rewire import Rewire, gse, rigl, set_
+    from noctule.rewire import Rewire, ctre, gse, rigl, set_
     from noctule.topology import Remap, Topology, merge, resize
 
 

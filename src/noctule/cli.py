@@ -13,7 +13,18 @@ from typing import Any
 from noctule.errors import NoctuleError, UsageError
 from noctule.signature import Parser, add_options, from_json, nearest
 
-BENCHMARKS = ("layers", "convolution", "fashion", "memory", "accuracy", "original")
+BENCHMARKS = (
+    "layers",
+    "convolution",
+    "fashion",
+    "memory",
+    "accuracy",
+    "original",
+    "rewiring",
+    "shrinking",
+    "bat_brain",
+    "transformer",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

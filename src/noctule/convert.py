@@ -105,14 +105,18 @@ def _apply(rule: Rule, module: nn.Module, name: str, tied: dict[nn.Module, str],
         new = rule(module)
         if new is None:
             return module
-        if module in tied:
-            raise Leave(tied[module])
+        held = next((m for m in ([module] if new is module else module.modules()) if m in tied), None)
+        if held is not None:
+            raise Leave(tied[held])
     except Leave as reason:
         result.left[name] = tied.get(module, str(reason))
         return module
-    if new is not module:
+    if new is module:
+        result.changed[name] = f"{before} changed"
+    else:
         new.train(module.training)
-    result.changed[name] = f"{before} -> {str(new).splitlines()[0]}" if new is not module else f"{before} changed"
+        shown = str(new).splitlines()[0].removesuffix("(")
+        result.changed[name] = f"{before} -> {shown}"
     return new
 
 

@@ -97,3 +97,17 @@ def test_what_cannot_be_a_data_set_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=f"data set 'toy' .*{says}"):
         Dataset(inputs, targets, name="toy", classes=1, shape=shape)
+
+
+@pytest.mark.parametrize(("given", "shape"), [((8, 7), (1, 8, 7)), ((3, 8, 7), (3, 8, 7)), ((3, 3, 3), (3, 3, 3))])
+def test_images_have_channels_height_and_width(given: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    assert Dataset(torch.rand(2, *given), torch.zeros(2).long(), name="toy", classes=1).image_shape == shape
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [((8,), "no shape, which are no images"), ((2, 2, 2, 2), "no images"), ((8, 8, 3), "channels come last")],
+)
+def test_what_is_no_image_says_so(given: tuple[int, ...], says: str) -> None:
+    with pytest.raises(DataError, match=f"data set 'toy' .*{says}.*; give "):
+        _ = Dataset(torch.rand(2, *given), torch.zeros(2).long(), name="toy", classes=1).image_shape

@@ -13,7 +13,7 @@ from noctule.convert import convert_
 from noctule.kernels import Epilogue, Frame, native, reference
 from noctule.layers import FuseEpilogue, SparseConv2d, SparseLayer, ToDense, ToSparse
 from noctule.layers.compiled_convolution import compiled_convolution, packed, unpacked
-from noctule.layers.convolution import Framed, shifted
+from noctule.layers.convolution import MOST_SIZES, Framed, shifted
 from noctule.measure import measure
 from noctule.method import attach
 from noctule.rewire import gse, rigl, set_
@@ -275,6 +275,9 @@ def test_shifted_places_are_made_once_for_each_size_of_image():
     bytes_before = layer.topology.nbytes
     assert places.transposed.slots.numel() == layer.weights
     assert layer.topology.nbytes > bytes_before
+    for size in range(7, 20):
+        layer(torch.zeros(1, 4, size, size))
+    assert len(layer.topology.derived) <= MOST_SIZES
 
 
 def test_multiply_adds_are_those_of_the_non_zeros():

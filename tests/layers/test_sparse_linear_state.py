@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from noctule.kernels import Epilogue
-from noctule.layers import SparseLinear
-from noctule.topology import Remap, Topology, exchange
+from noctule.layers import SparseConv2d, SparseLinear
+from noctule.topology import Remap, Topology, exchange, resize
 
 
 def layer(weights: int = 60, seed: int = 0) -> SparseLinear:
@@ -241,8 +241,9 @@ def test_remap_with_as_many_weights_keeps_the_parameter_and_tells_after_the_fact
     ours.remap_(new, remap)
     assert ours.values is old
     assert torch.equal(ours.values, remap.apply(before))
-    ((who, old_values, same_remap, topology, values),) = told
-    assert (who, old_values, same_remap, topology) == (ours, old, remap, new)
+    ((who, parameters, same_remap, topology, values),) = told
+    assert (who, same_remap, topology) == (ours, remap, new)
+    assert {name: id(p) for name, p in parameters.items()} == {"values": id(old), "bias": id(ours.bias)}
     assert torch.equal(values, ours.values)
     twin = SparseLinear.from_dense(ours.to_dense(), topology=new)
     for a, b in zip(step(ours, X), step(twin, X)):
@@ -255,7 +256,7 @@ def test_remap_to_another_number_makes_a_new_parameter(weights):
     old, trainable = ours.values, False
     old.requires_grad_(trainable)
     new = Topology.random((20, 30), weights)
-    ours.register_remap_hook(lambda _, old_values, remap: told.append(old_values))
+    ours.register_remap_hook(lambda _, parameters, remap: told.append(parameters["values"]))
     ours.remap_(new, Remap.between(ours.topology, new), new=torch.full((weights,), 2.0))
     assert told == [old]
     assert ours.values is not old
@@ -291,6 +292,56 @@ def test_a_remap_of_another_layer_is_refused():
     ours = layer()
     with pytest.raises(ValueError, match="does not lead from 60"):
         ours.remap_(ours.topology, Remap(torch.arange(59), 59))
+
+
+@pytest.mark.parametrize("rows", [None, [3, 0, 7], [5, -1, 6]])
+@pytest.mark.parametrize("columns", [None, [1, 4, 2, 29], [-1, 8]])
+def test_another_width_is_rows_and_columns_of_the_dense_twin(rows, columns):
+    ours = layer(200)
+    step(ours, X)
+    lines = {
+        "rows": None if rows is None else torch.tensor(rows),
+        "columns": None if columns is None else torch.tensor(columns),
+    }
+    bordered, bias = torch.zeros(21, 31), torch.cat([ours.bias.detach(), torch.zeros(1)])
+    bordered[:20, :30] = ours.to_dense().weight.detach()
+    r, c = (torch.arange(size) if x is None else x for x, size in zip(lines.values(), (20, 30)))
+    gradient = torch.cat([ours.bias.grad, torch.zeros(1)])
+    parameter = ours.bias
+    ours.remap_(*resize(ours.topology, **lines))
+    assert (ours.out_features, ours.in_features) == ours.topology.shape == (r.numel(), c.numel())
+    assert torch.equal(ours.to_dense().weight, bordered[r][:, c])
+    assert torch.equal(ours.bias, bias[r])
+    assert torch.equal(ours.bias.grad, gradient[r])
+    assert (ours.bias is parameter) == (rows is None)
+    assert ours(torch.randn(5, c.numel())).shape == (5, r.numel())
+
+
+def test_a_change_of_width_that_is_not_said_is_refused():
+    ours = layer()
+    before = copy.deepcopy(ours)
+    other = Topology.from_keys((30, 20), ours.topology.keys())
+    with pytest.raises(ValueError, match=r"does not say how a layer of shape \(20, 30\) becomes one of \(30, 20\)"):
+        ours.remap_(other, Remap(torch.arange(60), 60))
+    assert same(ours, before)
+
+
+def test_a_convolution_changes_by_whole_channels_and_only_without_groups():
+    ours = SparseConv2d(4, 6, (3, 2), density=0.5)
+    twin = ours.to_dense().weight.detach()
+    columns = (torch.tensor([1, 3])[:, None] * 6 + torch.arange(6)).flatten()
+    ours.remap_(*resize(ours.topology, rows=torch.tensor([5, 0, 2]), columns=columns))
+    assert (ours.in_channels, ours.out_channels) == (2, 3)
+    assert torch.equal(ours.to_dense().weight, twin[[5, 0, 2]][:, [1, 3]])
+    for refused, lines in (
+        (ours, {"columns": torch.arange(5)}),
+        (SparseConv2d(4, 6, 3, groups=2, density=0.5), {"rows": torch.arange(4)}),
+    ):
+        values, topology = refused.values, refused.topology
+        with pytest.raises(ValueError, match="only one without groups can, by whole channels"):
+            refused.remap_(*resize(refused.topology, **lines))
+        assert refused.values is values
+        assert refused.topology is topology
 
 
 def test_hooks_may_remove_themselves():

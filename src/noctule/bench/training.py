@@ -133,7 +133,7 @@ class Training:
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, fused=fused
         )
-        self._batches = _forever(Batches(data, recipe.batch, seed=0, drop_last=True))
+        self._batches = forever(Batches(data, recipe.batch, seed=0, drop_last=True))
         if row.rewire:
             self._attached = ExitStack()
             self._attached.enter_context(attach(model, self.optimizer, gse(every=REWIRE_EVERY)))
@@ -173,7 +173,8 @@ def _sparse_mlp(recipe: Recipe) -> nn.Sequential:
     )
 
 
-def _forever(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+def forever(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch after the other."""
     epoch = 0
     while True:
         yield from batches.epoch(epoch)

@@ -5,5 +5,6 @@ from noctule.data.catalog import load, names
 from noctule.data.dataset import Dataset
 from noctule.data.scaling import standardize
 from noctule.data.splits import Splits, split
+from noctule.data.text import Text, Windows, read_text
 
-__all__ = ["Batches", "Dataset", "Splits", "load", "names", "split", "standardize"]
+__all__ = ["Batches", "Dataset", "Splits", "Text", "Windows", "load", "names", "read_text", "split", "standardize"]

@@ -1,4 +1,4 @@
-"""Mini-batches whose order is a function of seed, epoch and position alone, so that a run can resume anywhere."""
+"""Mini-batches whose order and augmentation are functions of seed, epoch and position alone, so that a run can resume anywhere."""
 
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
@@ -7,7 +7,9 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from noctule.data.augment import Augment
 from noctule.data.dataset import Dataset
+from noctule.data.text import Windows
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,19 +17,21 @@ class Batches:
     """The batches of a data set, epoch by epoch.
 
     With `shuffle` every epoch is a fresh permutation; without, the samples come in their own order. The last batch is
-    shorter where the samples do not divide, or is left out with `drop_last`.
+    shorter where the samples do not divide, or is left out with `drop_last`. `augment` is given each batch in the shape
+    of its samples, (B, *shape), and a generator of that batch's own.
 
     >>> toy = Dataset(torch.rand(5, 3), torch.tensor([0, 1, 0, 1, 0]), name="toy", classes=2)
     >>> [len(targets) for _, targets in Batches(toy, 2, seed=0).epoch(0)]
     [2, 2, 1]
     """
 
-    dataset: Dataset
+    dataset: Dataset | Windows
     batch_size: int
     _: KW_ONLY
     seed: int
     shuffle: bool = True
     drop_last: bool = False
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         """Refuse what gives no batches."""
@@ -45,22 +49,36 @@ class Batches:
         return full + (rest > 0 and not self.drop_last)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one epoch from batch number `start` on: inputs (B, features) and targets (B,), both copies."""
+        """The batches of one epoch from batch number `start` on: inputs (B, features) and targets (B, ...), both copies."""
         if not 0 <= start <= len(self):
             raise ValueError(f"start must lie between 0 and the {len(self)} batches of an epoch, not {start}")
-        return self._gather(self.order(epoch), start)
+        return self._gather(epoch, start)
 
     def order(self, epoch: int) -> Tensor:
         """The row numbers of one epoch in the order they are used, (samples,) int64."""
         if not self.shuffle:
             return torch.arange(len(self.dataset))
-        digest = blake2b(f"{self.seed} {epoch}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest))
-        return torch.randperm(len(self.dataset), generator=generator)
+        return torch.randperm(len(self.dataset), generator=_generator(self.seed, epoch))
 
-    def _gather(self, order: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _gather(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         inputs, targets = self.dataset.inputs, self.dataset.targets
-        order = order.to(inputs.device)
+        order = self.order(epoch).to(inputs.device)
         for batch in range(start, len(self)):
             rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield inputs.index_select(0, rows), targets.index_select(0, rows)
+            yield self._augmented(inputs.index_select(0, rows), epoch, batch), targets.index_select(0, rows)
+
+    def _augmented(self, inputs: Tensor, epoch: int, batch: int) -> Tensor:
+        if self.augment is None:
+            return inputs
+        samples = inputs if self.dataset.shape is None else inputs.view(-1, *self.dataset.shape)
+        changed = self.augment(samples, _generator(self.seed, epoch, batch))
+        if changed.shape != samples.shape:
+            raise ValueError(
+                f"augment made {tuple(changed.shape)} of a batch of shape {tuple(samples.shape)}; it must keep the shape"
+            )
+        return changed.flatten(1)
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    digest = blake2b(" ".join(map(str, numbers)).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest))

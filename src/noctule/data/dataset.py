@@ -9,6 +9,8 @@ from torch import Tensor
 from noctule.errors import DataError
 
 _ROWS_AT_A_TIME = 4096
+_MOST_CHANNELS = 4
+"""Of a photograph; no image is as narrow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +72,25 @@ class Dataset:
     def features(self) -> int:
         """The numbers in one sample."""
         return self.inputs.shape[1]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a sample; a shape of two is an image of one channel.
+
+        Raises:
+            DataError: the samples are no images, or their channels come last.
+        """
+        shape = (1, *self.shape) if self.shape is not None and len(self.shape) == 2 else self.shape
+        if shape is None or len(shape) != 3:
+            raise self._error(
+                f"has samples of {'no shape' if shape is None else f'shape {shape}'}, which are no images; give inputs of "
+                "shape (samples, height, width) or (samples, channels, height, width)"
+            )
+        if shape[2] <= _MOST_CHANNELS < shape[0]:
+            raise self._error(
+                f"has samples of shape {shape}: channels come last; give (samples, channels, height, width)"
+            )
+        return shape[0], shape[1], shape[2]
 
     def take(self, indices: Tensor | Sequence[int]) -> "Dataset":
         """The samples at `indices` (row numbers, or a mask of all rows) as a set of their own, copied."""

@@ -1,5 +1,7 @@
 """Small reference models, in plain torch modules."""
 
+from noctule.models.cnn import cnn
 from noctule.models.mlp import mlp
+from noctule.models.transformer import Transformer
 
-__all__ = ["mlp"]
+__all__ = ["Transformer", "cnn", "mlp"]

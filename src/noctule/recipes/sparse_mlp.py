@@ -3,31 +3,32 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from noctule.checkpoint import save_model
 from noctule.convert import convert_
-from noctule.data import Batches, Splits, load, standardize
+from noctule.data import Batches, load, standardize
 from noctule.decay import Decay
 from noctule.layers import AllReLU, FuseEpilogue, SparseLinear, ToSparse
-from noctule.loop import Fitted, evaluate, fit
-from noctule.measure import footprint, measure
 from noctule.method import Method
 from noctule.models import mlp
 from noctule.models.mlp import Activation, relu
 from noctule.optim import param_groups
-from noctule.report import Journal, RunFolder, write_report
-from noctule.rewire import Drop, Grow, Rewire, anywhere, guided, sign_split, smallest, steepest
-from noctule.schedule import constant, cosine
-from noctule.types import Schedule
-
-SMALL_WEIGHTS = 10_000_000
-"""A dense twin of at most so many weights is trained too, unless told otherwise."""
-
-GROWERS: dict[str, Grow] = {"gse": guided, "rigl": steepest, "set": anywhere}
+from noctule.recipes.training import (
+    GROWERS,
+    Compare,
+    Moving,
+    describe,
+    falling_rate,
+    settling,
+    train_classifier,
+    train_series,
+)
+from noctule.report import Journal, RunFolder
+from noctule.rewire import Rewire, sign_split
 
 
 def sparse_mlp(
@@ -40,14 +41,14 @@ def sparse_mlp(
     batch: int = 128,
     original: bool = False,
     density: float | None = None,
-    rewire: Literal["gse", "rigl", "set", "none"] | None = None,
+    rewire: Moving | None = None,
     fraction: float | None = None,
     every: int | None = None,
     learning_rate: float | None = None,
     weight_decay: float | None = None,
     dropout: float | None = None,
     validation: float = 0.1,
-    compare: Literal["auto", "dense", "none"] = "auto",
+    compare: Compare = "auto",
     seed: int = 0,
     checkpoint_seconds: float = 30.0,
 ) -> dict[str, Any]:
@@ -89,21 +90,44 @@ def sparse_mlp(
         weight_decay=weight_decay,
         dropout=dropout,
     )
-    training = _Training(
-        recipe, widths, splits, Batches(splits.train, batch, seed=seed), epochs, seed, checkpoint_seconds
+    batches = Batches(splits.train, batch, seed=seed)
+    steps = epochs * len(batches)
+
+    def methods(sparse: bool) -> list[Method]:
+        return recipe.methods(sparse=sparse, steps_per_epoch=len(batches), steps=steps, seed=seed)
+
+    def train(journal: Journal) -> dict[str, Any]:
+        sparse = journal.series == "sparse"
+        torch.manual_seed(seed)
+        model: nn.Module = mlp(*widths, activation=recipe.activation, dropout=recipe.dropout)
+        if sparse:
+            model = convert_(convert_(model, recipe.to_sparse).model, FuseEpilogue()).model
+        optimizer = recipe.optimizer(model, recipe)
+        outcome = train_classifier(
+            model,
+            optimizer,
+            batches,
+            splits,
+            epochs=epochs,
+            methods=methods(sparse),
+            scheduler=falling_rate(optimizer, steps) if recipe.falling else None,
+            journal=journal,
+            checkpoint_seconds=checkpoint_seconds,
+        )
+        if sparse:
+            save_model(run.path, model.state_dict(), _structure(model, widths))
+        return outcome
+
+    _ = recipe.to_sparse, methods(True)  # refuse what cannot be before anything is trained or written
+    if not 0.0 <= recipe.dropout < 1.0:
+        raise ValueError(f"dropout must lie in [0, 1), got {recipe.dropout}")
+    return train_series(
+        run,
+        train,
+        about={"data": describe(splits)},
+        compare=compare,
+        dense_weights=sum(a * b for a, b in zip(widths, widths[1:])),
     )
-    training.check()
-    series = ["sparse"]
-    if compare == "dense" or (compare == "auto" and sum(a * b for a, b in zip(widths, widths[1:])) <= SMALL_WEIGHTS):
-        series.append("dense")
-    summary = run.summary() or {"data": _describe(splits), "series": {}}
-    for name in series:
-        if name in summary["series"]:  # finished before the run was resumed
-            continue
-        summary["series"][name] = training.run(Journal(run, name))
-        run.write_summary(summary)
-        write_report(run)
-    return summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +137,6 @@ class _Recipe:
     density: float | None = None
     epsilon: float | None = None
     rewire: str
-    drop: Drop
     falling: bool
     fraction: float = 0.3
     every: int | None
@@ -135,16 +158,18 @@ class _Recipe:
 
     def methods(self, *, sparse: bool, steps_per_epoch: int, steps: int, seed: int) -> list[Method]:
         methods: list[Method] = []
+        every = self.every or steps_per_epoch
         if not self.falling:  # momentum SGD has no decoupled decay of its own
             methods.append(Decay(self.learning_rate * self.weight_decay))
-        if sparse and self.rewire != "none":
-            until = max(1, steps * 3 // 4) if self.falling else steps
-            fraction: Schedule = (
-                cosine(self.fraction, end=0.0, steps=until) if self.falling else constant(self.fraction)
-            )
-            every = self.every or steps_per_epoch
+        if not sparse or self.rewire == "none":
+            return methods
+        if self.falling:
+            methods.append(settling(self.rewire, fraction=self.fraction, every=every, steps=steps, seed=seed))
+        else:
             grow = GROWERS[self.rewire]
-            methods.append(Rewire(grow=grow, drop=self.drop, fraction=fraction, every=every, until=until, seed=seed))
+            methods.append(
+                Rewire(grow=grow, drop=sign_split, fraction=self.fraction, every=every, until=steps, seed=seed)
+            )
         return methods
 
 
@@ -167,7 +192,6 @@ def _preset(original: bool) -> _Recipe:
         return _Recipe(
             epsilon=20.0,
             rewire="set",
-            drop=sign_split,
             falling=False,
             every=None,
             learning_rate=0.01,
@@ -179,7 +203,6 @@ def _preset(original: bool) -> _Recipe:
     return _Recipe(
         density=0.045,
         rewire="gse",
-        drop=smallest,
         falling=True,
         every=200,
         learning_rate=0.002,
@@ -188,100 +211,6 @@ def _preset(original: bool) -> _Recipe:
         activation=relu,
         optimizer=_adamw,
     )
-
-
-@dataclass(frozen=True)
-class _Training:
-    """One recipe on one data set, for the sparse network and for its dense twin."""
-
-    recipe: _Recipe
-    widths: tuple[int, ...]
-    splits: Splits
-    train: Batches
-    epochs: int
-    seed: int
-    checkpoint_seconds: float
-
-    @property
-    def steps(self) -> int:
-        return self.epochs * len(self.train)
-
-    def methods(self, sparse: bool) -> list[Method]:
-        return self.recipe.methods(sparse=sparse, steps_per_epoch=len(self.train), steps=self.steps, seed=self.seed)
-
-    def check(self) -> None:
-        """Refuse what cannot be before anything is trained or written."""
-        _ = self.recipe.to_sparse, self.methods(True)
-        if not 0.0 <= self.recipe.dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.recipe.dropout}")
-
-    def model(self, sparse: bool) -> nn.Module:
-        torch.manual_seed(self.seed)
-        model: nn.Module = mlp(*self.widths, activation=self.recipe.activation, dropout=self.recipe.dropout)
-        if not sparse:
-            return model
-        return convert_(convert_(model, self.recipe.to_sparse).model, FuseEpilogue()).model
-
-    def run(self, journal: Journal) -> dict[str, Any]:
-        """Train, read the test set once, and say what it took."""
-        sparse = journal.series == "sparse"
-        model = self.model(sparse)
-        optimizer = self.recipe.optimizer(model, self.recipe)
-        scheduler = None
-        if self.recipe.falling and self.steps:
-            floor = self.recipe.learning_rate / 100
-            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps, eta_min=floor)
-        with measure() as cost:
-            fitted = fit(
-                model,
-                optimizer,
-                self.train,
-                validation=self.splits.validation,
-                epochs=self.epochs,
-                methods=self.methods(sparse),
-                scheduler=scheduler,
-                journal=journal,
-                checkpoint_seconds=self.checkpoint_seconds,
-            )
-        held = footprint(model, optimizer, all_gradients=True)
-        outcome = _outcome(model, fitted, self.splits) | {
-            "parameters": held.parameters,
-            "weights_bytes": held.weights_bytes,
-            "index_bytes": held.index_bytes,
-            "gradient_bytes": held.gradient_bytes,
-            "optimizer_bytes": held.optimizer_bytes,
-            "peak_memory_bytes": cost.peak_memory_bytes,
-            "multiply_adds_per_sample": _multiply_adds(model, self.train),
-            "joules": cost.joules,
-        }
-        if sparse:
-            save_model(journal.run.path, model.state_dict(), _structure(model, self.widths))
-        return outcome
-
-
-def _outcome(model: nn.Module, fitted: Fitted, splits: Splits) -> dict[str, Any]:
-    """The one look at the test set, with the weights that validation chose."""
-    if fitted.best_state:
-        model.load_state_dict(fitted.best_state)
-    loss, accuracy = evaluate(model, splits.test)
-    seconds = sorted(fitted.epoch_seconds)
-    return {
-        "test_accuracy": accuracy,
-        "test_loss": loss,
-        "best_epoch": fitted.best_epoch,
-        "epochs": fitted.epoch,
-        "seconds": fitted.seconds,
-        "seconds_per_epoch": seconds[len(seconds) // 2] if seconds else None,
-    }
-
-
-def _multiply_adds(model: nn.Module, train: Batches) -> float:
-    """Of forward and all gradients, for one sample, counted in one real step."""
-    inputs, targets = next(train.epoch(0))
-    with measure(dense_operations=True) as cost:
-        nn.functional.cross_entropy(model(inputs), targets).backward()
-    model.zero_grad()
-    return cost.multiply_adds / len(targets)
 
 
 def _structure(model: nn.Module, widths: tuple[int, ...]) -> dict[str, Any]:
@@ -296,8 +225,3 @@ def _structure(model: nn.Module, widths: tuple[int, ...]) -> dict[str, Any]:
         if isinstance(m, SparseLinear)
     }
     return {"kind": "mlp", "widths": list(widths), "layers": layers}
-
-
-def _describe(splits: Splits) -> dict[str, Any]:
-    sizes = {name: len(getattr(splits, name)) for name in ("train", "validation", "test")}
-    return {"name": splits.train.name, "features": splits.train.features, "classes": splits.train.classes, **sizes}

@@ -1,0 +1,136 @@
+"""What recipes share: a sparse network and its dense twin, trained alike one after the other, and what each of them took."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+
+from noctule.data import Batches, Splits, Text
+from noctule.loop import Fitted, evaluate, fit
+from noctule.measure import footprint, measure
+from noctule.method import Method
+from noctule.report import Journal, RunFolder, write_report
+from noctule.rewire import Grow, Rewire, anywhere, guided, steepest
+from noctule.schedule import cosine
+
+SMALL_WEIGHTS = 10_000_000
+"""A dense twin of at most so many weights is trained too, unless told otherwise."""
+
+Compare = Literal["auto", "dense", "none"]
+Moving = Literal["gse", "rigl", "set", "none"]
+
+GROWERS: dict[str, Grow] = {"gse": guided, "rigl": steepest, "set": anywhere}
+
+
+def train_series(
+    run: RunFolder,
+    train: Callable[[Journal], dict[str, Any]],
+    *,
+    about: dict[str, Any],
+    compare: Compare,
+    dense_weights: int,
+) -> dict[str, Any]:
+    """Train the sparse network, then its dense twin where asked for or small; the run's summary and report follow.
+
+    Args:
+        run: what was finished in it before it was resumed is not trained again.
+        train: trains the series of a journal and returns its outcome.
+        about: what the summary says besides the outcomes.
+        compare: whether the dense twin is trained too: yes, no, or where it is small (auto).
+        dense_weights: of the dense twin.
+    """
+    series = ["sparse"]
+    if compare == "dense" or (compare == "auto" and dense_weights <= SMALL_WEIGHTS):
+        series.append("dense")
+    summary = run.summary() or {**about, "series": {}}
+    for name in series:
+        if name in summary["series"]:
+            continue
+        summary["series"][name] = train(Journal(run, name))
+        run.write_summary(summary)
+        write_report(run)
+    return summary
+
+
+def train_classifier(
+    model: nn.Module,
+    optimizer: Optimizer,
+    train: Batches,
+    splits: Splits | Text,
+    *,
+    epochs: int,
+    methods: Sequence[Method],
+    scheduler: LRScheduler | None,
+    journal: Journal,
+    checkpoint_seconds: float,
+) -> dict[str, Any]:
+    """Train, read the test set once with the weights that validation chose, and say what it took."""
+    with measure() as cost:
+        fitted = fit(
+            model,
+            optimizer,
+            train,
+            validation=splits.validation,
+            epochs=epochs,
+            methods=methods,
+            scheduler=scheduler,
+            journal=journal,
+            checkpoint_seconds=checkpoint_seconds,
+        )
+    held = footprint(model, optimizer, all_gradients=True)
+    return _judged(model, fitted, splits) | {
+        "parameters": held.parameters,
+        "weights_bytes": held.weights_bytes,
+        "index_bytes": held.index_bytes,
+        "gradient_bytes": held.gradient_bytes,
+        "optimizer_bytes": held.optimizer_bytes,
+        "peak_memory_bytes": cost.peak_memory_bytes,
+        "multiply_adds_per_sample": _multiply_adds(model, train),
+        "joules": cost.joules,
+    }
+
+
+def settling(rewire: str, *, fraction: float, every: int, steps: int, seed: int) -> Rewire:
+    """Connections that move less and less: the fraction falls along a cosine to zero at three quarters of the training."""
+    until = max(1, steps * 3 // 4)
+    falling = cosine(fraction, end=0.0, steps=until)
+    return Rewire(grow=GROWERS[rewire], fraction=falling, every=every, until=until, seed=seed)
+
+
+def falling_rate(optimizer: Optimizer, steps: int) -> LRScheduler | None:
+    """A learning rate that falls along a cosine to a hundredth; None where there is no step to take."""
+    return CosineAnnealingLR(optimizer, steps, eta_min=optimizer.param_groups[0]["lr"] / 100) if steps else None
+
+
+def describe(splits: Splits | Text) -> dict[str, Any]:
+    """The data set and its sizes, as a summary keeps them."""
+    sizes = {name: len(getattr(splits, name)) for name in ("train", "validation", "test")}
+    return {"name": splits.train.name, "features": splits.train.features, "classes": splits.train.classes, **sizes}
+
+
+def _judged(model: nn.Module, fitted: Fitted, splits: Splits | Text) -> dict[str, Any]:
+    if fitted.best_state:
+        model.load_state_dict(fitted.best_state)
+    loss, accuracy = evaluate(model, splits.test)
+    seconds = sorted(fitted.epoch_seconds)
+    return {
+        "test_accuracy": accuracy,
+        "test_loss": loss,
+        "best_epoch": fitted.best_epoch,
+        "epochs": fitted.epoch,
+        "seconds": fitted.seconds,
+        "seconds_per_epoch": seconds[len(seconds) // 2] if seconds else None,
+    }
+
+
+def _multiply_adds(model: nn.Module, train: Batches) -> float:
+    """Of forward and all gradients, for one sample, counted in one real step that leaves the running averages alone."""
+    inputs, targets = next(train.epoch(0))
+    model.eval()
+    with measure(dense_operations=True) as cost:
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+    model.zero_grad()
+    model.train()
+    return cost.multiply_adds / len(targets)
