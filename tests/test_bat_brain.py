@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from noctule.allocator import keep_memory
 from noctule.bench import bat_brain as program
 from noctule.data.prototypes import Prototypes
 from noctule.errors import UsageError
@@ -24,7 +25,6 @@ from noctule.measure.activations import kept_for_backward
 from noctule.measure.memory import resident_bytes
 from noctule.recipes import bat_brain
 from noctule.recipes.brain import Brain, connected, momentum_sgd, sparse_linears
-from noctule.recipes.keep_memory import keep_memory
 from noctule.report import RunFolder
 
 SMALL = {"neurons": 2000, "layers": 4, "features": 300, "steps": 7, "every": 3, "samples": 50}

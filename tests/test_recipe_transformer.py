@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from noctule import FuseEpilogue, RunFolder, ToSparse, convert_, evaluate, fit, gse, load_model, param_groups
+from noctule import FuseEpilogue, RunFolder, ToSparse, convert_, evaluate, fit, gse, load_model
 from noctule.cli import main
 from noctule.data import Batches, read_text
 from noctule.method import Method
 from noctule.models import Transformer
+from noctule.recipes.sparse_transformer import by_inputs
 from noctule.report import Journal
+from noctule.schedule import cosine
 
 SONG = "The bat sings at night, and sleeps by day; by day it hangs, at night it sings. " * 30
 SIZES = ["--width", "16", "--depth", "1", "--heads", "2", "--context", "12"]
@@ -112,6 +114,24 @@ class StopAt(Method):
             signal.raise_signal(signal.SIGINT)
 
 
+def test_a_layer_with_more_inputs_learns_more_slowly():
+    model = Transformer(11, width=160, depth=1, heads=2)
+    convert_(model, ToSparse(density=0.5), where=lambda name, _: name.endswith(("qkv", "out")))
+    model.norm.requires_grad_(False)
+    groups = by_inputs(model, learning_rate=0.01, weight_decay=0.1)
+    found = {p: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert len(found) == sum(len(group["params"]) for group in groups)
+    assert set(found) == {p for p in model.parameters() if p.requires_grad}
+    block = model.blocks[0]
+    layer = block.attention.out
+    assert found[layer.values] == (pytest.approx(0.01 * 40 / (layer.weights / 160)), 0.1)
+    assert found[block.network[2].weight] == (pytest.approx(0.01 * 40 / 640), 0.1)
+    assert found[model.characters.weight] == (0.01, 0.1)
+    assert found[layer.bias] == found[block.network_norm.weight] == (0.01, 0.0)
+    narrow = nn.Linear(7, 3)
+    assert {group["lr"] for group in by_inputs(narrow, learning_rate=0.01, weight_decay=0.1)} == {0.01}
+
+
 @pytest.mark.parametrize("stop", [1, 9, 14])
 def test_resumed_is_never_stopped(tmp_path, song, stop):
     text = read_text(song, context=12)
@@ -121,10 +141,17 @@ def test_resumed_is_never_stopped(tmp_path, song, stop):
         torch.manual_seed(1)
         model = Transformer(len(text.vocabulary), width=16, depth=1, heads=2, dropout=0.2)
         convert_(convert_(model, ToSparse(density=0.3)).model, FuseEpilogue())
-        optimizer = torch.optim.AdamW(param_groups(model), lr=0.01)
-        batches = Batches(text.train, 16, seed=2)
-        methods = [gse(every=4), StopAt(stop)]
-        fit(model, optimizer, batches, validation=text.validation, epochs=2, methods=methods, journal=journal)
+        optimizer = torch.optim.AdamW(by_inputs(model, learning_rate=0.01, weight_decay=0.1))
+        fit(
+            model,
+            optimizer,
+            Batches(text.train, 16, seed=2),
+            validation=text.validation,
+            epochs=2,
+            methods=[gse(every=4), StopAt(stop)],
+            scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(1.0, end=0.01, steps=20)),
+            journal=journal,
+        )
         return model
 
     whole = train(0, None)

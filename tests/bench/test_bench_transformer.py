@@ -21,9 +21,8 @@ def run(capsys, song, *options):
     assert transformer.main([*small.split(), *map(str, options)]) == 0
     captured = capsys.readouterr()
     kinds = {}
-    for line in captured.out.splitlines():
-        if line.startswith("{"):
-            kinds.setdefault(json.loads(line)["name"], []).append(json.loads(line))
+    for line in map(json.loads, captured.out.splitlines()):
+        kinds.setdefault(line["name"], []).append(line)
     return kinds, captured.err
 
 

@@ -241,10 +241,13 @@ def test_a_folded_epilogue_stays_and_its_activation_counts():
     torch.testing.assert_close(model.eval()(x), expected(x))
 
 
-def test_a_reader_without_bias_says_it_through_the_norm_behind_it():
+@pytest.mark.parametrize("between", [[], [nn.Identity()]])
+def test_a_reader_without_bias_says_it_through_the_norm_behind_it(between):
     torch.manual_seed(0)
     model = lively(
-        nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        nn.Sequential(
+            nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4, bias=False), *between, nn.BatchNorm1d(4), nn.Linear(4, 2)
+        )
     )
     removed = torch.arange(6) < 3
     x = torch.randn(7, 5, dtype=torch.float64)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from noctule.allocator import keep_memory
 from noctule.bench import program
 from noctule.bench.workers import Process, Unavailable, Workers
 from noctule.data.prototypes import Prototypes
@@ -19,7 +20,6 @@ from noctule.errors import UsageError
 from noctule.measure import footprint, interleave, measure
 from noctule.measure.activations import kept_for_backward
 from noctule.recipes.brain import Brain, connected, momentum_sgd
-from noctule.recipes.keep_memory import keep_memory
 
 TARGET = 0.15
 """How far a step may be from proportional to the weights, once a layer's activations no longer fit the cache."""

@@ -3,6 +3,7 @@
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -190,7 +191,7 @@ def _trained(path: Path, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
         run = RunFolder.create(
             path, recipe="sparse_transformer", options=options, seed=options["seed"], threads=torch.get_num_threads()
         )
-    with run:
+    with run, redirect_stdout(sys.stderr):  # stdout is for the lines
         text = None if options["text"] is None else Path(options["text"])
         sparse_transformer(run, **{**options, "text": text}, compare="dense")
         return {record["series"]: record for record in run.metrics()}

@@ -7,12 +7,12 @@ a signal and little of its sign.
 
 from typing import Any, Literal
 
+from noctule.allocator import keep_memory
 from noctule.checkpoint import save_model
 from noctule.data.prototypes import Prototypes
 from noctule.measure import footprint, measure
 from noctule.recipes.brain import Brain, connected, momentum_sgd
 from noctule.recipes.brain_training import Training
-from noctule.recipes.keep_memory import keep_memory
 from noctule.report import Journal, RunFolder, write_report
 from noctule.report.units import count, duration, percent, size
 from noctule.rewire import Rewire, anywhere, guided

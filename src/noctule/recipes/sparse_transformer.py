@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from noctule.checkpoint import save_model
 from noctule.convert import convert_
@@ -13,8 +14,9 @@ from noctule.layers import FuseEpilogue, SparseLinear, ToSparse
 from noctule.method import Method
 from noctule.models import Transformer
 from noctule.optim import param_groups
-from noctule.recipes.training import Compare, Moving, describe, falling_rate, settling, train_classifier, train_series
+from noctule.recipes.training import Compare, Moving, describe, settling, train_classifier, train_series
 from noctule.report import Journal, RunFolder
+from noctule.schedule import cosine
 
 FEW_INPUTS = 40
 """A linear layer with so many inputs, or fewer, learns at the full rate."""
@@ -88,7 +90,9 @@ def sparse_transformer(
         model = network()
         if sparse:
             model = convert_(convert_(model, to_sparse).model, FuseEpilogue()).model
-        optimizer = torch.optim.AdamW(_groups(model, learning_rate, weight_decay), fused=True)
+        optimizer = torch.optim.AdamW(
+            by_inputs(model, learning_rate=learning_rate, weight_decay=weight_decay), fused=True
+        )
         outcome = train_classifier(
             model,
             optimizer,
@@ -96,7 +100,7 @@ def sparse_transformer(
             parts,
             epochs=epochs,
             methods=methods() if sparse else [],
-            scheduler=falling_rate(optimizer, steps),
+            scheduler=LambdaLR(optimizer, cosine(1.0, end=0.01, steps=steps)) if steps else None,
             journal=journal,
             checkpoint_seconds=checkpoint_seconds,
         )
@@ -118,10 +122,11 @@ def sparse_transformer(
     return summary
 
 
-def _groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """A linear layer learns the more slowly the more inputs its outputs have (Yang et al. 2022, arXiv 2203.03466).
+def by_inputs(model: nn.Module, *, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups in which a linear layer learns the more slowly the more inputs its outputs have.
 
-    One rate then does for all widths and densities, and is as good for the dense twin.
+    Yang, Hu, Babuschkin, Sidor, Liu, Farhi, Ryder, Pachocki, Chen, Gao 2022, arXiv 2203.03466: one rate then does for all widths.
+    Differs from the paper: inputs are those that are stored, so that it does for all densities too, the dense twin's included.
     """
     inputs: dict[Tensor, float] = {}
     for module in model.modules():
