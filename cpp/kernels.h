@@ -1,11 +1,18 @@
 // What every instruction set provides, as plain structs and one table of functions.
 //
-// All matrices are feature-major: a row is a feature, the batch is contiguous within it, `ld` floats lie between rows.
+// All matrices are feature-major: a row is a feature, the batch is contiguous within it, `ld` elements lie between rows.
 // Rows may overlap: the rows of an image, shifted by the places of a kernel, are the rows of a matrix that is never made.
+//
+// An element E is a float or a bfloat16; sums are float32 either way.
 #pragma once
 #include <cstdint>
 
 namespace noctule {
+
+// The upper half of a float.
+struct bfloat16 {
+    uint16_t bits;
+};
 
 // The places of a sparse matrix: row r holds columns[row_ptr[r] .. row_ptr[r + 1]).
 template <class Ptr, class Col>
@@ -16,8 +23,9 @@ struct Pattern {
     const Ptr* slots;  // where each place's value lies; null: in order
 };
 
+template <class E>
 struct Matrix {
-    float* data;
+    E* data;
     int64_t ld;
     int64_t step;  // from one line to the next
 };
@@ -43,39 +51,47 @@ struct Epilogue {
 
 // y (C, SH, SW, H, W, B), contiguous but for the channels, gets x (B, C, rows, columns) of any strides with zeros round it:
 // y[c, p, q, h, w] = x[c, h * SH + p - top, w * SW + q - left]. With SH = SW = 1 it is a padded copy.
+template <class E>
 struct Place {
-    const float* x;
+    const E* x;
     int64_t x_batch, x_channel, x_row, x_column;  // strides
     int64_t rows, columns, top, left;
-    float* y;
+    E* y;
     int64_t y_channel, channels, phases_high, phases_wide, high, wide, batch;
 };
 
-template <class Ptr, class Col>
+template <class E, class Ptr, class Col>
 struct Products {
-    void (*spmm)(const Pattern<Ptr, Col>&, const float* values, Matrix x, Matrix y, Lines, const Epilogue&, int threads);
+    void (*spmm)(const Pattern<Ptr, Col>&, const E* values, Matrix<E> x, Matrix<E> y, Lines, const Epilogue&, int threads);
     // dvalues at the places of dy x^T; dbias = sums of the rows of dy, which are in registers anyway, or null.
-    void (*sddmm)(const Pattern<Ptr, Col>&, Matrix dy, Matrix x, float* dvalues, float* dbias, Lines, int threads);
+    void (*sddmm)(const Pattern<Ptr, Col>&, Matrix<E> dy, Matrix<E> x, E* dvalues, E* dbias, Lines, int threads);
+};
+
+// Of one element.
+template <class E>
+struct Code {
+    Products<E, int32_t, uint16_t> p32c16;
+    Products<E, int32_t, int32_t> p32c32;
+    Products<E, int64_t, uint16_t> p64c16;
+    Products<E, int64_t, int32_t> p64c32;
+    // dz = dy through activation and dropout (dz.data null: only the sums); dbias = sums of the rows, or null.
+    void (*epilogue_backward)(Matrix<E> dy, Matrix<E> dz, E* dbias, int64_t rows, int64_t batch, const Epilogue&, int threads);
+    // An image with a border of zeros, cut into phases; see `Place`.
+    void (*place)(const Place<E>&, int threads);
+    // y (columns, rows) = x (rows, columns) transposed.
+    void (*transpose)(Matrix<E> x, Matrix<E> y, int64_t rows, int64_t columns, int threads);
+    // y = x, row by row.
+    void (*copy_rows)(Matrix<E> x, Matrix<E> y, int64_t rows, int64_t columns, int threads);
+
+    const Products<E, int32_t, uint16_t>& products(int32_t, uint16_t) const { return p32c16; }
+    const Products<E, int32_t, int32_t>& products(int32_t, int32_t) const { return p32c32; }
+    const Products<E, int64_t, uint16_t>& products(int64_t, uint16_t) const { return p64c16; }
+    const Products<E, int64_t, int32_t>& products(int64_t, int32_t) const { return p64c32; }
 };
 
 struct Kernels {
-    Products<int32_t, uint16_t> p32c16;
-    Products<int32_t, int32_t> p32c32;
-    Products<int64_t, uint16_t> p64c16;
-    Products<int64_t, int32_t> p64c32;
-    // dz = dy through activation and dropout (dz.data null: only the sums); dbias = sums of the rows, or null.
-    void (*epilogue_backward)(Matrix dy, Matrix dz, float* dbias, int64_t rows, int64_t batch, const Epilogue&, int threads);
-    // An image with a border of zeros, cut into phases; see `Place`.
-    void (*place)(const Place&, int threads);
-    // y (columns, rows) = x (rows, columns) transposed.
-    void (*transpose)(Matrix x, Matrix y, int64_t rows, int64_t columns, int threads);
-    // y = x, row by row.
-    void (*copy_rows)(Matrix x, Matrix y, int64_t rows, int64_t columns, int threads);
-
-    const Products<int32_t, uint16_t>& products(int32_t, uint16_t) const { return p32c16; }
-    const Products<int32_t, int32_t>& products(int32_t, int32_t) const { return p32c32; }
-    const Products<int64_t, uint16_t>& products(int64_t, uint16_t) const { return p64c16; }
-    const Products<int64_t, int32_t>& products(int64_t, int32_t) const { return p64c32; }
+    Code<float> floats;
+    Code<bfloat16> halves;
 };
 
 Kernels avx512_kernels();

@@ -1,22 +1,27 @@
-// The kernels, once, for whichever `Lanes` the including file chose.
+// The kernels, once, for the instruction set of the including file and over the `Lanes` of an element: `Float32` or `BFloat16`.
 //
 // Everything here has internal linkage: the same template compiled for another instruction set must never replace it.
 #include <omp.h>
 
 #include <cstring>
 
+#include "elements.inl"
 #include "kernels.h"
 
 namespace noctule::NOCTULE_ISA {
 namespace {
 
-using Float = Lanes::Float;
-using Word = Lanes::Word;
-using Tail = Lanes::Tail;
-constexpr int W = Lanes::width;
+// Before loops over the vectors of a tile: rolled up, they would index the sums, which could then not stay in registers.
+#define UNROLLED _Pragma("GCC unroll 16")
 
-// How far ahead of the sums the rows of x are called into the cache: every second line, its neighbour comes along.
+// How far ahead of the sums the rows of x are called into the cache.
 constexpr int64_t ahead = 8;
+
+// Calls n elements into the cache: every second line, its neighbour comes along.
+template <class E>
+void prefetch(const E* p, int n) {
+    for (int i = 0; i < n; i += 128 / static_cast<int>(sizeof(E))) __builtin_prefetch(p + i);
+}
 
 // The first row of a part, when rows are shared out by their non-zeros (a row itself costs as much as a few).
 template <class Ptr>
@@ -36,7 +41,9 @@ int64_t first_row(const Ptr* row_ptr, int64_t rows, int part, int parts) {
 
 // One random word for each element, a function of (seed, row, position) alone: a 32-bit integer hash
 // (Wellons, hash-prospector, 2018) whose two halves are keyed from the row.
+template <class Lanes>
 struct Random {
+    using Word = typename Lanes::Word;
     Word first, second;
 
     Random(uint64_t seed, int64_t row) {
@@ -49,246 +56,337 @@ struct Random {
     }
     Word operator()(int64_t position) const {
         Word x = Lanes::add(Lanes::add(Lanes::words(static_cast<uint32_t>(position)), Lanes::iota()), first);
-        x = Lanes::mul(Lanes::fold<16>(x), Lanes::words(0x21F0AAADu));
-        x = Lanes::add(Lanes::fold<15>(x), second);
-        x = Lanes::mul(Lanes::fold<15>(x), Lanes::words(0xD35A2D97u));
-        return Lanes::fold<15>(x);
+        x = Lanes::mul(Lanes::template fold<16>(x), Lanes::words(0x21F0AAADu));
+        x = Lanes::add(Lanes::template fold<15>(x), second);
+        x = Lanes::mul(Lanes::template fold<15>(x), Lanes::words(0xD35A2D97u));
+        return Lanes::template fold<15>(x);
     }
 };
 
 void store_bits(uint8_t* to, uint32_t bits, int lanes) {
     bits &= static_cast<uint32_t>((uint64_t{1} << lanes) - 1);
-    to[0] = static_cast<uint8_t>(bits);
-    if (lanes > 8) to[1] = static_cast<uint8_t>(bits >> 8);
+    for (int i = 0; 8 * i < lanes; ++i) to[i] = static_cast<uint8_t>(bits >> 8 * i);
 }
 
 uint32_t load_bits(const uint8_t* from, int lanes) {
-    return lanes > 8 ? static_cast<uint32_t>(from[0]) | static_cast<uint32_t>(from[1]) << 8 : from[0];
+    uint32_t bits = 0;
+    for (int i = 0; 8 * i < lanes; ++i) bits |= static_cast<uint32_t>(from[i]) << 8 * i;
+    return bits;
 }
 
-template <class Ptr, class Col>
+// A row of a tile: NV vectors, the last of them ragged or not.
+template <class Lanes, int NV, bool Ragged>
+struct Row {
+    using E = typename Lanes::Element;
+    using Float = typename Lanes::Float;
+    static constexpr int W = Lanes::width;
+    int last;  // elements in the last vector
+    typename Lanes::Tail tail;
+
+    explicit Row(int64_t n) : last(static_cast<int>(n - (NV - 1) * W)), tail(Lanes::tail(Ragged ? last : 0)) {}
+    int lanes(int v) const { return Ragged && v == NV - 1 ? last : W; }
+    Float load(const E* row, int v) const {
+        return Ragged && v == NV - 1 ? Lanes::load(row + v * W, tail) : Lanes::load(row + v * W);
+    }
+    void store(E* row, int v, Float x) const {
+        if (Ragged && v == NV - 1) Lanes::store(row + v * W, x, tail);
+        else Lanes::store(row + v * W, x);
+    }
+};
+
+template <class E, class Ptr, class Col>
 struct SpmmTask {
     const Pattern<Ptr, Col>& pattern;
-    const float* values;
-    Matrix x, y;
+    const E* values;
+    Matrix<E> x, y;
     Lines lines;
     const Epilogue& epilogue;
 };
 
 // Rows [begin, end) of Y = W X over the columns [at, at + n) of a line, n <= NV * W; only the last vector is ragged.
-template <bool Slots, int NV, bool Ragged, class Ptr, class Col>
-void spmm_tile(const SpmmTask<Ptr, Col>& task, int64_t begin, int64_t end, int64_t line, int64_t at, int64_t n) {
+template <class Lanes, bool Slots, int NV, bool Ragged, class E, class Ptr, class Col>
+void spmm_tile(const SpmmTask<E, Ptr, Col>& task, int64_t begin, int64_t end, int64_t line, int64_t at, int64_t n) {
+    using Float = typename Lanes::Float;
+    constexpr int W = Lanes::width;
     const auto& p = task.pattern;
     const auto& e = task.epilogue;
-    const int last = static_cast<int>(n - (NV - 1) * W);
-    const Tail tail = Lanes::tail(Ragged ? last : 0);
-    const float* const x = task.x.data + line * task.x.step + at;
-    float* const y = task.y.data + line * task.y.step + at;
+    const Row<Lanes, NV, Ragged> tile(n);
+    const E* const x = task.x.data + line * task.x.step + at;
+    E* const y = task.y.data + line * task.y.step + at;
     const int64_t first_bits = line * ((task.lines.columns + 7) / 8) + at / 8, position = line * task.lines.columns + at;
     const int64_t stored = p.row_ptr[p.rows];
     for (int64_t row = begin; row < end; ++row) {
         Float sum[NV];
         const Float start = e.bias ? Lanes::broadcast(e.bias[row]) : Lanes::zero();
-        for (int v = 0; v < NV; ++v) sum[v] = start;
+        UNROLLED for (int v = 0; v < NV; ++v) sum[v] = start;
         const int64_t stop = p.row_ptr[row + 1];
         for (int64_t k = p.row_ptr[row]; k < stop; ++k) {
-            const float* const from = x + static_cast<int64_t>(p.columns[k]) * task.x.ld;
+            const E* const from = x + static_cast<int64_t>(p.columns[k]) * task.x.ld;
             const Float w = Lanes::broadcast(task.values[Slots ? static_cast<int64_t>(p.slots[k]) : k]);
-            if (k + ahead < stored) {
-                const float* const next = x + static_cast<int64_t>(p.columns[k + ahead]) * task.x.ld;
-                for (int v = 0; v < NV * W; v += 32) __builtin_prefetch(next + v);
-            }
-            for (int v = 0; v < NV - 1; ++v) sum[v] = Lanes::fma(w, Lanes::load(from + v * W), sum[v]);
-            const float* const f = from + (NV - 1) * W;
-            sum[NV - 1] = Lanes::fma(w, Ragged ? Lanes::load(f, tail) : Lanes::load(f), sum[NV - 1]);
+            if (k + ahead < stored) prefetch(x + static_cast<int64_t>(p.columns[k + ahead]) * task.x.ld, NV * W);
+            UNROLLED for (int v = 0; v < NV; ++v) sum[v] = Lanes::fma(w, tile.load(from, v), sum[v]);
         }
+        const auto keep = [&](uint8_t* bits, int v, typename Lanes::Bits on) {
+            if (bits) store_bits(bits + row * e.bits_ld + first_bits + v * W / 8, Lanes::packed(on), tile.lanes(v));
+        };
         if (e.slope != 1.0f) {
             const Float slope = Lanes::broadcast(e.slope);
-            for (int v = 0; v < NV; ++v) {
-                const uint32_t bits = Lanes::positive(sum[v]);
-                sum[v] = Lanes::select(bits, sum[v], Lanes::mul(sum[v], slope));
-                if (e.positive) store_bits(e.positive + row * e.bits_ld + first_bits + v * W / 8, bits, Ragged && v == NV - 1 ? last : W);
+            UNROLLED for (int v = 0; v < NV; ++v) {
+                const auto on = Lanes::positive(sum[v]);
+                sum[v] = Lanes::select(on, sum[v], Lanes::mul(sum[v], slope));
+                keep(e.positive, v, on);
             }
         }
         if (e.drop_below) {
-            const Random random(e.seed, row);
+            const Random<Lanes> random(e.seed, row);
             const Float scale = Lanes::broadcast(e.scale);
-            const Word below = Lanes::words(e.drop_below);
-            for (int v = 0; v < NV; ++v) {
-                const uint32_t bits = Lanes::at_least(random(position + v * W), below);
-                sum[v] = Lanes::select(bits, Lanes::mul(sum[v], scale), Lanes::zero());
-                if (e.kept) store_bits(e.kept + row * e.bits_ld + first_bits + v * W / 8, bits, Ragged && v == NV - 1 ? last : W);
+            const auto below = Lanes::words(e.drop_below);
+            UNROLLED for (int v = 0; v < NV; ++v) {
+                const auto on = Lanes::at_least(random(position + v * W), below);
+                sum[v] = Lanes::select(on, Lanes::mul(sum[v], scale), Lanes::zero());
+                keep(e.kept, v, on);
             }
         }
-        float* const to = y + row * task.y.ld;
-        for (int v = 0; v < NV - 1; ++v) Lanes::store(to + v * W, sum[v]);
-        if (Ragged) Lanes::store(to + (NV - 1) * W, sum[NV - 1], tail);
-        else Lanes::store(to + (NV - 1) * W, sum[NV - 1]);
+        UNROLLED for (int v = 0; v < NV; ++v) tile.store(y + row * task.y.ld, v, sum[v]);
     }
 }
 
-template <bool Slots, int NV, class Ptr, class Col>
-void spmm_last(const SpmmTask<Ptr, Col>& task, int64_t begin, int64_t end, int64_t line, int64_t at, int64_t n) {
+template <class Lanes, bool Slots, int NV, class E, class Ptr, class Col>
+void spmm_last(const SpmmTask<E, Ptr, Col>& task, int64_t begin, int64_t end, int64_t line, int64_t at, int64_t n) {
     if constexpr (NV > 1) {
-        if (n <= (NV - 1) * W) return spmm_last<Slots, NV - 1>(task, begin, end, line, at, n);
+        if (n <= (NV - 1) * Lanes::width) return spmm_last<Lanes, Slots, NV - 1>(task, begin, end, line, at, n);
     }
-    if (n == NV * W) spmm_tile<Slots, NV, false>(task, begin, end, line, at, n);
-    else spmm_tile<Slots, NV, true>(task, begin, end, line, at, n);
+    if (n == NV * Lanes::width) spmm_tile<Lanes, Slots, NV, false>(task, begin, end, line, at, n);
+    else spmm_tile<Lanes, Slots, NV, true>(task, begin, end, line, at, n);
 }
 
-template <bool Slots, class Ptr, class Col>
-void spmm_part(const SpmmTask<Ptr, Col>& task, int part, int parts) {
-    constexpr int NV = Lanes::spmm_vectors;
+template <class Lanes, bool Slots, class E, class Ptr, class Col>
+void spmm_part(const SpmmTask<E, Ptr, Col>& task, int part, int parts) {
+    constexpr int64_t NV = Lanes::spmm_vectors, tile = NV * Lanes::width;
     const auto& p = task.pattern;
     const int64_t begin = first_row(p.row_ptr, p.rows, part, parts), end = first_row(p.row_ptr, p.rows, part + 1, parts);
     const int64_t columns = task.lines.columns;
     for (int64_t line = 0; line < task.lines.count; ++line)
-        for (int64_t at = 0; at < columns; at += NV * W) {
-            const int64_t n = columns - at < NV * W ? columns - at : NV * W;
-            spmm_last<Slots, NV>(task, begin, end, line, at, n);
-        }
+        for (int64_t at = 0; at < columns; at += tile)
+            spmm_last<Lanes, Slots, NV>(task, begin, end, line, at, columns - at < tile ? columns - at : tile);
 }
 
-template <class Ptr, class Col>
-void spmm(const Pattern<Ptr, Col>& pattern, const float* values, Matrix x, Matrix y, Lines lines, const Epilogue& epilogue,
+template <class Lanes, class E, class Ptr, class Col>
+void spmm(const Pattern<Ptr, Col>& pattern, const E* values, Matrix<E> x, Matrix<E> y, Lines lines, const Epilogue& epilogue,
           int threads) {
-    const SpmmTask<Ptr, Col> task{pattern, values, x, y, lines, epilogue};
+    const SpmmTask<E, Ptr, Col> task{pattern, values, x, y, lines, epilogue};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const int part = omp_get_thread_num(), parts = omp_get_num_threads();
-        if (pattern.slots) spmm_part<true>(task, part, parts);
-        else spmm_part<false>(task, part, parts);
+        if (pattern.slots) spmm_part<Lanes, true>(task, part, parts);
+        else spmm_part<Lanes, false>(task, part, parts);
     }
 }
 
-// dvalues[k] (+)= dy[row(k)] . x[column(k)] over n columns from `dy` and `x` on; the first tile sets, the others add.
-template <int NV, bool Ragged, class Ptr, class Col>
-void sddmm_tile(const Pattern<Ptr, Col>& p, Matrix dy, Matrix xs, float* dvalues, float* dbias, int64_t begin, int64_t end, bool add, int64_t n) {
-    const Tail tail = Lanes::tail(Ragged ? static_cast<int>(n - (NV - 1) * W) : 0);
-    const float* const x = xs.data;
+// Where sums wait from one tile to the next: in the results, or in room of their own where those are no floats.
+struct Sums {
+    float *values, *bias, *own;
+};
+
+Sums room(float* dvalues, float* dbias, int64_t, int64_t) { return {dvalues, dbias, nullptr}; }
+
+Sums room(bfloat16*, bfloat16*, int64_t stored, int64_t rows) {
+    float* const own = new float[static_cast<size_t>(stored + rows)];
+    return {own, own + stored, own};
+}
+
+template <class E, class Ptr, class Col>
+struct SddmmTask {
+    const Pattern<Ptr, Col>& pattern;
+    Matrix<E> dy, x;
+    E *dvalues, *dbias;
+    Sums sums;
+};
+
+// dvalues[k] = dy[row(k)] . x[column(k)], of which this tile adds n columns, from `dy` and `x` on.
+template <class Lanes, int NV, bool Ragged, class E, class Ptr, class Col>
+void sddmm_tile(const SddmmTask<E, Ptr, Col>& task, int64_t begin, int64_t end, int64_t n, bool first, bool last) {
+    using Float = typename Lanes::Float;
+    using Sum = Floats::Float;
+    constexpr int dots = Floats::width;
+    const auto p = task.pattern;  // copies, which no store can change
+    const Matrix<E> x = task.x;
+    E* const dvalues = task.dvalues;
+    float* const sums = task.sums.values;
+    const Row<Lanes, NV, Ragged> tile(n);
     const int64_t stored = p.row_ptr[p.rows];
+    const auto put = [&](E* result, float* so_far, int64_t i, float sum) {
+        if (!first) sum += so_far[i];
+        if (last) Lanes::store_sum(result + i, sum);
+        else so_far[i] = sum;
+    };
     for (int64_t row = begin; row < end; ++row) {
         int64_t k = p.row_ptr[row];
         const int64_t stop = p.row_ptr[row + 1];
-        if (k == stop && !dbias) continue;
-        const float* const d = dy.data + row * dy.ld;
+        if (k == stop && !task.dbias) continue;
+        const E* const d = task.dy.data + row * task.dy.ld;
         Float g[NV];
-        for (int v = 0; v < NV - 1; ++v) g[v] = Lanes::load(d + v * W);
-        g[NV - 1] = Ragged ? Lanes::load(d + (NV - 1) * W, tail) : Lanes::load(d + (NV - 1) * W);
-        if (dbias) {
+        UNROLLED for (int v = 0; v < NV; ++v) g[v] = tile.load(d, v);
+        if (task.dbias) {
             Float total = g[0];
-            for (int v = 1; v < NV; ++v) total = Lanes::add(total, g[v]);
-            dbias[row] = add ? dbias[row] + Lanes::sum(total) : Lanes::sum(total);
+            UNROLLED for (int v = 1; v < NV; ++v) total = Lanes::add(total, g[v]);
+            put(task.dbias, task.sums.bias, row, Lanes::sum(total));
         }
         const auto dot = [&](int64_t place) {
-            const float* const from = x + static_cast<int64_t>(p.columns[place]) * xs.ld;
-            if (place + 2 * ahead < stored) {
-                const float* const next = x + static_cast<int64_t>(p.columns[place + 2 * ahead]) * xs.ld;
-                for (int v = 0; v < NV * W; v += 32) __builtin_prefetch(next + v);
-            }
-            const float* const f = from + (NV - 1) * W;
-            Float s = Lanes::mul(g[NV - 1], Ragged ? Lanes::load(f, tail) : Lanes::load(f));
-            for (int v = 0; v < NV - 1; ++v) s = Lanes::fma(g[v], Lanes::load(from + v * W), s);
-            return s;
+            const E* const from = x.data + static_cast<int64_t>(p.columns[place]) * x.ld;
+            if (place + 2 * ahead < stored)
+                prefetch(x.data + static_cast<int64_t>(p.columns[place + 2 * ahead]) * x.ld, NV * Lanes::width);
+            Float s = Lanes::mul(g[0], tile.load(from, 0));
+            UNROLLED for (int v = 1; v < NV; ++v) s = Lanes::fma(g[v], tile.load(from, v), s);
+            return Lanes::joined(s);
         };
-        for (; k + W <= stop; k += W) {
-            Float s[W];
-            for (int j = 0; j < W; ++j) s[j] = dot(k + j);
-            Float total = Lanes::sums(s);
-            if (add) total = Lanes::add(total, Lanes::load(dvalues + k));
-            Lanes::store(dvalues + k, total);
+        for (; k + dots <= stop; k += dots) {
+            Sum fours[dots / 4];  // the sums of four places each
+            UNROLLED for (int q = 0; q < dots / 4; ++q) {
+                const Sum s[4] = {dot(k + 4 * q), dot(k + 4 * q + 1), dot(k + 4 * q + 2), dot(k + 4 * q + 3)};
+                fours[q] = Floats::lane_sums(s);
+            }
+            Sum total = Floats::sums(fours);
+            if (!first) total = Floats::add(total, Floats::load(sums + k));
+            if (last) Lanes::store_sums(dvalues + k, total);
+            else Floats::store(sums + k, total);
         }
         for (; k < stop; k += 4) {
             const int64_t left = stop - k < 4 ? stop - k : 4;
-            Float s[4];
-            for (int64_t j = 0; j < 4; ++j) s[j] = j < left ? dot(k + j) : Lanes::zero();
+            Sum s[4];
+            for (int64_t j = 0; j < 4; ++j) s[j] = j < left ? dot(k + j) : Floats::zero();
             float total[4];
-            Lanes::four_sums(s, total);
-            for (int64_t j = 0; j < left; ++j) dvalues[k + j] = add ? dvalues[k + j] + total[j] : total[j];
+            Floats::four_sums(Floats::lane_sums(s), total);
+            for (int64_t j = 0; j < left; ++j) put(dvalues, sums, k + j, total[j]);
         }
     }
 }
 
-template <int NV, class Ptr, class Col>
-void sddmm_last(const Pattern<Ptr, Col>& p, Matrix dy, Matrix x, float* dvalues, float* dbias, int64_t begin, int64_t end, bool add, int64_t n) {
+template <class Lanes, int NV, class E, class Ptr, class Col>
+void sddmm_last(const SddmmTask<E, Ptr, Col>& task, int64_t begin, int64_t end, int64_t n, bool first, bool last) {
     if constexpr (NV > 1) {
-        if (n <= (NV - 1) * W) return sddmm_last<NV - 1>(p, dy, x, dvalues, dbias, begin, end, add, n);
+        if (n <= (NV - 1) * Lanes::width) return sddmm_last<Lanes, NV - 1>(task, begin, end, n, first, last);
     }
-    if (n == NV * W) sddmm_tile<NV, false>(p, dy, x, dvalues, dbias, begin, end, add, n);
-    else sddmm_tile<NV, true>(p, dy, x, dvalues, dbias, begin, end, add, n);
+    if (n == NV * Lanes::width) sddmm_tile<Lanes, NV, false>(task, begin, end, n, first, last);
+    else sddmm_tile<Lanes, NV, true>(task, begin, end, n, first, last);
 }
 
-template <class Ptr, class Col>
-void sddmm(const Pattern<Ptr, Col>& p, Matrix dy, Matrix x, float* dvalues, float* dbias, Lines lines, int threads) {
-    constexpr int NV = Lanes::sddmm_vectors;
-    const bool empty = lines.columns == 0 || lines.count == 0;
-    if (empty)
-        for (int64_t k = 0; k < p.row_ptr[p.rows]; ++k) dvalues[k] = 0.0f;
-    if (empty && dbias)
-        for (int64_t row = 0; row < p.rows; ++row) dbias[row] = 0.0f;
+template <class Lanes, class E, class Ptr, class Col>
+void sddmm(const Pattern<Ptr, Col>& p, Matrix<E> dy, Matrix<E> x, E* dvalues, E* dbias, Lines lines, int threads) {
+    constexpr int64_t NV = Lanes::sddmm_vectors, tile = NV * Lanes::width;
+    const int64_t stored = p.row_ptr[p.rows];
+    if (lines.columns == 0 || lines.count == 0) {
+        std::memset(dvalues, 0, sizeof(E) * static_cast<size_t>(stored));
+        if (dbias) std::memset(dbias, 0, sizeof(E) * static_cast<size_t>(p.rows));
+        return;
+    }
+    const Sums sums = lines.count > 1 || lines.columns > tile ? room(dvalues, dbias, stored, p.rows) : Sums{};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const int part = omp_get_thread_num(), parts = omp_get_num_threads();
         const int64_t begin = first_row(p.row_ptr, p.rows, part, parts), end = first_row(p.row_ptr, p.rows, part + 1, parts);
         for (int64_t line = 0; line < lines.count; ++line)
-            for (int64_t at = 0; at < lines.columns; at += NV * W) {
-                const int64_t n = lines.columns - at < NV * W ? lines.columns - at : NV * W;
-                const Matrix d{dy.data + line * dy.step + at, dy.ld, 0}, from{x.data + line * x.step + at, x.ld, 0};
-                sddmm_last<NV>(p, d, from, dvalues, dbias, begin, end, line || at, n);
+            for (int64_t at = 0; at < lines.columns; at += tile) {
+                const Matrix<E> d{dy.data + line * dy.step + at, dy.ld, 0}, from{x.data + line * x.step + at, x.ld, 0};
+                const SddmmTask<E, Ptr, Col> task{p, d, from, dvalues, dbias, sums};
+                const bool first = line == 0 && at == 0, last = line == lines.count - 1 && lines.columns - at <= tile;
+                sddmm_last<Lanes, NV>(task, begin, end, lines.columns - at < tile ? lines.columns - at : tile, first, last);
             }
     }
+    delete[] sums.own;
 }
 
-void epilogue_backward(Matrix dy, Matrix dz, float* dbias, int64_t rows, int64_t batch, const Epilogue& e, int threads) {
+template <class Lanes, class E>
+void epilogue_backward(Matrix<E> dy, Matrix<E> dz, E* dbias, int64_t rows, int64_t batch, const Epilogue& e, int threads) {
+    using Float = typename Lanes::Float;
+    constexpr int W = Lanes::width;
     const Float slope = Lanes::broadcast(e.slope), one = Lanes::broadcast(1.0f), scale = Lanes::broadcast(e.scale);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
-        const float* const from = dy.data + row * dy.ld;
-        float* const to = dz.data ? dz.data + row * dz.ld : nullptr;
+        const E* const from = dy.data + row * dy.ld;
+        E* const to = dz.data ? dz.data + row * dz.ld : nullptr;
         Float total = Lanes::zero();
         for (int64_t at = 0; at < batch; at += W) {
             const int lanes = batch - at < W ? static_cast<int>(batch - at) : W;
-            const Tail tail = Lanes::tail(lanes < W ? lanes : 0);
+            const auto tail = Lanes::tail(lanes < W ? lanes : 0);
+            const auto bits = [&](const uint8_t* kept) { return Lanes::unpacked(load_bits(kept + row * e.bits_ld + at / 8, lanes)); };
             Float g = lanes < W ? Lanes::load(from + at, tail) : Lanes::load(from + at);
-            if (e.positive) g = Lanes::mul(g, Lanes::select(load_bits(e.positive + row * e.bits_ld + at / 8, lanes), one, slope));
-            if (e.kept) g = Lanes::select(load_bits(e.kept + row * e.bits_ld + at / 8, lanes), Lanes::mul(g, scale), Lanes::zero());
+            if (e.positive) g = Lanes::mul(g, Lanes::select(bits(e.positive), one, slope));
+            if (e.kept) g = Lanes::select(bits(e.kept), Lanes::mul(g, scale), Lanes::zero());
             total = Lanes::add(total, g);
             if (!to) continue;
             if (lanes < W) Lanes::store(to + at, g, tail);
             else Lanes::store(to + at, g);
         }
-        if (dbias) dbias[row] = Lanes::sum(total);
+        if (dbias) Lanes::store_sum(dbias + row, Lanes::sum(total));
     }
 }
 
-// One row of an image: `wide` places of `batch` floats, those from `first` to `last` (excluded) from x, the others zero.
-void place_row(const Place& p, const float* x, int64_t x_column, float* y, int64_t first, int64_t last) {
+// y (columns, rows) = x (rows, columns) transposed, for a block of at most W x W.
+template <class Lanes, bool Whole, class E>
+void transpose_block(const E* x, int64_t x_ld, E* y, int64_t y_ld, int rows, int columns) {
+    using Raw = typename Lanes::Raw;
+    const auto across = Raw::tail(Whole ? 0 : columns), down = Raw::tail(Whole ? 0 : rows);
+    Lanes::transpose(
+        [&](int i) {
+            if constexpr (Whole) return Raw::load(x + i * x_ld);
+            else return Raw::load(x + (i < rows ? i : 0) * x_ld, across);
+        },
+        [&](int j, auto row) {
+            if constexpr (Whole) Raw::store(y + j * y_ld, row);
+            else if (j < columns) Raw::store(y + j * y_ld, row, down);
+        });
+}
+
+// The same for a strip of any number of rows and at most W columns.
+template <class Lanes, class E>
+void transpose_strip(const E* x, int64_t x_ld, E* y, int64_t y_ld, int64_t rows, int columns) {
+    constexpr int W = Lanes::width;
+    for (int64_t r = 0; r < rows; r += W) {
+        const int n = rows - r < W ? static_cast<int>(rows - r) : W;
+        if (n == W && columns == W) transpose_block<Lanes, true>(x + r * x_ld, x_ld, y + r, y_ld, n, columns);
+        else transpose_block<Lanes, false>(x + r * x_ld, x_ld, y + r, y_ld, n, columns);
+    }
+}
+
+template <class Lanes, class E>
+void transpose(Matrix<E> x, Matrix<E> y, int64_t rows, int64_t columns, int threads) {
+    constexpr int W = Lanes::width;
+    const int64_t strips = (columns + W - 1) / W;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t strip = 0; strip < strips; ++strip) {
+        const int64_t c = strip * W;
+        const int n = columns - c < W ? static_cast<int>(columns - c) : W;
+        transpose_strip<Lanes>(x.data + c, x.ld, y.data + c * y.ld, y.ld, rows, n);
+    }
+}
+
+// One row of an image: `wide` places of `batch` elements, those from `first` to `last` (excluded) from x, the others zero.
+template <class Lanes, class E>
+void place_row(const Place<E>& p, const E* x, int64_t x_column, E* y, int64_t first, int64_t last) {
+    constexpr int W = Lanes::width;
     const int64_t batch = p.batch;
-    if (first > 0) std::memset(y, 0, sizeof(float) * static_cast<size_t>(first * batch));
-    if (last < p.wide) std::memset(y + last * batch, 0, sizeof(float) * static_cast<size_t>((p.wide - last) * batch));
+    if (first > 0) std::memset(y, 0, sizeof(E) * static_cast<size_t>(first * batch));
+    if (last < p.wide) std::memset(y + last * batch, 0, sizeof(E) * static_cast<size_t>((p.wide - last) * batch));
     if (last <= first) return;
-    float* const to = y + first * batch;
+    E* const to = y + first * batch;
     const int64_t n = last - first;
     if (p.x_batch == 1 || batch == 1) {
-        if (x_column == batch) std::memcpy(to, x, sizeof(float) * static_cast<size_t>(n * batch));
+        if (x_column == batch) std::memcpy(to, x, sizeof(E) * static_cast<size_t>(n * batch));
         else
             for (int64_t i = 0; i < n; ++i)
                 for (int64_t b = 0; b < batch; ++b) to[i * batch + b] = x[i * x_column + b];
-        return;
+    } else if (x_column == 1) {
+        for (int64_t i = 0; i < n; i += W)
+            transpose_strip<Lanes>(x + i, p.x_batch, to + i * batch, batch, batch, n - i < W ? static_cast<int>(n - i) : W);
+    } else {
+        for (int64_t b = 0; b < batch; ++b)
+            for (int64_t i = 0; i < n; ++i) to[i * batch + b] = x[b * p.x_batch + i * x_column];
     }
-    int64_t i = 0;
-    if (x_column == 1)
-        for (; i + W <= n; i += W) {
-            int64_t b = 0;
-            for (; b + W <= batch; b += W) Lanes::transpose(x + b * p.x_batch + i, p.x_batch, to + i * batch + b, batch);
-            for (; b < batch; ++b)
-                for (int64_t j = i; j < i + W; ++j) to[j * batch + b] = x[b * p.x_batch + j];
-        }
-    for (int64_t b = 0; b < batch; ++b)
-        for (int64_t j = i; j < n; ++j) to[j * batch + b] = x[b * p.x_batch + j * x_column];
 }
 
-void place(const Place& p, int threads) {
+template <class Lanes, class E>
+void place(const Place<E>& p, int threads) {
     const int64_t phases = p.phases_high * p.phases_wide, rows = p.channels * phases * p.high;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
@@ -305,40 +403,31 @@ void place(const Place& p, int threads) {
             if (last > p.wide) last = p.wide;
             if (first > last) first = last;
         }
-        const float* const x = p.x + c * p.x_channel + row * p.x_row + (first * p.phases_wide + q - p.left) * p.x_column;
-        place_row(p, x, p.x_column * p.phases_wide, p.y + c * p.y_channel + (phase % phases * p.high + h) * p.wide * p.batch, first, last);
+        const E* const x = p.x + c * p.x_channel + row * p.x_row + (first * p.phases_wide + q - p.left) * p.x_column;
+        place_row<Lanes>(p, x, p.x_column * p.phases_wide, p.y + c * p.y_channel + (phase % phases * p.high + h) * p.wide * p.batch, first, last);
     }
 }
 
-void transpose(Matrix x, Matrix y, int64_t rows, int64_t columns, int threads) {
-    const int64_t blocks = (columns + W - 1) / W;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t c = block * W, c_end = c + W < columns ? c + W : columns;
-        int64_t r = 0;
-        if (c_end - c == W)
-            for (; r + W <= rows; r += W) Lanes::transpose(x.data + r * x.ld + c, x.ld, y.data + c * y.ld + r, y.ld);
-        for (; r < rows; ++r)
-            for (int64_t i = c; i < c_end; ++i) y.data[i * y.ld + r] = x.data[r * x.ld + i];
-    }
-}
-
-void copy_rows(Matrix x, Matrix y, int64_t rows, int64_t columns, int threads) {
+template <class Lanes, class E>
+void copy_rows(Matrix<E> x, Matrix<E> y, int64_t rows, int64_t columns, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t row = 0; row < rows; ++row)
-        std::memcpy(y.data + row * y.ld, x.data + row * x.ld, sizeof(float) * static_cast<size_t>(columns));
+        std::memcpy(y.data + row * y.ld, x.data + row * x.ld, sizeof(E) * static_cast<size_t>(columns));
 }
 
-template <class Ptr, class Col>
-Products<Ptr, Col> products() {
-    return {spmm<Ptr, Col>, sddmm<Ptr, Col>};
+template <class Lanes, class Ptr, class Col, class E = typename Lanes::Element>
+Products<E, Ptr, Col> products() {
+    return {spmm<Lanes, E, Ptr, Col>, sddmm<Lanes, E, Ptr, Col>};
 }
 
-Kernels table() {
-    return {products<int32_t, uint16_t>(), products<int32_t, int32_t>(), products<int64_t, uint16_t>(),
-            products<int64_t, int32_t>(),  epilogue_backward,            place,
-            transpose,                    copy_rows};
+template <class Lanes, class E = typename Lanes::Element>
+Code<E> code() {
+    return {products<Lanes, int32_t, uint16_t>(), products<Lanes, int32_t, int32_t>(), products<Lanes, int64_t, uint16_t>(),
+            products<Lanes, int64_t, int32_t>(),  epilogue_backward<Lanes, E>,         place<Lanes, E>,
+            transpose<Lanes, E>,                  copy_rows<Lanes, E>};
 }
+
+Kernels table() { return {code<Float32>(), code<BFloat16>()}; }
 
 }  // namespace
 }  // namespace noctule::NOCTULE_ISA

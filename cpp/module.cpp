@@ -31,7 +31,7 @@ std::vector<InstructionSet> available() {
 #ifdef NOCTULE_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2"))
         sets.push_back({"avx512", avx512_kernels});
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back({"avx2", avx2_kernels});
 #endif
@@ -59,76 +59,104 @@ void use_instruction_set(const std::string& name) {
     throw std::invalid_argument("this machine cannot run the instruction set '" + name + "'; see instruction_sets()");
 }
 
-Matrix matrix(Address data, int64_t ld, int64_t step = 0) { return {reinterpret_cast<float*>(data), ld, step}; }
-
 template <class T>
 T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Calls f with the index types that these widths name.
-template <class F>
-void with_types(int pointer_bytes, int column_bytes, F&& f) {
-    if (pointer_bytes == 4 && column_bytes == 2) f(int32_t{}, uint16_t{});
-    else if (pointer_bytes == 4 && column_bytes == 4) f(int32_t{}, int32_t{});
-    else if (pointer_bytes == 8 && column_bytes == 2) f(int64_t{}, uint16_t{});
-    else if (pointer_bytes == 8 && column_bytes == 4) f(int64_t{}, int32_t{});
-    else throw std::invalid_argument("row pointers have 4 or 8 bytes, columns 2 or 4");
+template <class E>
+Matrix<E> matrix(Address data, int64_t ld, int64_t step = 0) {
+    return {pointer<E>(data), ld, step};
 }
 
-void spmm(int64_t rows, int pointer_bytes, int column_bytes, Address row_ptr, Address columns, Address slots, Address values,
+// Calls f with an element of this width and its kernels.
+template <class F>
+void with_element(int element_bytes, F&& f) {
+    if (element_bytes == 4) f(float{}, kernels.floats);
+    else if (element_bytes == 2) f(bfloat16{}, kernels.halves);
+    else throw std::invalid_argument("elements have 4 bytes (float32) or 2 (bfloat16)");
+}
+
+// The same with the index types that their widths name, and the products over them.
+template <class F>
+void with_types(int element_bytes, int pointer_bytes, int column_bytes, F&& f) {
+    with_element(element_bytes, [&](auto element, const auto& code) {
+        const auto call = [&](auto p, auto c) { f(element, p, c, code.products(p, c)); };
+        if (pointer_bytes == 4 && column_bytes == 2) call(int32_t{}, uint16_t{});
+        else if (pointer_bytes == 4 && column_bytes == 4) call(int32_t{}, int32_t{});
+        else if (pointer_bytes == 8 && column_bytes == 2) call(int64_t{}, uint16_t{});
+        else if (pointer_bytes == 8 && column_bytes == 4) call(int64_t{}, int32_t{});
+        else throw std::invalid_argument("row pointers have 4 or 8 bytes, columns 2 or 4");
+    });
+}
+
+void spmm(int element_bytes, int64_t rows, int pointer_bytes, int column_bytes, Address row_ptr, Address columns, Address slots, Address values,
           Address x, int64_t x_ld, int64_t x_step, Address y, int64_t y_ld, int64_t y_step, int64_t columns_of_line, int64_t lines,
           int threads, Address bias, float slope,
           uint32_t drop_below, float scale, uint64_t seed, Address positive, Address kept, int64_t bits_ld) {
     const Epilogue epilogue{pointer<const float>(bias), slope, scale, drop_below, seed, pointer<uint8_t>(positive),
                             pointer<uint8_t>(kept), bits_ld};
     nb::gil_scoped_release release;
-    with_types(pointer_bytes, column_bytes, [&](auto p, auto c) {
+    with_types(element_bytes, pointer_bytes, column_bytes, [&](auto element, auto p, auto c, const auto& products) {
+        using E = decltype(element);
         using Ptr = decltype(p);
         using Col = decltype(c);
         const Pattern<Ptr, Col> pattern{rows, pointer<const Ptr>(row_ptr), pointer<const Col>(columns), pointer<const Ptr>(slots)};
-        kernels.products(p, c).spmm(pattern, pointer<const float>(values), matrix(x, x_ld, x_step), matrix(y, y_ld, y_step),
-                                    Lines{columns_of_line, lines}, epilogue, threads);
+        products.spmm(pattern, pointer<const E>(values), matrix<E>(x, x_ld, x_step), matrix<E>(y, y_ld, y_step),
+                      Lines{columns_of_line, lines}, epilogue, threads);
     });
 }
 
-void sddmm(int64_t rows, int pointer_bytes, int column_bytes, Address row_ptr, Address columns, Address dy, int64_t dy_ld,
+void sddmm(int element_bytes, int64_t rows, int pointer_bytes, int column_bytes, Address row_ptr, Address columns, Address dy, int64_t dy_ld,
            int64_t dy_step, Address x, int64_t x_ld, int64_t x_step, Address dvalues, Address dbias, int64_t columns_of_line,
            int64_t lines, int threads) {
     nb::gil_scoped_release release;
-    with_types(pointer_bytes, column_bytes, [&](auto p, auto c) {
+    with_types(element_bytes, pointer_bytes, column_bytes, [&](auto element, auto p, auto c, const auto& products) {
+        using E = decltype(element);
         using Ptr = decltype(p);
         using Col = decltype(c);
         const Pattern<Ptr, Col> pattern{rows, pointer<const Ptr>(row_ptr), pointer<const Col>(columns), nullptr};
-        kernels.products(p, c).sddmm(pattern, matrix(dy, dy_ld, dy_step), matrix(x, x_ld, x_step), pointer<float>(dvalues),
-                                     pointer<float>(dbias), Lines{columns_of_line, lines}, threads);
+        products.sddmm(pattern, matrix<E>(dy, dy_ld, dy_step), matrix<E>(x, x_ld, x_step), pointer<E>(dvalues),
+                       pointer<E>(dbias), Lines{columns_of_line, lines}, threads);
     });
 }
 
-void epilogue_backward(Address dy, int64_t dy_ld, Address dz, int64_t dz_ld, Address dbias, int64_t rows, int64_t batch,
+void epilogue_backward(int element_bytes, Address dy, int64_t dy_ld, Address dz, int64_t dz_ld, Address dbias, int64_t rows, int64_t batch,
                        int threads, float slope, float scale, Address positive, Address kept, int64_t bits_ld) {
     const Epilogue epilogue{nullptr, slope, scale, 0, 0, pointer<uint8_t>(positive), pointer<uint8_t>(kept), bits_ld};
     nb::gil_scoped_release release;
-    kernels.epilogue_backward(matrix(dy, dy_ld), matrix(dz, dz_ld), pointer<float>(dbias), rows, batch, epilogue, threads);
+    with_element(element_bytes, [&](auto element, const auto& code) {
+        using E = decltype(element);
+        code.epilogue_backward(matrix<E>(dy, dy_ld), matrix<E>(dz, dz_ld), pointer<E>(dbias), rows, batch, epilogue, threads);
+    });
 }
 
-void place(Address x, int64_t x_batch, int64_t x_channel, int64_t x_row, int64_t x_column, int64_t rows, int64_t columns,
+void place(int element_bytes, Address x, int64_t x_batch, int64_t x_channel, int64_t x_row, int64_t x_column, int64_t rows, int64_t columns,
            int64_t top, int64_t left, Address y, int64_t y_channel, int64_t channels, int64_t phases_high, int64_t phases_wide, int64_t high,
            int64_t wide, int64_t batch, int threads) {
-    const Place task{pointer<const float>(x), x_batch, x_channel, x_row, x_column, rows, columns, top, left, pointer<float>(y),
-                     y_channel, channels, phases_high, phases_wide, high, wide, batch};
     nb::gil_scoped_release release;
-    kernels.place(task, threads);
+    with_element(element_bytes, [&](auto element, const auto& code) {
+        using E = decltype(element);
+        const Place<E> task{pointer<const E>(x), x_batch, x_channel, x_row, x_column, rows, columns, top, left, pointer<E>(y),
+                            y_channel, channels, phases_high, phases_wide, high, wide, batch};
+        code.place(task, threads);
+    });
 }
 
-void transpose(Address x, int64_t x_ld, Address y, int64_t y_ld, int64_t rows, int64_t columns, int threads) {
+void transpose(int element_bytes, Address x, int64_t x_ld, Address y, int64_t y_ld, int64_t rows, int64_t columns, int threads) {
     nb::gil_scoped_release release;
-    kernels.transpose(matrix(x, x_ld), matrix(y, y_ld), rows, columns, threads);
+    with_element(element_bytes, [&](auto element, const auto& code) {
+        using E = decltype(element);
+        code.transpose(matrix<E>(x, x_ld), matrix<E>(y, y_ld), rows, columns, threads);
+    });
 }
 
-void copy_rows(Address x, int64_t x_ld, Address y, int64_t y_ld, int64_t rows, int64_t columns, int threads) {
+void copy_rows(int element_bytes, Address x, int64_t x_ld, Address y, int64_t y_ld, int64_t rows, int64_t columns, int threads) {
     nb::gil_scoped_release release;
-    kernels.copy_rows(matrix(x, x_ld), matrix(y, y_ld), rows, columns, threads);
+    with_element(element_bytes, [&](auto element, const auto& code) {
+        using E = decltype(element);
+        code.copy_rows(matrix<E>(x, x_ld), matrix<E>(y, y_ld), rows, columns, threads);
+    });
 }
 
 }  // namespace

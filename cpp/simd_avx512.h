@@ -1,15 +1,17 @@
-// Sixteen floats in a register: AVX-512 F/DQ/BW/VL.
+// Sixteen floats in a register: AVX-512 F/DQ/BW/VL, and BMI2.
 #pragma once
 #include <immintrin.h>
 
 #include <cstdint>
+
+#include "kernels.h"
 
 #define NOCTULE_ISA avx512
 
 namespace noctule::NOCTULE_ISA {
 namespace {
 
-struct Lanes {
+struct Floats {
     static constexpr int width = 16;
     static constexpr int spmm_vectors = 8;   // 128 floats of the batch in flight: 8 sums in 32 registers
     static constexpr int sddmm_vectors = 8;  // 8 of the gradient's row + 16 sums
@@ -34,6 +36,8 @@ struct Lanes {
         return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), no, yes);
     }
 
+    static Float as_float(Word a) { return _mm512_castsi512_ps(a); }
+    static Word as_word(Float a) { return _mm512_castps_si512(a); }
     static Word words(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
     static Word iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
     static Word add(Word a, Word b) { return _mm512_add_epi32(a, b); }
@@ -41,31 +45,28 @@ struct Lanes {
     template <int n> static Word fold(Word a) { return _mm512_xor_si512(a, _mm512_srli_epi32(a, n)); }
     static uint32_t at_least(Word a, Word b) { return _mm512_cmpge_epu32_mask(a, b); }
 
-    // Four vectors to one: in each 128-bit lane the four lane sums.
-    static Float lane_sums(Float a, Float b, Float c, Float d) {
-        const Float ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-        const Float cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-        const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
+    // Four vectors to one, whose 128-bit lanes have the four sums of the same lane.
+    static Float lane_sums(const Float* s) {
+        const Float a = add(_mm512_unpacklo_ps(s[0], s[1]), _mm512_unpackhi_ps(s[0], s[1]));
+        const Float b = add(_mm512_unpacklo_ps(s[2], s[3]), _mm512_unpackhi_ps(s[2], s[3]));
+        const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
         return add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
     }
-    // out[j] = sum of s[j], for `width` vectors.
-    static Float sums(const Float* s) {
-        const Float p = lane_sums(s[0], s[1], s[2], s[3]), q = lane_sums(s[4], s[5], s[6], s[7]);
-        const Float r = lane_sums(s[8], s[9], s[10], s[11]), t = lane_sums(s[12], s[13], s[14], s[15]);
-        const Float pq = add(_mm512_shuffle_f32x4(p, q, 0x88), _mm512_shuffle_f32x4(p, q, 0xDD));
-        const Float rt = add(_mm512_shuffle_f32x4(r, t, 0x88), _mm512_shuffle_f32x4(r, t, 0xDD));
-        return add(_mm512_shuffle_f32x4(pq, rt, 0x88), _mm512_shuffle_f32x4(pq, rt, 0xDD));
+    // `width / 4` of those to one that has all `width` sums.
+    static Float sums(const Float* p) {
+        const Float a = add(_mm512_shuffle_f32x4(p[0], p[1], 0x88), _mm512_shuffle_f32x4(p[0], p[1], 0xDD));
+        const Float b = add(_mm512_shuffle_f32x4(p[2], p[3], 0x88), _mm512_shuffle_f32x4(p[2], p[3], 0xDD));
+        return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
     }
-    static void four_sums(const Float* s, float* out) {
-        const Float p = lane_sums(s[0], s[1], s[2], s[3]);
+    // One of those to the four sums alone.
+    static void four_sums(Float p, float* out) {
         const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(p), _mm512_extractf32x8_ps(p, 1));
         _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
     }
 
-    // Transposes a width x width block.
-    static void transpose(const float* x, int64_t ldx, float* y, int64_t ldy) {
-        __m512 r[16], t[16];
-        for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(x + i * ldx);
+    // A width x width block in place.
+    static void transpose(Float* r) {
+        Float t[16];
         for (int i = 0; i < 8; ++i) {
             t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
             t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
@@ -85,11 +86,46 @@ struct Lanes {
             t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xDD);
         }
         for (int i = 0; i < 4; ++i) {
-            _mm512_storeu_ps(y + i * ldy, _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88));
-            _mm512_storeu_ps(y + (i + 8) * ldy, _mm512_shuffle_f32x4(t[i], t[i + 4], 0xDD));
-            _mm512_storeu_ps(y + (i + 4) * ldy, _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88));
-            _mm512_storeu_ps(y + (i + 12) * ldy, _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xDD));
+            r[i] = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88);
+            r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xDD);
+            r[i + 4] = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88);
+            r[i + 12] = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xDD);
         }
+    }
+};
+
+// Words that hold two bfloat16 each.
+struct Halves {
+    using Float = Floats::Float;
+    using Word = Floats::Word;
+    using Tail = __mmask32;
+    static constexpr uint32_t odd = 0xAAAAAAAAu;
+
+    static Tail tail(int n) { return static_cast<Tail>((uint64_t{1} << n) - 1u); }
+    static Word load(const bfloat16* p) {
+        Word x = _mm512_loadu_si512(p);
+        asm("" : "+v"(x));  // or the compiler loads it twice, for the lower halves and for the upper
+        return x;
+    }
+    static Word load(const bfloat16* p, Tail t) { return _mm512_maskz_loadu_epi16(t, p); }
+    static void store(bfloat16* p, Word x) { _mm512_storeu_si512(p, x); }
+    static void store(bfloat16* p, Word x, Tail t) { _mm512_mask_storeu_epi16(p, t, x); }
+
+    static Float broadcast(bfloat16 x) { return _mm512_castsi512_ps(_mm512_maskz_set1_epi16(odd, static_cast<short>(x.bits))); }
+    // The lower halves of both, and the upper halves.
+    static Word lows(Word a, Word b) { return _mm512_mask_blend_epi16(odd, a, _mm512_slli_epi32(b, 16)); }
+    static Word highs(Word a, Word b) { return _mm512_mask_blend_epi16(odd, _mm512_srli_epi32(a, 16), b); }
+    static Float low(Word a) { return Floats::as_float(_mm512_slli_epi32(a, 16)); }
+    static Float high(Word a) { return Floats::as_float(_mm512_and_si512(a, Floats::words(0xFFFF0000u))); }
+    // The nearest bfloat16, the even one of two; it is the upper half.
+    static Word rounded(Float x) {
+        const Word bits = Floats::as_word(x), even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), Floats::words(1));
+        const Word up = _mm512_add_epi32(bits, _mm512_add_epi32(even, Floats::words(0x7FFF)));
+        return _mm512_mask_or_epi32(up, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), bits, Floats::words(0x00400000));
+    }
+    // `Floats::width` of them next to each other.
+    static void store_highs(bfloat16* p, Word x) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16)));
     }
 };
 

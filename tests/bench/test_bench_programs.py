@@ -34,7 +34,7 @@ def test_layers(capsys, tmp_path):
     options = (
         f"--threads 1 --densities 0.01 --sweep 0.9 --large 64 --rounds 1 --large-rounds 1 --block-ms 1 --out {out}"
     )
-    rows = ["noctule", "dense fp32", "torch CSR, own backward"]
+    rows = ["noctule", "noctule bf16", "dense fp32", "torch CSR, own backward"]
     kinds, tables = run(capsys, layers.main, options, rows=rows)
     assert len(out.read_text().splitlines()) == sum(map(len, kinds.values()))
 
@@ -64,7 +64,15 @@ def test_layers(capsys, tmp_path):
 
 def test_fashion(capsys):
     options = "--threads 1 --data random --samples 256 --steps 2 --rounds 2"
-    rows = ["noctule", "noctule, not fused", "dense fp32", "dense bf16 autocast", "torch CSR", "sparselab"]
+    rows = [
+        "noctule",
+        "noctule, not fused",
+        "noctule bf16 autocast",
+        "dense fp32",
+        "dense bf16 autocast",
+        "torch CSR",
+        "sparselab",
+    ]
     kinds, tables = run(capsys, fashion.main, options, rows=rows)
     assert [line["row"] for line in kinds["fashion"]] == rows
     for line in kinds["fashion"]:

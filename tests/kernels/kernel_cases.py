@@ -12,6 +12,7 @@ from noctule.topology import Topology
 
 SETS = native._native.instruction_sets() if native._native is not None else []
 BATCHES = [0, 1, 3, 15, 16, 17, 100, 128, 129, 902]
+DTYPES = [torch.float32, torch.bfloat16]
 LAYOUTS = ["plain", "padded", "misaligned", "strided", "transposed", "expanded"]
 
 
@@ -53,23 +54,23 @@ def matrices(draw: st.DrawFn) -> Topology:
     return matrix(draw(sizes), draw(sizes), draw(kinds), draw(st.integers(0, 9)))
 
 
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
     """The same numbers as (features, batch), lying in memory in another way; what lies between them is NaN."""
     features, batch = x.shape
     if layout == "padded":
-        wide = torch.full((features, batch + 5), torch.nan)
+        wide = torch.full((features, batch + 5), torch.nan, dtype=x.dtype)
         wide[:, :batch] = x
         return wide[:, :batch]
     if layout == "misaligned":
-        flat = torch.full((features * batch + 1,), torch.nan)
+        flat = torch.full((features * batch + 1,), torch.nan, dtype=x.dtype)
         flat[1:] = x.flatten()
         return flat[1:].view(features, batch)
     if layout == "strided":
-        wide = torch.full((features, 2 * batch), torch.nan)
+        wide = torch.full((features, 2 * batch), torch.nan, dtype=x.dtype)
         wide[:, ::2] = x
         return wide[:, ::2]
     if layout == "transposed":
@@ -77,15 +78,18 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return x
 
 
-def given(features: int, batch: int, layout: str, seed: int) -> Tensor:
+def given(features: int, batch: int, layout: str, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     if layout == "expanded":
-        return numbers(features, 1, seed=seed).expand(features, batch)
-    return laid_out(numbers(features, batch, seed=seed), layout)
+        return numbers(features, 1, seed=seed, dtype=dtype).expand(features, batch)
+    return laid_out(numbers(features, batch, seed=seed, dtype=dtype), layout)
 
 
-def assert_sums(actual: Tensor, exact: Tensor, of_absolutes: Tensor) -> None:
-    """float32 sums are right within rounding, measured by the sum of the absolute terms."""
-    assert actual.dtype == torch.float32
+def assert_sums(actual: Tensor, exact: Tensor, of_absolutes: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    """float32 sums are right within rounding, measured by the sum of the absolute terms; in bfloat16 they are rounded once."""
+    assert actual.dtype == dtype
     assert actual.shape == exact.shape
     error = (actual.double() - exact).abs()
-    assert bool((error <= 2e-6 * of_absolutes + 1e-30).all()), float((error / (of_absolutes + 1e-30)).max())
+    allowed = 2e-6 * of_absolutes + 1e-30
+    if dtype is torch.bfloat16:
+        allowed += exact.abs() / 2**8  # half a place of its eight bits
+    assert bool((error <= allowed).all()), float((error / allowed).max())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import BATCHES, SETS, matrix, numbers, running
+from kernel_cases import BATCHES, DTYPES, SETS, matrix, numbers, running
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -60,11 +60,13 @@ def test_forward_and_backward_are_those_of_torch(slope, dropout, batch, with_bia
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("instruction_set", SETS)
-@pytest.mark.parametrize("batch", BATCHES)
-def test_bits_are_those_of_the_reference(instruction_set, batch):
+@pytest.mark.parametrize("batch", [*BATCHES, 31, 32, 33])
+def test_bits_are_those_of_the_reference(instruction_set, batch, dtype):
     topology, bias = matrix(13, 11, "gaps"), numbers(13, seed=2)
-    values, x, dy = numbers(topology.size), numbers(11, batch, seed=1), numbers(13, batch, seed=3)
+    values, x = numbers(topology.size, dtype=dtype), numbers(11, batch, seed=1, dtype=dtype)
+    dy = numbers(13, batch, seed=3, dtype=dtype)
     for slope, (dropout, seed) in itertools.product(SLOPES, [(0.0, 0), (0.3, 1), (0.5, 2**62 - 1), (0.9, 2**64 - 1)]):
         epilogue = Epilogue(slope, dropout, seed)
         y, kept = reference.spmm(topology, values, x, bias, epilogue, True)
@@ -72,12 +74,14 @@ def test_bits_are_those_of_the_reference(instruction_set, batch):
             native_y, native_kept = native.spmm(topology, values, x, bias, epilogue, True)
             dz, dbias = native.epilogue_backward(dy, kept, True)
         torch.testing.assert_close(native_y, y)
+        assert native_y.dtype == dz.dtype == dbias.dtype == dtype
         for ours, theirs in ((native_kept.positive, kept.positive), (native_kept.kept, kept.kept)):
             assert (ours is None) == (theirs is None)
             assert ours is None or torch.equal(ours, theirs)
         expected_dz, expected_dbias = reference.epilogue_backward(dy, kept, True)
         assert torch.equal(dz, expected_dz)
-        torch.testing.assert_close(dbias, expected_dbias, atol=1e-5, rtol=1e-5)
+        rounding = 1e-5 if dtype is torch.float32 else 2**-7
+        torch.testing.assert_close(dbias, expected_dbias, atol=1e-5, rtol=rounding)
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])

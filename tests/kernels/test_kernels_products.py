@@ -5,7 +5,19 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from kernel_cases import BATCHES, LAYOUTS, SETS, assert_sums, given, laid_out, matrices, matrix, numbers, running
+from kernel_cases import (
+    BATCHES,
+    DTYPES,
+    LAYOUTS,
+    SETS,
+    assert_sums,
+    given,
+    laid_out,
+    matrices,
+    matrix,
+    numbers,
+    running,
+)
 
 from noctule import kernels
 from noctule.kernels import Epilogue, native, reference
@@ -16,13 +28,16 @@ pytestmark = pytest.mark.skipif(not SETS, reason="noctule._native is not built")
 PLAIN = Epilogue()
 
 
-def check_products(topology: Topology, batch: int, layout: str = "plain", seed: int = 0) -> None:
+def check_products(
+    topology: Topology, batch: int, layout: str = "plain", seed: int = 0, dtype: torch.dtype = torch.float32
+) -> None:
     (out_features, in_features), n = topology.shape, topology.size
-    values, bias = numbers(n, seed=seed + 1), numbers(out_features, seed=seed + 2)
-    x, dy = given(in_features, batch, layout, seed + 3), given(out_features, batch, layout, seed + 4)
+    values, bias = numbers(n, seed=seed + 1, dtype=dtype), numbers(out_features, seed=seed + 2)
+    x, dy = given(in_features, batch, layout, seed + 3, dtype), given(out_features, batch, layout, seed + 4, dtype)
 
     def exactly(what, *tensors):
-        return what(topology, *(t.double() for t in tensors)), what(topology, *(t.double().abs() for t in tensors))
+        both = [what(topology, *(part(t.double()) for t in tensors)) for part in (torch.Tensor.clone, torch.abs)]
+        return *both, dtype
 
     y, _ = native.spmm(topology, values, x, bias, PLAIN, False)
     assert_sums(y, *exactly(lambda t, v, x, b: reference.spmm(t, v, x, b, PLAIN, False)[0], values, x, bias))
@@ -35,21 +50,23 @@ def check_products(topology: Topology, batch: int, layout: str = "plain", seed: 
     assert_sums(dbias, *exactly(lambda t, d, x: reference.gradients(t, d, x, True)[1], dy, x))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("instruction_set", SETS)
 @hypothesis.given(matrices(), st.sampled_from(BATCHES), st.sampled_from(LAYOUTS), st.integers(0, 99))
 @settings(max_examples=50, deadline=None, derandomize=True)
-def test_native_is_reference(instruction_set, topology, batch, layout, seed):
+def test_native_is_reference(instruction_set, dtype, topology, batch, layout, seed):
     with running(instruction_set):
-        check_products(topology, batch, layout, seed)
+        check_products(topology, batch, layout, seed, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("instruction_set", SETS)
-@pytest.mark.parametrize("batch", BATCHES)
-def test_every_batch_with_every_layout(instruction_set, batch):
+@pytest.mark.parametrize("batch", [*BATCHES, 31, 32, 33, 65])
+def test_every_batch_with_every_layout(instruction_set, batch, dtype):
     topology = matrix(19, 21, "some")
     with running(instruction_set):
         for layout in LAYOUTS:
-            check_products(topology, batch, layout)
+            check_products(topology, batch, layout, dtype=dtype)
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
@@ -60,7 +77,8 @@ def test_thin_and_empty_matrices(instruction_set, shape):
     with running(instruction_set):
         for kind in ("none", "some", "all", "gaps"):
             for batch in (0, 1, 17):
-                check_products(matrix(*shape, kind), batch)
+                for dtype in DTYPES:
+                    check_products(matrix(*shape, kind), batch, dtype=dtype)
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
@@ -72,9 +90,38 @@ def test_every_width_of_the_indices(instruction_set):
     with running(instruction_set):
         for topology in (small, wide, tall):
             check_products(topology, 20)
+            check_products(topology, 20, dtype=torch.bfloat16)
             long = Topology(topology.shape, topology.row_ptr.to(torch.int64), topology.columns)
             assert long.transposed.slots.dtype == torch.int64
             check_products(long, 20)
+            check_products(long, 20, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("size", [1.0, 1e-20, 1e-38, 1e19, 2e37])
+def test_bfloat16_is_rounded_as_torch_rounds_it(instruction_set, size):
+    # two terms to a sum: products of bfloat16 are exact in float32, so only the result is rounded, and once
+    topology = Topology.from_places((500, 600), torch.arange(500).repeat_interleave(2), torch.arange(1000) % 600)
+    values, x = numbers(topology.size, dtype=torch.bfloat16) * size, numbers(600, 67, seed=1, dtype=torch.bfloat16)
+    values[:2], x[:2] = torch.tensor([torch.finfo(torch.bfloat16).max, 8e35]), 1.0  # a sum that rounds to infinity
+    dy, x_two = numbers(500, 2, seed=2, dtype=torch.bfloat16) * size, x[:, :2].contiguous()
+    with running(instruction_set):
+        y, _ = native.spmm(topology, values, x, None, PLAIN, False)
+        dvalues = native.sddmm(topology, dy, x_two)
+    expected, _ = reference.spmm(topology, values, x, None, PLAIN, False)
+    assert torch.isinf(expected[0]).all()
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(dvalues, reference.sddmm(topology, dy, x_two), rtol=0, atol=0, equal_nan=True)
+
+
+def test_factors_of_two_dtypes_are_taken_as_the_wider():
+    topology = matrix(20, 30, "some")
+    values, x, dy = numbers(topology.size), numbers(30, 17, dtype=torch.bfloat16), numbers(20, 17, seed=1)
+    assert torch.equal(kernels.spmm(topology, values, x)[0], kernels.spmm(topology, values, x.float())[0])
+    assert torch.equal(
+        kernels.spmm_t(topology, values.bfloat16(), dy), kernels.spmm_t(topology, values.bfloat16().float(), dy)
+    )
+    assert torch.equal(kernels.sddmm(topology, dy, x), kernels.sddmm(topology, dy, x.float()))
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
@@ -95,15 +142,17 @@ def test_more_places_than_two_to_the_31(instruction_set):
 @pytest.mark.parametrize("instruction_set", SETS)
 def test_a_huge_batch(instruction_set):
     with running(instruction_set, 2):
-        check_products(matrix(3, 4, "some"), 100_003)
+        for dtype in DTYPES:
+            check_products(matrix(3, 4, "some"), 100_003, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("instruction_set", SETS)
-@pytest.mark.parametrize("batch", [1, 3, 128, 129])
-def test_bit_equal_from_run_to_run_and_for_any_number_of_threads(instruction_set, batch):
+@pytest.mark.parametrize("batch", [1, 3, 128, 129, 902])
+def test_bit_equal_from_run_to_run_and_for_any_number_of_threads(instruction_set, batch, dtype):
     topology = matrix(70, 90, "gaps")
-    values, bias = numbers(topology.size), numbers(70, seed=1)
-    x, dy = numbers(90, batch, seed=2), numbers(70, batch, seed=3)
+    values, bias = numbers(topology.size, dtype=dtype), numbers(70, seed=1)
+    x, dy = numbers(90, batch, seed=2, dtype=dtype), numbers(70, batch, seed=3, dtype=dtype)
     epilogue = Epilogue(0.1, 0.5, 7)
 
     def everything():
@@ -129,11 +178,12 @@ def test_more_threads_than_rows(shape):
             check_products(matrix(*shape, kind), 17)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_goes_where_it_has_a_place_and_nowhere_else(instruction_set, bad):
+def test_what_is_not_finite_goes_where_it_has_a_place_and_nowhere_else(instruction_set, bad, dtype):
     topology = matrix(20, 30, "gaps")
-    values, x, dy = numbers(topology.size), numbers(30, 17), numbers(20, 17, seed=1)
+    values, x, dy = (t.to(dtype) for t in (numbers(topology.size), numbers(30, 17), numbers(20, 17, seed=1)))
     x[7, 16], dy[4, 3] = bad, bad
     with running(instruction_set):
         y, _ = native.spmm(topology, values, x, None, PLAIN, False)
@@ -212,11 +262,12 @@ def test_multiply_adds_are_counted():
     assert counter.multiply_adds == 3 * 50 * 4
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("instruction_set", SETS)
 @hypothesis.given(st.sampled_from([*BATCHES, 31, 48]), st.sampled_from([0, 1, 5, 8, 16, 33, 64]), st.booleans())
 @settings(max_examples=30, deadline=None, derandomize=True)
-def test_transpose(instruction_set, batch, features, padded):
-    x_BI = laid_out(numbers(batch, features), "padded" if padded else "plain")
+def test_transpose(instruction_set, dtype, batch, features, padded):
+    x_BI = laid_out(numbers(batch, features, dtype=dtype), "padded" if padded else "plain")
     with running(instruction_set):
         x_IB = native.transpose(x_BI)
     assert torch.equal(x_IB, x_BI.t())
@@ -240,19 +291,20 @@ def test_feature_major_is_a_view_where_it_can_be():
         assert torch.equal(kernels.feature_major(x_BI), x_BI.t())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("instruction_set", SETS)
-@pytest.mark.parametrize("batch", [1, 5, 8, 15, 16, 17, 33, 100])
-def test_nothing_is_written_beside_the_results(instruction_set, batch):
+@pytest.mark.parametrize("batch", [1, 5, 8, 15, 16, 17, 31, 32, 33, 100, 385])
+def test_nothing_is_written_beside_the_results(instruction_set, batch, dtype):
     topology, guard = matrix(13, 11, "some"), 77.0
-    module, rows, stored = native._native, 13, topology.size
-    x, dy, values = numbers(11, batch), numbers(13, batch), numbers(stored)
+    module, rows, stored, size = native._native, 13, topology.size, dtype.itemsize
+    x, dy, values = (numbers(*shape, dtype=dtype) for shape in ((11, batch), (13, batch), (stored,)))
     row_ptr, columns = topology.row_ptr, topology.columns
-    y = torch.full((rows + 1, batch + 9), guard)
+    y = torch.full((rows + 1, batch + 9), guard, dtype=dtype)
     bits_ld = (batch + 7) // 8 + 1
     positive, kept = torch.full((2, rows + 1, bits_ld), 0xAA, dtype=torch.uint8)
     with running(instruction_set):
         module.spmm(
-            rows, 4, 2, row_ptr.data_ptr(), columns.data_ptr(), 0, values.data_ptr(), x.data_ptr(), batch, 0,
+            size, rows, 4, 2, row_ptr.data_ptr(), columns.data_ptr(), 0, values.data_ptr(), x.data_ptr(), batch, 0,
             y.data_ptr(), batch + 9, 0, batch, 1, 1, 0, 0.5, 1 << 31, 2.0, 5, positive.data_ptr(), kept.data_ptr(), bits_ld,
         )  # fmt: skip
         assert (y[:rows, batch:] == guard).all()
@@ -261,9 +313,9 @@ def test_nothing_is_written_beside_the_results(instruction_set, batch):
         for bits in (positive, kept):
             assert (bits[:rows, -1] == 0xAA).all()
             assert (bits[rows] == 0xAA).all()
-        dz, dbias, dvalues = y.fill_(guard), torch.full((rows + 1,), guard), torch.full((stored + 9,), guard)
+        dz, dbias, dvalues = y.fill_(guard), y.new_full((rows + 1,), guard), y.new_full((stored + 9,), guard)
         module.epilogue_backward(
-            dy.data_ptr(), batch, dz.data_ptr(), batch + 9, dbias.data_ptr(), rows, batch, 1, 0.5, 2.0,
+            size, dy.data_ptr(), batch, dz.data_ptr(), batch + 9, dbias.data_ptr(), rows, batch, 1, 0.5, 2.0,
             positive.data_ptr(), kept.data_ptr(), bits_ld,
         )  # fmt: skip
         assert (dz[:rows, batch:] == guard).all()
@@ -271,17 +323,17 @@ def test_nothing_is_written_beside_the_results(instruction_set, batch):
         assert dbias[rows] == guard
         dbias.fill_(guard)
         module.sddmm(
-            rows, 4, 2, row_ptr.data_ptr(), columns.data_ptr(), dy.data_ptr(), batch, 0, x.data_ptr(), batch,
+            size, rows, 4, 2, row_ptr.data_ptr(), columns.data_ptr(), dy.data_ptr(), batch, 0, x.data_ptr(), batch,
             0, dvalues.data_ptr(), dbias.data_ptr(), batch, 1, 1,
         )  # fmt: skip
         assert dbias[rows] == guard
         assert (dvalues[stored:] == guard).all()
-        module.transpose(dy.data_ptr(), batch, y.fill_(guard).data_ptr(), rows + 1, rows, batch, 1)
+        module.transpose(size, dy.data_ptr(), batch, y.fill_(guard).data_ptr(), rows + 1, rows, batch, 1)
         flat = y.flatten()[: batch * (rows + 1)].view(batch, rows + 1)
         assert torch.equal(flat[:, :rows], dy.t())
         assert (flat[:, rows] == guard).all()
         assert (y.flatten()[batch * (rows + 1) :] == guard).all()
-        module.copy_rows(dy.data_ptr(), batch, y.fill_(guard).data_ptr(), batch + 9, rows, batch, 1)
+        module.copy_rows(size, dy.data_ptr(), batch, y.fill_(guard).data_ptr(), batch + 9, rows, batch, 1)
         assert torch.equal(y[:rows, :batch], dy)
         assert (y[:rows, batch:] == guard).all()
         assert (y[rows] == guard).all()

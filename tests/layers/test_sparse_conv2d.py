@@ -105,12 +105,12 @@ def test_several_threads_find_what_one_finds():
 @given(
     st.integers(1, 3), st.integers(1, 20), st.integers(1, 9), st.integers(1, 20),
     st.integers(-2, 4), st.integers(-2, 4), st.integers(1, 3), st.integers(1, 3),
-    st.integers(1, 8), st.integers(1, 24), st.booleans(),
+    st.integers(1, 8), st.integers(1, 24), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]),
 )  # fmt: skip
 def test_native_places_images_as_the_reference(
-    channels, batch, high, wide, top, left, ph, pw, frame_high, frame_wide, innermost
+    channels, batch, high, wide, top, left, ph, pw, frame_high, frame_wide, innermost, dtype
 ):
-    x = torch.randn(batch, channels, high, wide)
+    x = torch.randn(batch, channels, high, wide).to(dtype)
     x = x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2) if innermost else x
     frame = Frame(top, left, (ph, pw), frame_high, frame_wide)
     for instruction_set in SETS:

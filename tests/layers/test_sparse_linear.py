@@ -267,22 +267,6 @@ def test_another_dtype_is_refused_outside_autocast():
         SparseLinear(30, 20, density=0.2)(torch.zeros(3, 30, dtype=torch.float64))
 
 
-def test_autocast_leaves_the_product_in_the_dtype_of_the_values():
-    layer, dense = SparseLinear(30, 20, density=0.2), nn.Linear(20, 5)
-    x = torch.randn(7, 30)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(x)
-        assert torch.equal(y, layer(x.clone()))
-        assert y.dtype == torch.float32
-        half = dense(y)
-        assert half.dtype == torch.bfloat16
-        from_half = layer(x.bfloat16().requires_grad_())
-        assert from_half.dtype == torch.float32
-        assert torch.equal(from_half, layer(x.bfloat16().float()))
-        (half.float().sum() + from_half.sum()).backward()
-    assert layer.values.grad.dtype == torch.float32
-
-
 def test_nan_reaches_the_rows_that_read_it():
     layer = SparseLinear(30, 20, density=0.2)
     x = torch.randn(7, 30)

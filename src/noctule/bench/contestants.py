@@ -1,6 +1,7 @@
 """Who is measured: each makes its own layer out of one and the same sparse layer, so that all hold the same function."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -49,8 +50,14 @@ def _bfloat16(layer: SparseLinear) -> nn.Module:
     return layer.to_dense().bfloat16()
 
 
+def _sparse_bfloat16(layer: SparseLinear) -> nn.Module:
+    return deepcopy(layer).bfloat16()
+
+
 TORCH = Process("torch")
 NOCTULE = Contestant("noctule", Process("noctule"), _itself)
+NOCTULE_BF16 = Contestant("noctule bf16", Process("noctule"), _sparse_bfloat16, dtype=torch.bfloat16)
+NOCTULE_AUTOCAST = Contestant("noctule bf16 autocast", Process("noctule"), _itself, autocast=True)
 LINEAR = Contestant("dense fp32", TORCH, _linear, dense=True)
 ONEDNN = Contestant("dense fp32 oneDNN", TORCH, _onednn, dense=True)
 BF16 = Contestant("dense bf16", TORCH, _bfloat16, dense=True, dtype=torch.bfloat16)
@@ -68,7 +75,10 @@ SPARSEPROP = Contestant("sparseprop", Process("sparseprop"), sparseprop)
 
 CONTESTANTS = {
     c.name: c
-    for c in (NOCTULE, LINEAR, ONEDNN, BF16, AUTOCAST, CSR, CSR_OWN, SPARSELAB, SPARSELAB_PASSIVE, SPARSEPROP)
+    for c in (
+        NOCTULE, NOCTULE_BF16, NOCTULE_AUTOCAST, LINEAR, ONEDNN, BF16, AUTOCAST, CSR, CSR_OWN, SPARSELAB, SPARSELAB_PASSIVE,
+        SPARSEPROP,
+    )
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Row:
 ROWS = (
     Row("noctule, feature-major", "feature-major", dense=False),
     Row("noctule, rows", "rows", dense=False),
+    Row("noctule bf16, feature-major", "feature-major", dense=False, dtype=torch.bfloat16),
     Row("dense fp32", "rows"),
     Row("dense fp32, channels last", "channels last"),
     Row("dense bf16, channels last", "channels last", dtype=torch.bfloat16),
@@ -120,7 +122,7 @@ def build(row: Row, case: _Case, density: float) -> tuple[Callable[[], object], 
         case.channels, case.channels, case.kernel, padding=case.kernel // 2, density=density, generator=generator
     )
     dense = sparse.to_dense()
-    module: nn.Module = sparse
+    module: nn.Module = deepcopy(sparse).to(row.dtype)
     if row.dense:
         module = nn.Conv2d(case.channels, case.channels, case.kernel, padding=case.kernel // 2)
         module.load_state_dict(dense.state_dict())
@@ -196,7 +198,7 @@ def _judge(
 ) -> list[dict[str, Any]]:
     written = []
     for row in ROWS:
-        if row.dense:
+        if row.dense or row.dtype is not torch.float32:
             continue
         speedups = {d: ratio(taken[fastest].timing, taken[f"{row.name}, {d:g}"].timing) for d in densities}
         density, how = break_even({d: speedup.value for d, speedup in speedups.items()})

@@ -12,11 +12,13 @@ import torch
 from noctule.bench import program
 from noctule.bench.break_even import break_even
 from noctule.bench.contestants import (
+    BF16,
     CONTESTANTS,
     CSR,
     CSR_OWN,
     LINEAR,
     NOCTULE,
+    NOCTULE_BF16,
     ONEDNN,
     SPARSELAB,
     SPARSELAB_PASSIVE,
@@ -41,7 +43,7 @@ TARGETS = {
 SPARSE_TARGETS = ((1.7, (SPARSELAB, SPARSELAB_PASSIVE)), (1.7, (SPARSEPROP,)), (1.0, (CSR, CSR_OWN)))
 """How many times as fast as the fastest of these."""
 LARGE_SIZE, LARGE_DENSITY, LARGE_TARGET = 16384, 0.01, 30.0
-LARGE_ROWS = (NOCTULE, LINEAR, ONEDNN, CONTESTANTS["dense bf16"], CSR_OWN, SPARSELAB, SPARSELAB_PASSIVE, SPARSEPROP)
+LARGE_ROWS = (NOCTULE, NOCTULE_BF16, LINEAR, ONEDNN, BF16, CSR_OWN, SPARSELAB, SPARSELAB_PASSIVE, SPARSEPROP)
 PEAK_SIZE = 2048
 
 

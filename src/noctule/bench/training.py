@@ -54,6 +54,7 @@ ROWS = {
         Row("noctule", who.NOCTULE, fuse=True, rewire=True),
         Row("noctule, static", who.NOCTULE, fuse=True),
         Row("noctule, not fused", who.NOCTULE, rewire=True),
+        Row("noctule bf16 autocast", who.NOCTULE_AUTOCAST, fuse=True, rewire=True),
         Row("dense fp32", who.LINEAR),
         Row("dense fp32 oneDNN", who.ONEDNN),
         Row("dense fp32 compiled", who.LINEAR, compiled=True),

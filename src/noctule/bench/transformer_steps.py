@@ -64,7 +64,12 @@ class Row:
 
 ROWS = {
     row.name: row
-    for row in (Row("noctule"), Row("dense fp32", dense=True), Row("dense bf16 autocast", dense=True, autocast=True))
+    for row in (
+        Row("noctule"),
+        Row("noctule bf16 autocast", autocast=True),
+        Row("dense fp32", dense=True),
+        Row("dense bf16 autocast", dense=True, autocast=True),
+    )
 }
 
 

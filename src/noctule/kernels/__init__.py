@@ -9,7 +9,8 @@ product is a convolution (see `noctule.kernels.image`) they have lines: (I, L, B
 ``sddmm``     dW at the N places only, of dY Xᵀ
 =========== ===================================================
 
-float32 on the CPU goes to `native`; every other dtype or device, and machines without the compiled module, to `reference`.
+float32 and bfloat16 on the CPU go to `native`; every other dtype or device, and machines without the compiled module, to
+`reference`. Factors of two dtypes are both taken as the wider, which is then that of the result.
 """
 
 import math
@@ -48,12 +49,14 @@ def spmm(
     keep: bool = False,
 ) -> tuple[Tensor, Kept]:
     """Y (O, B) = W X + bias through the epilogue; with ``keep``, also what the epilogue's backward needs."""
+    values, x_IB = _alike(values, x_IB)
     count(topology.size * math.prod(x_IB.shape[1:]))
     return _code_for(values, x_IB).spmm(topology, values, x_IB, bias, epilogue, keep)
 
 
 def spmm_t(topology: Places, values: Tensor, dy_OB: Tensor) -> Tensor:
     """dX (I, B) = Wᵀ dY."""
+    values, dy_OB = _alike(values, dy_OB)
     count(topology.size * math.prod(dy_OB.shape[1:]))
     return _code_for(values, dy_OB).spmm_t(topology, values, dy_OB)
 
@@ -65,6 +68,7 @@ def sddmm(topology: Places, dy_OB: Tensor, x_IB: Tensor) -> Tensor:
 
 def gradients(topology: Places, dy_OB: Tensor, x_IB: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None]:
     """dW (N,), and where asked for the gradient of the bias (O,): the sums of the rows of dY, which the product reads anyway."""
+    dy_OB, x_IB = _alike(dy_OB, x_IB)
     count(topology.size * math.prod(x_IB.shape[1:]))
     return _code_for(dy_OB, x_IB).gradients(topology, dy_OB, x_IB, bias)
 
@@ -86,8 +90,15 @@ def place(x_BCHW: Tensor, frame: Frame) -> Tensor:
     return _code_for(x_BCHW).place(x_BCHW, frame)
 
 
+def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    if a.dtype is b.dtype:
+        return a, b
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype), b.to(dtype)
+
+
 def _code_for(*tensors: Tensor):
     for t in tensors:
-        if t.dtype is not torch.float32 or not t.is_cpu:
+        if t.dtype not in native.DTYPES or not t.is_cpu:
             return reference
     return native if native.available() else reference

@@ -1,4 +1,4 @@
-"""The compiled products, for float32 tensors on the CPU.
+"""The compiled products, for float32 and bfloat16 tensors on the CPU; both add up in float32.
 
 Layouts that a row of the batch is read from at full speed: rows start on a cache line, and not a whole page apart, where all
 of them would meet in the same few sets of the cache.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from noctule.kernels import reference
 from noctule.kernels.epilogue import IDENTITY, Epilogue, Kept
-from noctule.kernels.frame import Frame
+from noctule.kernels.frame import LINE, PAGE, Frame
 from noctule.topology import Places
 
 _native: Any
@@ -22,10 +22,8 @@ try:
 except ImportError:
     _native = None
 
-LINE = 16
-"""Floats in a cache line."""
-PAGE = 1024
-"""Floats in a page."""
+DTYPES = (torch.float32, torch.bfloat16)
+"""What the kernels are compiled for; all tensors of a call have the same, but a bias may have any."""
 PARALLEL_FROM = 1 << 15
 """Multiply-adds (or elements moved) under which a second thread costs more than it gives."""
 REPACK_FROM = 8
@@ -86,14 +84,15 @@ def gradients(topology: Places, dy_OB: Tensor, x_IB: Tensor, bias: bool) -> tupl
     columns_of_line = x_IB.shape[1:]
     _check("the gradient", dy_OB, topology.shape[0], columns_of_line)
     _check("the input", x_IB, topology.shape[1], columns_of_line)
-    dvalues, dbias = _empty(topology.size), _empty(topology.shape[0]) if bias else None
+    dvalues = dy_OB.new_empty(topology.size)
+    dbias = dy_OB.new_empty(topology.shape[0]) if bias else None
     row_ptr, columns = topology.row_ptr, topology.columns
     dy, x = _packed(dy_OB, topology.size), _packed(x_IB, topology.size)
     (length, lines), (dy_step, x_step) = _lines(dy, x)
     _native.sddmm(
-        topology.shape[0], row_ptr.element_size(), columns.element_size(), row_ptr.data_ptr(), columns.data_ptr(),
-        dy.data_ptr(), dy.stride(0), dy_step, x.data_ptr(), x.stride(0), x_step, dvalues.data_ptr(), _address(dbias),
-        length, lines, _threads(topology.size * length * lines),
+        dy.element_size(), topology.shape[0], row_ptr.element_size(), columns.element_size(), row_ptr.data_ptr(),
+        columns.data_ptr(), dy.data_ptr(), dy.stride(0), dy_step, x.data_ptr(), x.stride(0), x_step, dvalues.data_ptr(),
+        _address(dbias), length, lines, _threads(topology.size * length * lines),
     )  # fmt: skip
     return dvalues, dbias
 
@@ -109,10 +108,10 @@ def epilogue_backward(dy_OB: Tensor, kept: Kept, bias: bool) -> tuple[Tensor, Te
     changed = kept.positive is not None or kept.kept is not None
     if not changed and not bias:
         return dy, None
-    dz = _rows(rows, batch) if changed else dy
-    dbias = _empty(rows) if bias else None
+    dz = _rows(rows, batch, dy.dtype) if changed else dy
+    dbias = dy.new_empty(rows) if bias else None
     _native.epilogue_backward(
-        dy.data_ptr(), dy.stride(0), _address(dz) if changed else 0, dz.stride(0), _address(dbias), rows, batch,
+        dy.element_size(), dy.data_ptr(), dy.stride(0), _address(dz) if changed else 0, dz.stride(0), _address(dbias), rows, batch,
         _threads(rows * batch), kept.epilogue.slope, kept.epilogue.scale, _address(kept.positive), _address(kept.kept),
         (batch + 7) // 8,
     )  # fmt: skip
@@ -123,22 +122,23 @@ def transpose(x_BI: Tensor) -> Tensor:
     """(I, B), the batch contiguous."""
     batch, features = x_BI.shape
     x = x_BI if x_BI.stride(1) == 1 or features == 1 else x_BI.contiguous()
-    x_IB = _rows(features, batch)
+    x_IB = _rows(features, batch, x.dtype)
     _native.transpose(
-        x.data_ptr(), x.stride(0), x_IB.data_ptr(), x_IB.stride(0), batch, features, _threads(batch * features)
-    )
+        x.element_size(), x.data_ptr(), x.stride(0), x_IB.data_ptr(), x_IB.stride(0), batch, features,
+        _threads(batch * features),
+    )  # fmt: skip
     return x_IB
 
 
 def place(x_BCHW: Tensor, frame: Frame) -> Tensor:
     """See `noctule.kernels.place`."""
     batch, channels, rows, columns = x_BCHW.shape
-    y = _empty(channels * frame.rows, batch)
+    y = x_BCHW.new_empty(channels * frame.rows, batch)
     strides = [0 if size == 1 else stride for size, stride in zip(x_BCHW.shape, x_BCHW.stride(), strict=True)]
     strides[0] = strides[0] if batch > 1 else 1
     _native.place(
-        x_BCHW.data_ptr(), *strides, rows, columns, frame.top, frame.left, y.data_ptr(), frame.rows * batch, channels,
-        *frame.phases, frame.high, frame.wide, batch, _threads(y.numel()),
+        y.element_size(), x_BCHW.data_ptr(), *strides, rows, columns, frame.top, frame.left, y.data_ptr(),
+        frame.rows * batch, channels, *frame.phases, frame.high, frame.wide, batch, _threads(y.numel()),
     )  # fmt: skip
     return y
 
@@ -152,14 +152,14 @@ def _spmm(topology, index, sources, values, x_IB, bias, epilogue, positive, kept
             f"expected {topology.size} values and {rows} biases, got {tuple(values.shape)} and "
             f"{None if bias is None else tuple(bias.shape)}"
         )
-    y = _rows(rows, x_IB.shape[1]) if x_IB.dim() == 2 else _empty(rows, *x_IB.shape[1:])
+    y = _rows(rows, x_IB.shape[1], x_IB.dtype) if x_IB.dim() == 2 else x_IB.new_empty(rows, *x_IB.shape[1:])
     x, values = _packed(x_IB, topology.size), values.contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     bits = positive is not None or kept is not None
     (length, lines), (x_step, y_step) = _lines(x, y, merge=not bits)
     _native.spmm(
-        rows, row_ptr.element_size(), columns.element_size(), row_ptr.data_ptr(), columns.data_ptr(), _address(slots),
-        values.data_ptr(), x.data_ptr(), x.stride(0), x_step, y.data_ptr(), y.stride(0), y_step, length, lines,
+        y.element_size(), rows, row_ptr.element_size(), columns.element_size(), row_ptr.data_ptr(), columns.data_ptr(),
+        _address(slots), values.data_ptr(), x.data_ptr(), x.stride(0), x_step, y.data_ptr(), y.stride(0), y_step, length, lines,
         _threads(topology.size * length * lines), _address(bias), epilogue.slope, epilogue.drop_below, epilogue.scale,
         epilogue.seed, _address(positive), _address(kept), (length + 7) // 8 * lines,
     )  # fmt: skip
@@ -189,18 +189,14 @@ def _check(what: str, x: Tensor, features: int, columns: Sequence[int]) -> None:
         raise ValueError(f"{what} must be {(features, *columns)} feature-major, got {tuple(x.shape)}")
 
 
-def _rows(features: int, batch: int) -> Tensor:
+def _rows(features: int, batch: int, dtype: torch.dtype) -> Tensor:
     """An empty (features, batch) tensor whose rows start on cache lines and spread over the sets of the cache."""
-    if batch < LINE:
-        return _empty(features, batch)
-    ld = -(-batch // LINE) * LINE
-    if ld % PAGE == 0:
-        ld += LINE
-    return _empty(features, ld) if ld == batch else _empty(features, ld)[:, :batch]
-
-
-def _empty(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device="cpu")  # the defaults are the user's to change
+    line, ld = LINE // dtype.itemsize, batch
+    if batch >= line:
+        ld = -(-batch // line) * line
+        ld += line if ld * dtype.itemsize % PAGE == 0 else 0
+    y = torch.empty((features, ld), dtype=dtype, device="cpu")  # the defaults are the user's to change
+    return y if ld == batch else y[:, :batch]
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -214,12 +210,15 @@ def _packed(x: Tensor, weights: int) -> Tensor:
         return x if x.shape[2] == 1 or x.stride(2) == 1 else x.contiguous()
     x = _readable(x)
     features, batch = x.shape
-    ld = x.stride(0)
-    well = ld % LINE == 0 and ld % PAGE != 0 and x.data_ptr() % 64 == 0
-    if well or batch < LINE or weights < REPACK_FROM * features:
+    row_bytes = x.stride(0) * x.element_size()
+    well = row_bytes % LINE == 0 and row_bytes % PAGE != 0 and x.data_ptr() % LINE == 0
+    if well or batch * x.element_size() < LINE or weights < REPACK_FROM * features:
         return x
-    y = _rows(features, batch)
-    _native.copy_rows(x.data_ptr(), ld, y.data_ptr(), y.stride(0), features, batch, _threads(features * batch))
+    y = _rows(features, batch, x.dtype)
+    _native.copy_rows(
+        y.element_size(), x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), features, batch,
+        _threads(features * batch),
+    )  # fmt: skip
     return y
 
 

@@ -65,12 +65,12 @@ def gradients(topology: Places, dy_OB: Tensor, x_IB: Tensor, bias: bool) -> tupl
 
 def epilogue_backward(dy_OB: Tensor, kept: Kept, bias: bool) -> tuple[Tensor, Tensor | None]:
     """See `noctule.kernels.epilogue_backward`."""
-    batch, dz_OB = dy_OB.shape[-1], dy_OB
+    batch, dz_OB = dy_OB.shape[-1], dy_OB.to(_sum_dtype(dy_OB))
     if kept.positive is not None:
         dz_OB = torch.where(_unpack(kept.positive, batch), dz_OB, dz_OB * kept.epilogue.slope)
     if kept.kept is not None:
         dz_OB = torch.where(_unpack(kept.kept, batch), dz_OB * kept.epilogue.scale, 0.0)
-    return dz_OB, dz_OB.to(_sum_dtype(dz_OB)).flatten(1).sum(1).to(dz_OB.dtype) if bias else None
+    return dz_OB.to(dy_OB.dtype), dz_OB.flatten(1).sum(1).to(dy_OB.dtype) if bias else None
 
 
 def transpose(x_BI: Tensor) -> Tensor:

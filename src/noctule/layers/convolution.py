@@ -9,7 +9,7 @@ Shapes: B batch, C channels in, O out, G groups, N stored weights, L lines (rows
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -165,6 +165,7 @@ class _Frames(NamedTuple):
     """For each row (and column) of the kernel: which of every SH-th rows of the image it reaches."""
 
 
+@lru_cache(maxsize=256)
 def _frames(geometry: Geometry, image: Pair, batch: int) -> _Frames:
     output = geometry.output_size(image)
     sides, back, shifts, residues = [], [], [], []

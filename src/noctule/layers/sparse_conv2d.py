@@ -87,22 +87,21 @@ class SparseConv2d(SparseLayer):
             raise ValueError(
                 f"expected images of {self.in_channels} channels, (B, C, H, W), got shape {tuple(x.shape)}"
             )
-        x = self._own_dtype(x)
-        x_BCHW = x if x.dim() == 4 else x[None]
-        y_BOHW = self._compiled(x_BCHW) if torch.compiler.is_compiling() else self._eager(x_BCHW)
+        x_BCHW, values = self._factors(x if x.dim() == 4 else x[None])
+        y_BOHW = self._compiled(x_BCHW, values) if torch.compiler.is_compiling() else self._eager(x_BCHW, values)
         return y_BOHW if x.dim() == 4 else y_BOHW[0]
 
-    def _eager(self, x_BCHW: Tensor) -> Tensor:
+    def _eager(self, x_BCHW: Tensor, values: Tensor) -> Tensor:
         y_BOHW = SparseConvolution.apply(
-            x_BCHW, self.values, self.bias, self.topology, self.geometry, self._epilogue_now(), self.watch
+            x_BCHW, values, self.bias, self.topology, self.geometry, self._epilogue_now(), self.watch
         )
         return y_BOHW  # type: ignore[return-value]
 
-    def _compiled(self, x_BCHW: Tensor) -> Tensor:
+    def _compiled(self, x_BCHW: Tensor, values: Tensor) -> Tensor:
         seed, dropout = self._compiled_dropout()
         y_OHWB, *_ = compiled_convolution(
             x_BCHW,
-            self.values,
+            values,
             self.bias,
             self.topology.handle,
             seed,

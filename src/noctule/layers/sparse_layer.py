@@ -211,14 +211,15 @@ class SparseLayer(nn.Module):
         dense.weight.requires_grad_(self.values.requires_grad)
         return dense.train(self.training)
 
-    def _own_dtype(self, x: Tensor) -> Tensor:
-        if x.dtype == self.values.dtype:
-            return x
-        if not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(
-                f"inputs are {x.dtype} but the layer's values {self.values.dtype}: convert one of them with .to()"
-            )
-        return x.to(self.values.dtype)
+    def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The input and the values in the dtype of the product: that of the values, or bfloat16 where autocast says so."""
+        dtype = self.values.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            if dtype is torch.float32 and torch.get_autocast_dtype(x.device.type) is torch.bfloat16:
+                dtype = torch.bfloat16
+        elif x.dtype is not dtype:
+            raise ValueError(f"inputs are {x.dtype} but the layer's values {dtype}: convert one of them with .to()")
+        return x.to(dtype), self.values.to(dtype)
 
     def _epilogue_now(self) -> Epilogue:
         """The epilogue of this forward: a dropout mask of its own in training, none in evaluation."""

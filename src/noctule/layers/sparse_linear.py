@@ -19,8 +19,8 @@ class SparseLinear(SparseLayer):
 
     Its parameters are ``values`` (N,), in the order of ``topology``, and ``bias`` (O,). Inputs have any leading shape; outputs
     are a transposed view of a feature-major result, which the next sparse layer reads as it is. Products run in the dtype of
-    ``values``, under autocast too. The first values are uniform within ``1 / sqrt(N / O)``: the rule of ``nn.Linear`` with
-    the fan-in that is really there.
+    ``values``, or in bfloat16 under an autocast to it; sums are float32. The first values are uniform within
+    ``1 / sqrt(N / O)``: the rule of ``nn.Linear`` with the fan-in that is really there.
 
     Args:
         in_features: I.
@@ -68,27 +68,27 @@ class SparseLinear(SparseLayer):
             parts = x.unbind()
             y = self(torch.cat(parts)).split([len(part) for part in parts])
             return torch.nested.as_nested_tensor(list(y), layout=x.layout)
-        x_BI = self._rows(x)
-        y_BO = self._compiled(x_BI) if torch.compiler.is_compiling() else self._eager(x_BI)
+        x_BI, values = self._factors(x)
+        y_BO = self._compiled(x_BI, values) if torch.compiler.is_compiling() else self._eager(x_BI, values)
         return y_BO if x.dim() == 2 else y_BO.reshape(*x.shape[:-1], self.out_features)
 
-    def _rows(self, x: Tensor) -> Tensor:
-        """(..., I) -> (B, I) in the dtype of the values."""
+    def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., I) -> (B, I) and the values (N,)."""
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(
                 f"expected inputs of {self.in_features} features in the last dimension, got shape {tuple(x.shape)}"
             )
-        x = self._own_dtype(x)
-        return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), self.in_features)
+        x, values = super()._factors(x)
+        return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), self.in_features), values
 
-    def _eager(self, x_BI: Tensor) -> Tensor:
-        y_BO = SparseProduct.apply(x_BI, self.values, self.bias, self.topology, self._epilogue_now(), self.watch)
+    def _eager(self, x_BI: Tensor, values: Tensor) -> Tensor:
+        y_BO = SparseProduct.apply(x_BI, values, self.bias, self.topology, self._epilogue_now(), self.watch)
         return y_BO  # type: ignore[return-value]
 
-    def _compiled(self, x_BI: Tensor) -> Tensor:
+    def _compiled(self, x_BI: Tensor, values: Tensor) -> Tensor:
         seed, dropout = self._compiled_dropout()
         y_OB, *_ = compiled_product(
-            x_BI, self.values, self.bias, self.topology.handle, seed, self.out_features, self.epilogue.slope, dropout
+            x_BI, values, self.bias, self.topology.handle, seed, self.out_features, self.epilogue.slope, dropout
         )
         return y_OB.t()
 
@@ -98,7 +98,7 @@ class SparseLinear(SparseLayer):
         return StandIn(self.values, self.topology.shape, self._product)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        y_BO: Any = SparseProduct.apply(self._rows(x), self.values, bias, self.topology, IDENTITY, self.watch)
+        y_BO: Any = SparseProduct.apply(*self._factors(x), bias, self.topology, IDENTITY, self.watch)
         return y_BO.reshape(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
