@@ -6,7 +6,7 @@ import sys
 import noctule
 
 PUBLIC = """
-AllReLU Batches Checkpoints Conversion Dataset Decay FuseEpilogue ImportancePruning Method Remap Rewire
+AllReLU Batches Checkpoints Conversion Dataset Decay FuseEpilogue ImportancePruning KeepLayout Method Remap Rewire
 RunFolder Session SparseConv2d SparseLinear SparseMLPClassifier SparseMLPRegressor ToDense ToSparse Topology attach
 convert_ ctre erdos_renyi evaluate fit footprint gse keep_freed_memory load_model merge mlp param_groups resize rigl
 save_model set_ shrink uniform write_report

@@ -17,6 +17,7 @@ _HOME = {
     "Decay": "decay",
     "FuseEpilogue": "layers",
     "ImportancePruning": "prune",
+    "KeepLayout": "layers",
     "Method": "method",
     "Remap": "topology",
     "Rewire": "rewire",
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
     from noctule.data import Batches, Dataset
     from noctule.decay import Decay
     from noctule.estimators import SparseMLPClassifier, SparseMLPRegressor
-    from noctule.layers import AllReLU, FuseEpilogue, SparseConv2d, SparseLinear, ToDense, ToSparse
+    from noctule.layers import AllReLU, FuseEpilogue, KeepLayout, SparseConv2d, SparseLinear, ToDense, ToSparse
     from noctule.loop import evaluate, fit
     from noctule.measure import footprint
     from noctule.method import Method, Session, attach

@@ -3,6 +3,7 @@
 from noctule.layers.activations import AllReLU
 from noctule.layers.attention import SparseAttention
 from noctule.layers.fuse import FuseEpilogue
+from noctule.layers.keep_layout import KeepLayout
 from noctule.layers.product import Watch
 from noctule.layers.sparse_conv2d import SparseConv2d
 from noctule.layers.sparse_layer import SparseLayer
@@ -12,6 +13,7 @@ from noctule.layers.to_sparse import ToDense, ToSparse
 __all__ = [
     "AllReLU",
     "FuseEpilogue",
+    "KeepLayout",
     "SparseAttention",
     "SparseConv2d",
     "SparseLayer",
