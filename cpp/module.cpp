@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "codecs.h"
 #include "kernels.h"
 
 namespace nb = nanobind;
@@ -23,6 +24,7 @@ using namespace noctule;
 struct InstructionSet {
     const char* name;
     Kernels (*kernels)();
+    Codecs (*codecs)();
 };
 
 // What this machine can run, the fastest first.
@@ -32,16 +34,17 @@ std::vector<InstructionSet> available() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2"))
-        sets.push_back({"avx512", avx512_kernels});
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back({"avx2", avx2_kernels});
+        sets.push_back({"avx512", avx512_kernels, avx512_codecs});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back({"avx2", avx2_kernels, avx2_codecs});
 #endif
-    sets.push_back({"portable", portable_kernels});
+    sets.push_back({"portable", portable_kernels, portable_codecs});
     return sets;
 }
 
 const std::vector<InstructionSet> sets = available();
 InstructionSet chosen = sets.front();
 Kernels kernels = chosen.kernels();
+Codecs codecs = chosen.codecs();
 
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
@@ -54,6 +57,7 @@ void use_instruction_set(const std::string& name) {
         if (name == set.name) {
             chosen = set;
             kernels = set.kernels();
+            codecs = set.codecs();
             return;
         }
     throw std::invalid_argument("this machine cannot run the instruction set '" + name + "'; see instruction_sets()");
@@ -159,6 +163,36 @@ void copy_rows(int element_bytes, Address x, int64_t x_ld, Address y, int64_t y_
     });
 }
 
+void natural_encode(Address x, int64_t n, int64_t bucket, uint64_t seed, Address codes, Address floors, int threads) {
+    nb::gil_scoped_release release;
+    codecs.natural_encode(pointer<const float>(x), n, bucket, seed, pointer<uint8_t>(codes), pointer<uint8_t>(floors), threads);
+}
+
+void natural_decode(Address codes, Address floors, int64_t n, int64_t bucket, Address x, int threads) {
+    nb::gil_scoped_release release;
+    codecs.natural_decode(pointer<const uint8_t>(codes), pointer<const uint8_t>(floors), n, bucket, pointer<float>(x), threads);
+}
+
+void uniforms(uint64_t seed, int64_t n, int64_t bucket, Address u, int threads) {
+    nb::gil_scoped_release release;
+    codecs.uniforms(seed, n, bucket, pointer<float>(u), threads);
+}
+
+void pack_bits(Address from, int64_t n, int bits, Address to, int threads) {
+    nb::gil_scoped_release release;
+    codecs.pack_bits(pointer<const uint8_t>(from), n, bits, pointer<uint8_t>(to), threads);
+}
+
+void unpack_bits(Address from, int64_t n, int bits, Address to, int threads) {
+    nb::gil_scoped_release release;
+    codecs.unpack_bits(pointer<const uint8_t>(from), n, bits, pointer<uint8_t>(to), threads);
+}
+
+void largest(Address x, int64_t n, int64_t k, Address positions, int threads) {
+    nb::gil_scoped_release release;
+    codecs.largest(pointer<const float>(x), n, k, pointer<int64_t>(positions), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -172,4 +206,10 @@ NB_MODULE(_native, m) {
     m.def("place", &place);
     m.def("transpose", &transpose);
     m.def("copy_rows", &copy_rows);
+    m.def("natural_encode", &natural_encode);
+    m.def("natural_decode", &natural_decode);
+    m.def("uniforms", &uniforms);
+    m.def("pack_bits", &pack_bits);
+    m.def("unpack_bits", &unpack_bits);
+    m.def("largest", &largest);
 }

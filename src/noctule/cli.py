@@ -16,6 +16,7 @@ from noctule.signature import Parser, add_options, from_json, nearest
 BENCHMARKS = (
     "layers",
     "convolution",
+    "codecs",
     "fashion",
     "memory",
     "accuracy",

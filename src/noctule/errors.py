@@ -13,6 +13,10 @@ class DataError(NoctuleError, ValueError):
     """A data set is missing, corrupt, empty or not what it says it is."""
 
 
+class ExchangeError(NoctuleError, RuntimeError):
+    """Workers do not fit together, or what one of them sent is torn, late or not what it must be."""
+
+
 class NonFiniteError(NoctuleError, ArithmeticError):
     """A loss, an input or a weight became NaN or infinite."""
 

@@ -1,23 +1,26 @@
 """Half precision."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from noctule.codecs.base import Payload
+from noctule.codecs.base import Layout, Payload
 
 
 @dataclass(frozen=True)
 class Cast:
     """Rounds to another floating dtype, to nearest: half the bytes of float32, and biased.
 
+    What the smaller dtype cannot hold becomes inf, or zero where it is too small.
+
     >>> Cast(torch.bfloat16).encode(torch.ones(100)).nbytes
     200
     """
 
     dtype: torch.dtype = torch.bfloat16
-    unbiased: bool = False
+    unbiased: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuses dtypes that are not floating."""
@@ -26,8 +29,12 @@ class Cast:
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
         """``x`` in the smaller dtype."""
-        return Payload((x.to(self.dtype),), tuple(x.shape), x.dtype)
+        return Payload((x.detach().to(self.dtype).reshape(-1).contiguous(),), tuple(x.shape), x.dtype)
 
     def decode(self, payload: Payload) -> Tensor:
         """Back in the original dtype."""
         return payload.parts[0].to(payload.dtype).view(payload.shape)
+
+    def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
+        """The numbers."""
+        return ((self.dtype, math.prod(shape)),)

@@ -1,0 +1,5 @@
+#define NOCTULE_ISA portable
+
+#include "codecs.inl"
+
+noctule::Codecs noctule::portable_codecs() { return portable::table(); }

@@ -1,0 +1,211 @@
+"""Between workers: what each one has goes through stages onto the wire, and what they have together comes back.
+
+An `Exchange` is what strategies and hooks call. `Channel` is the usual one: stages, a path between the workers, an aggregate.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from noctule.aggregate import Aggregate, mean
+from noctule.codecs import Codec
+from noctule.errors import ExchangeError
+from noctule.topology import Remap
+
+
+class Exchange(ABC):
+    """What I have -> what everyone has; all workers call it with the same keys and shapes, in the same order."""
+
+    @abstractmethod
+    def __call__(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> list[Tensor]:
+        """The aggregates; ``keys`` name the tensors for whatever is kept of them from one call to the next."""
+
+    @abstractmethod
+    def share(self, message: bytes) -> list[bytes]:
+        """What every worker has to say, in their order: for words, not for tensors."""
+
+    def remapped(self, key: str, remap: Remap, shape: tuple[int, ...]) -> None:  # noqa: B027 most keep nothing
+        """The numbers of this key changed their places, and now have this shape: move what is kept for them."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs, as plain data."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Take back what `state_dict` gave."""
+
+
+class Stage:
+    """One layer of the wire: override what you need, by default everything passes unchanged."""
+
+    needs_sum = False
+    """It hides what single workers send, so only a sum of all makes sense."""
+    codec: Codec | None = None
+    """What turns the tensors into bytes; only the last stage may have one."""
+
+    def weight(self) -> float:
+        """How much this worker counts beside the others."""
+        return 1.0
+
+    def send(self, x: Tensor, key: str) -> Tensor:
+        """What goes on instead of ``x``."""
+        return x
+
+    def arrived(self, sent: Tensor, delivered: Tensor, key: str) -> None:
+        """Of what this stage sent, ``delivered`` is what the others made of it."""
+
+    def close(self, total: Tensor, key: str, weight: float) -> Tensor:
+        """What comes of the aggregate; ``weight`` is the mean of all workers' weights."""
+        return total
+
+    def remapped(self, key: str, remap: Remap, shape: tuple[int, ...]) -> None:
+        """The numbers of this key changed their places, and now have this shape: move what is kept for them."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs, as plain data."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+    def __repr__(self) -> str:
+        """What must be alike on all workers."""
+        return type(self).__name__
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """What a path brings back."""
+
+    totals: list[Tensor]
+    """The aggregates."""
+    delivered: list[Tensor]
+    """Of each tensor of this worker, what has entered the aggregates."""
+    numbers: list[float]
+    """The sum, over all workers, of the numbers that came along."""
+
+
+class Path(Protocol):
+    """How messages get from every worker to every other."""
+
+    rank: int
+    world: int
+
+    def __call__(
+        self,
+        tensors: Sequence[Tensor],
+        keys: Sequence[str],
+        codec: Codec | None,
+        aggregate: Aggregate,
+        numbers: Sequence[float],
+        generator: torch.Generator,
+    ) -> Arrived:
+        """Encode, send, receive, decode, aggregate; raises ExchangeError where a message is not what it must be."""
+        ...
+
+    def share(self, message: bytes) -> list[bytes]:
+        """The messages of all workers, of any lengths, in their order."""
+        ...
+
+
+class Channel(Exchange):
+    """An exchange made of stages: each tensor passes them in order, the aggregate in reverse.
+
+    Args:
+        stages: the last of them may compress.
+        path: between which workers, and how; see `noctule.exchange`.
+        aggregate: what several workers' tensors become.
+        seed: of what the codec draws; each worker draws its own.
+
+    Raises:
+        ValueError: a stage compresses and is not the last, or needs a sum and the aggregate is not the mean.
+    """
+
+    def __init__(self, *stages: Stage, path: Path, aggregate: Aggregate = mean, seed: int = 0) -> None:
+        """Nothing is sent yet."""
+        for stage in stages:
+            if not isinstance(stage, Stage):
+                raise TypeError(f"a Channel is made of Stage objects, got {stage!r}")
+            if stage.needs_sum and aggregate is not mean:
+                raise ValueError(
+                    f"{type(stage).__name__} shows the sum of all workers only, which is not enough for "
+                    f"{getattr(aggregate, '__name__', aggregate)}: use aggregate=mean"
+                )
+        for stage in stages[:-1]:
+            if stage.codec is not None:
+                raise ValueError(f"{type(stage).__name__} turns tensors into bytes: it must be the last stage")
+        self.stages, self.path, self.aggregate, self.seed = stages, path, aggregate, seed
+        self.calls = 0
+        """How many exchanges are done."""
+
+    def __repr__(self) -> str:
+        """Its stages, path and aggregate: workers compare these before they begin."""
+        parts = [repr(stage) for stage in self.stages]
+        aggregate = getattr(self.aggregate, "__qualname__", repr(self.aggregate))
+        return f"Channel({', '.join([*parts, f'path={type(self.path).__name__}', f'aggregate={aggregate}'])})"
+
+    def __call__(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> list[Tensor]:
+        """The aggregate of each tensor over all workers, in its own shape and dtype."""
+        if len(tensors) != len(keys) or len(set(keys)) != len(keys):
+            raise ValueError(
+                f"every tensor needs a key of its own, got {len(tensors)} tensors and the keys {list(keys)!r:.200}"
+            )
+        weight, sent = 1.0, [list(tensors)]
+        for stage in self.stages:
+            weight *= stage.weight()
+            sent.append([stage.send(x, key) for x, key in zip(sent[-1], keys, strict=True)])
+        codec = self.stages[-1].codec if self.stages else None
+        turn = float(self.calls % 1024)  # small, so that sums of its squares are exact
+        found = self.path(sent[-1], keys, codec, self.aggregate, (weight, turn, turn * turn), self._generator())
+        weights, turns, squares = found.numbers
+        if self.path.world * squares != turns * turns:
+            raise ExchangeError(
+                f"worker {self.path.rank} is at exchange {self.calls} and others are at another one: every worker must take "
+                "part in every exchange (did one skip a step for an overflow, or run out of batches?)"
+            )
+        self.calls += 1
+        totals, mean_weight = found.totals, weights / self.path.world
+        for stage, before in zip(reversed(self.stages), reversed(sent[1:]), strict=True):
+            if stage is self.stages[-1]:
+                for x, delivered, key in zip(before, found.delivered, keys, strict=True):
+                    stage.arrived(x, delivered, key)
+            totals = [stage.close(total, key, mean_weight) for total, key in zip(totals, keys, strict=True)]
+        return totals
+
+    def share(self, message: bytes) -> list[bytes]:
+        """What every worker has to say, in their order."""
+        return self.path.share(message)
+
+    def remapped(self, key: str, remap: Remap, shape: tuple[int, ...]) -> None:
+        """The numbers of this key changed their places, and now have this shape."""
+        for stage in self.stages:
+            stage.remapped(key, remap, shape)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stages' states and how many exchanges are done, from which all that is drawn follows."""
+        return {"calls": self.calls, "stages": [stage.state_dict() for stage in self.stages]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave.
+
+        Raises:
+            ValueError: it is of a channel with other stages.
+        """
+        if len(state["stages"]) != len(self.stages):
+            raise ValueError(
+                f"this state is of a channel of {len(state['stages'])} stages, this one has {len(self.stages)}"
+            )
+        for stage, part in zip(self.stages, state["stages"], strict=True):
+            stage.load_state_dict(part)
+        self.calls = int(state["calls"])
+
+    def _generator(self) -> torch.Generator:
+        """Another one for each worker and exchange, so that resuming goes on with the same draws."""
+        mixed = (
+            self.seed * 0x9E3779B97F4A7C15 + self.calls * 0xBF58476D1CE4E5B9 + self.path.rank * 0x94D049BB133111EB
+        ) % 2**63
+        return torch.Generator().manual_seed(mixed)

@@ -1,0 +1,63 @@
+"""The elementary steps, compiled, for tensors on the CPU; the same bits as `noctule.codecs.reference`."""
+
+import torch
+from torch import Tensor
+
+from noctule.codecs.reference import nbytes
+from noctule.kernels.native import _native
+
+PARALLEL_FROM = 1 << 17
+"""Elements under which a second thread costs more than it gives."""
+
+
+def natural_encode(x_N: Tensor, bucket: int, seed: int) -> tuple[Tensor, Tensor]:
+    """See `noctule.codecs.reference.natural_encode`."""
+    n = x_N.numel()
+    codes, floors = _bytes(n), _bytes(-(-n // bucket))
+    _native.natural_encode(x_N.data_ptr(), n, bucket, seed, codes.data_ptr(), floors.data_ptr(), _threads(n))
+    return codes, floors
+
+
+def natural_decode(codes_N: Tensor, floors: Tensor, bucket: int) -> Tensor:
+    """See `noctule.codecs.reference.natural_decode`."""
+    n = codes_N.numel()
+    x_N = torch.empty(n, dtype=torch.float32, device="cpu")
+    _native.natural_decode(codes_N.data_ptr(), floors.data_ptr(), n, bucket, x_N.data_ptr(), _threads(n))
+    return x_N
+
+
+def uniforms(seed: int, n: int, bucket: int, device: torch.device) -> Tensor:
+    """See `noctule.codecs.reference.uniforms`."""
+    u_N = torch.empty(n, dtype=torch.float32, device=device)
+    _native.uniforms(seed, n, bucket, u_N.data_ptr(), _threads(n))
+    return u_N
+
+
+def pack_bits(codes_N: Tensor, bits: int) -> Tensor:
+    """See `noctule.codecs.reference.pack_bits`."""
+    n = codes_N.numel()
+    packed = _bytes(nbytes(n, bits))
+    _native.pack_bits(codes_N.data_ptr(), n, bits, packed.data_ptr(), _threads(n))
+    return packed
+
+
+def unpack_bits(packed: Tensor, n: int, bits: int) -> Tensor:
+    """See `noctule.codecs.reference.unpack_bits`."""
+    codes_N = _bytes(n)
+    _native.unpack_bits(packed.data_ptr(), n, bits, codes_N.data_ptr(), _threads(n))
+    return codes_N
+
+
+def largest(x_N: Tensor, k: int) -> Tensor:
+    """See `noctule.codecs.reference.largest`."""
+    positions_K = torch.empty(k, dtype=torch.int64, device="cpu")
+    _native.largest(x_N.data_ptr(), x_N.numel(), k, positions_K.data_ptr(), _threads(x_N.numel()))
+    return positions_K
+
+
+def _bytes(n: int) -> Tensor:
+    return torch.empty(n, dtype=torch.uint8, device="cpu")
+
+
+def _threads(n: int) -> int:
+    return torch.get_num_threads() if n >= PARALLEL_FROM else 1

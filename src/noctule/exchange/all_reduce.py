@@ -1,0 +1,60 @@
+"""The plain sum of all workers, by the collective that torch's own data-parallel training uses."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from noctule.aggregate import Aggregate, mean
+from noctule.channel import Arrived
+from noctule.codecs import Codec
+from noctule.exchange.group import Group
+
+
+class AllReduce:
+    """No codec, no aggregate but the mean: what a fast link wants."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        """Between the members of a process group, by default of all processes."""
+        self.group = Group(group)
+        self.rank, self.world = self.group.rank, self.group.world
+
+    def share(self, message: bytes) -> list[bytes]:
+        """See `noctule.channel.Path`."""
+        return self.group.share(message)
+
+    def __call__(
+        self,
+        tensors: Sequence[Tensor],
+        keys: Sequence[str],
+        codec: Codec | None,
+        aggregate: Aggregate,
+        numbers: Sequence[float],
+        generator: torch.Generator,
+    ) -> Arrived:
+        """See `noctule.channel.Path`.
+
+        Raises:
+            ValueError: there is a codec, or an aggregate other than the mean.
+        """
+        if codec is not None or aggregate is not mean:
+            raise ValueError(
+                "AllReduce adds numbers up on their way, so it takes no codec and no aggregate but the mean: use AllGather, "
+                "or TwoPhase for a codec"
+            )
+        along = torch.tensor(numbers, dtype=torch.float32)
+        totals = []
+        for dtype in sorted({x.dtype for x in tensors} | {torch.float32}, key=str):
+            parts = [x.flatten() for x in tensors if x.dtype is dtype]
+            if dtype is torch.float32:
+                parts.append(along.to(parts[0].device if parts else "cpu"))
+            totals.append((dtype, self.group.add(torch.cat(parts))))
+        split = {dtype: iter(total.split(_sizes(tensors, dtype, len(numbers)))) for dtype, total in totals}
+        means = [next(split[x.dtype]).view_as(x) / self.world for x in tensors]
+        return Arrived(means, list(tensors), next(split[torch.float32]).tolist())
+
+
+def _sizes(tensors: Sequence[Tensor], dtype: torch.dtype, numbers: int) -> list[int]:
+    sizes = [x.numel() for x in tensors if x.dtype is dtype]
+    return [*sizes, numbers] if dtype is torch.float32 else sizes

@@ -1,0 +1,104 @@
+"""Synchronous training in a plain loop: gradients are exchanged when backward ends."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.optim import Optimizer
+
+from noctule.channel import Exchange
+from noctule.exchange.handshake import agree
+from noctule.method import Method
+from noctule.topology import Remap
+
+
+class EverySync(Method):
+    """Each backward pass ends with an exchange, so unscaling, clipping and the step see the gradient of all workers.
+
+    An overflow on one worker is one on all, since what is not finite reaches everyone. Not in `before_step`: a step that one worker
+    skips would pair different steps. A parameter that had no gradient here sends zeros, and gets what the others have.
+
+    Args:
+        exchange: such as a `Channel`.
+
+    >>> from noctule.exchange import Local
+    >>> from noctule.channel import Channel
+    >>> sync = EverySync(Channel(path=Local.together(1)[0]))
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        """Nothing is sent yet."""
+        self.exchange = exchange
+        self._paused = self._waiting = False
+        self._undo = ExitStack()
+
+    def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Compare the models of all workers, and listen for the end of each backward pass.
+
+        Raises:
+            ExchangeError: the models differ.
+        """
+        agree(self.exchange, model, {"exchange": self.exchange})
+        self.model = model
+        self._listening: set[nn.Parameter] = set()
+        self._listen()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Backward passes in here only add to the gradients, as of micro-batches; the next one outside exchanges the sum."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def now(self) -> None:
+        """Exchange what is in ``grad``: for a worker that had no batch, and after passes that were `paused`."""
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        mine = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in named]
+        with torch.no_grad():
+            for (_, p), total in zip(named, self.exchange(mine, [name for name, _ in named]), strict=True):
+                if p.grad is not None:
+                    p.grad.copy_(total)
+                elif bool(total.any()):
+                    p.grad = total.clone()
+
+    def remapped(self, layer: nn.Module, remap: Remap) -> None:
+        """What is kept for the layer's gradients follows its connections."""
+        prefix = next(name for name, module in self.model.named_modules() if module is layer)
+        for name, p in layer.named_parameters(recurse=False):
+            if (part := remap.of(name)) is not None:
+                self.exchange.remapped(f"{prefix}.{name}" if prefix else name, part, tuple(p.shape))
+        self._listen()
+
+    def end(self) -> None:
+        """Stop listening."""
+        self._undo.close()
+        self._listening.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The exchange's."""
+        return {"exchange": self.exchange.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.exchange.load_state_dict(state["exchange"])
+
+    def _listen(self) -> None:
+        """To parameters that are new too."""
+        for p in self.model.parameters():
+            if p.requires_grad and p not in self._listening:
+                self._listening.add(p)
+                self._undo.callback(p.register_post_accumulate_grad_hook(self._accumulated).remove)
+
+    def _accumulated(self, p: Tensor) -> None:
+        if not self._waiting and not self._paused:
+            self._waiting = True
+            Variable._execution_engine.queue_callback(self._backward_ended)  # type: ignore[attr-defined]
+
+    def _backward_ended(self) -> None:
+        self._waiting = False
+        self.now()

@@ -1,0 +1,57 @@
+"""Before workers train together: do they have the same model, and if not, where does it first differ?"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from noctule.channel import Exchange
+from noctule.errors import ExchangeError
+from noctule.optim import sparse_layers
+
+
+def agree(exchange: Exchange, model: nn.Module, facts: Mapping[str, Any] | None = None) -> None:
+    """Compare the names, shapes, dtypes, numbers and places of a model's weights over all workers, and ``facts`` too.
+
+    Args:
+        facts: what else must be the same, such as a codec; each is compared by its text.
+
+    Raises:
+        ExchangeError: workers differ; it names the first difference and both sides. All workers raise it.
+    """
+    mine = {name: str(fact) for name, fact in (facts or {}).items()} | _described(model)
+    said = exchange.share(json.dumps(mine).encode())
+    try:
+        everyone = [json.loads(each) for each in said]
+    except ValueError as error:
+        raise ExchangeError(f"a worker said something that is not a handshake: {error}") from error
+    first = everyone[0]
+    for worker, other in enumerate(everyone[1:], start=1):
+        for name in [*first, *other]:
+            if first.get(name) != other.get(name):
+                sides = " and ".join(side.get(name, "not there") for side in (first, other))
+                raise ExchangeError(
+                    f"workers 0 and {worker} differ in {name!r}: {sides}. "
+                    "Make the model in the same way, from the same seed, on every worker, or load the same checkpoint"
+                )
+
+
+def _described(model: nn.Module) -> dict[str, str]:
+    """A line for each parameter and topology."""
+    lines = {
+        name: f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)} {_digest(p)}"
+        for name, p in model.named_parameters()
+    }
+    for name, layer in sparse_layers(model).items():
+        places = layer.topology
+        lines[f"{name}.topology"] = f"{places.shape} {_digest(places.row_ptr)} {_digest(places.columns)}"
+    return lines
+
+
+def _digest(x: Tensor) -> str:
+    """Of its bytes; eight hexadecimal digits."""
+    flat = x.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.blake2b(flat.numpy().tobytes(), digest_size=4).hexdigest()

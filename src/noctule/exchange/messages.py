@@ -1,0 +1,80 @@
+"""What one worker sends to another: a few numbers, then each tensor as the codec writes it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from noctule.codecs.base import Codec, pack, unpack
+from noctule.codecs.exact import Exact
+from noctule.errors import ExchangeError
+
+_LENGTH = 8
+"""Bytes that say how long a tensor of no fixed length is."""
+
+
+class Format:
+    """How tensors of these shapes and dtypes lie in a message; all workers have the same."""
+
+    def __init__(self, tensors: Sequence[Tensor], codec: Codec | None, numbers: int) -> None:
+        """Made anew for every exchange: it costs microseconds."""
+        self.codec = Exact() if codec is None else codec
+        self.likes = [(tuple(x.shape), x.dtype) for x in tensors]
+        self.numbers = numbers
+        self.fixed: list[int | None] = []
+        for shape, dtype in self.likes:
+            parts = self.codec.layout(shape, dtype)
+            sizes = [None if count is None else count * part.itemsize for part, count in parts]
+            self.fixed.append(None if None in sizes else sum(size for size in sizes if size is not None))
+
+    @property
+    def nbytes(self) -> int | None:
+        """Of every message; None where it depends on the numbers in the tensors."""
+        if None in self.fixed:
+            return None
+        return 8 * self.numbers + sum(size for size in self.fixed if size is not None)
+
+    def write(
+        self, tensors: Sequence[Tensor], numbers: Sequence[float], generator: torch.Generator
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The message (uint8), and what will be read from it."""
+        parts, read = [torch.tensor(numbers, dtype=torch.float64, device="cpu").view(torch.uint8)], []
+        for x, size in zip(tensors, self.fixed, strict=True):
+            payload = self.codec.encode(x, generator)
+            if size is None:
+                parts.append(torch.tensor([payload.nbytes], dtype=torch.int64, device="cpu").view(torch.uint8))
+            parts.append(pack(payload).cpu())
+            read.append(self.codec.decode(payload))
+        return torch.cat(parts), read
+
+    def read(self, wire: Tensor, sender: int, keys: Sequence[str]) -> tuple[list[Tensor], list[float]]:
+        """The tensors and the numbers.
+
+        Raises:
+            ExchangeError: the message is torn, longer than announced, or of other tensors.
+        """
+        at = 8 * self.numbers
+        numbers = wire[:at].clone().view(torch.float64).tolist() if wire.numel() >= at else []
+        tensors = []
+        for (shape, dtype), size, key in zip(self.likes, self.fixed, keys, strict=True):
+            if size is None:
+                if wire.numel() < at + _LENGTH:
+                    raise _torn(sender, key, wire.numel(), at + _LENGTH)
+                size, at = int(wire[at : at + _LENGTH].clone().view(torch.int64)), at + _LENGTH
+            if size < 0 or wire.numel() < at + size:
+                raise _torn(sender, key, wire.numel(), at + size)
+            try:
+                tensors.append(self.codec.decode(unpack(self.codec, wire[at : at + size], shape, dtype)))
+            except ValueError as error:
+                raise ExchangeError(f"worker {sender} sent something else than the tensor {key!r}: {error}") from error
+            at += size
+        if wire.numel() != at:
+            raise _torn(sender, "the end", wire.numel(), at)
+        return tensors, numbers
+
+
+def _torn(sender: int, key: str, found: int, needed: int) -> ExchangeError:
+    return ExchangeError(
+        f"a message of worker {sender} has {found} bytes where {needed} are needed for {key!r}: it is torn, or its model or "
+        "codec is another one"
+    )

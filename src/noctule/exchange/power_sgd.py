@@ -1,0 +1,108 @@
+"""Gradients of low rank: two thin matrices travel instead of a large one.
+
+Vogels, Karimireddy, Jaggi 2019, "PowerSGD", arXiv 1905.13727. Differs from the authors' code: the thin matrices go through any
+exchange, so they can be rounded too, or averaged over any path; and what the approximation leaves out is kept by the name of the
+parameter.
+
+Shapes: a gradient as a matrix (O, I), rank R.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noctule.channel import Exchange
+from noctule.topology import Remap
+
+
+class PowerSGD(Exchange):
+    """One step of subspace iteration from where the last exchange stopped: P = M Q, averaged and made orthonormal, then Q = Mᵀ P.
+
+    Two exchanges in a row. Vectors, and matrices that thin ones would not be smaller than, go as they are with the first. What
+    P Qᵀ leaves out is owed to the next exchange: error feedback is part of the method.
+
+    Args:
+        rank: R.
+        over: what averages the thin matrices, such as ``Channel(path=AllReduce())``.
+        seed: of the first Q; the same on all workers.
+    """
+
+    def __init__(self, rank: int, *, over: Exchange, seed: int = 0) -> None:
+        """Nothing is sent yet."""
+        if rank < 1:
+            raise ValueError(f"an approximation has at least rank 1, got {rank}")
+        self.rank, self.over, self.seed = rank, over, seed
+        self.owed: dict[str, Tensor] = {}
+        """Key -> what is still to be sent of it."""
+        self.basis: dict[str, Tensor] = {}
+        """Key -> Q (I, R) of the last exchange."""
+
+    def __call__(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> list[Tensor]:
+        """The means, of matrices approximately; all workers get the same bits."""
+        matrices = {key: x.flatten(1).float() for x, key in zip(tensors, keys, strict=True) if self._is_low(x)}
+        matrices = {key: m + self.owed[key] if key in self.owed else m for key, m in matrices.items()}
+        first = [
+            matrices[key] @ self._first(key, matrices[key]) if key in matrices else x
+            for x, key in zip(tensors, keys, strict=True)
+        ]
+        means = dict(zip(keys, self.over(first, [f"{key} P" if key in matrices else key for key in keys]), strict=True))
+        if not matrices:
+            return list(means.values())
+        bases = {key: _orthonormal(means[key]) for key in matrices}
+        right = self.over([m.t() @ bases[key] for key, m in matrices.items()], [f"{key} Q" for key in matrices])
+        for (key, m), q in zip(matrices.items(), right, strict=True):
+            mean = bases[key] @ q.t()
+            if bool(torch.isfinite(mean).all()) and bool(
+                torch.isfinite(m).all()
+            ):  # else an overflow, which must not stay
+                self.basis[key] = q
+                self.owed[key] = m - mean
+            means[key] = mean
+        return [means[key].view(x.shape).to(x.dtype) for x, key in zip(tensors, keys, strict=True)]
+
+    def share(self, message: bytes) -> list[bytes]:
+        """What every worker has to say, in their order."""
+        return self.over.share(message)
+
+    def remapped(self, key: str, remap: Remap, shape: tuple[int, ...]) -> None:
+        """What is owed follows its connections; a matrix of another shape begins with another Q."""
+        self.over.remapped(key, remap, shape)
+        if key in self.owed:
+            self.owed[key] = remap.apply(self.owed[key].flatten()).view(shape[0], -1)
+            if self.basis[key].shape[0] != self.owed[key].shape[1]:
+                del self.basis[key]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is owed, and where the iteration is."""
+        return {"owed": dict(self.owed), "basis": dict(self.basis), "over": self.over.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.owed, self.basis = dict(state["owed"]), dict(state["basis"])
+        self.over.load_state_dict(state["over"])
+
+    def __repr__(self) -> str:
+        """What must be alike on all workers."""
+        return f"PowerSGD({self.rank}, over={self.over!r}, seed={self.seed})"
+
+    def _is_low(self, x: Tensor) -> bool:
+        if x.dim() < 2 or not x.numel():
+            return False
+        rows, columns = x.shape[0], x.numel() // x.shape[0]
+        return self.rank * (rows + columns) < rows * columns
+
+    def _first(self, key: str, matrix: Tensor) -> Tensor:
+        """Q of the last exchange, or a random one that all workers draw alike."""
+        if key not in self.basis:
+            generator = torch.Generator().manual_seed(self.seed)
+            self.basis[key] = torch.randn(matrix.shape[1], self.rank, generator=generator).to(matrix.device)
+        return self.basis[key]
+
+
+def _orthonormal(p: Tensor) -> Tensor:
+    """Columns that span the same; of a matrix that is not finite, NaN."""
+    if not bool(torch.isfinite(p).all()):
+        return torch.full_like(p, torch.nan)
+    return torch.linalg.qr(p).Q

@@ -1,0 +1,259 @@
+"""Links of given bandwidth, delay, loss or freeze between network namespaces on one machine.
+
+Every worker has a namespace of its own with one interface, one address, and an up-link and a down-link to a hub. Where the link is
+shaped the hub is a process (`noctule.testing.relay`) that carries packets between TUN devices, since many kernels come without
+netem; an unshaped one is a bridge of the kernel. Both need Linux, root and iproute2: see `available`.
+
+    python -m noctule.testing.link --megabits 100 --delay-ms 5 -- python train.py
+"""
+
+import argparse
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+from noctule.testing.namespaces import PREFIX, available, ip, remove, remove_leftovers
+
+__all__ = ["Link", "Network", "available", "remove_leftovers", "shaped_network"]
+
+_INTERFACE = "link0"
+_serial = itertools.count()
+
+
+@dataclass(frozen=True)
+class Link:
+    """What lies between any two workers; ValueError for what no link can be."""
+
+    megabits: float | None = None
+    """Bandwidth of each worker's up-link and of its down-link, in Mbit/s of IP packets; None for no limit."""
+    delay_ms: float = 0.0
+    """From one worker to another, one way: half of the round trip."""
+    loss: float = 0.0
+    """Share of the packets that are lost on the way."""
+    mtu: int | None = None
+    """Bytes of the largest packet with its headers; None for 1500, or more on fast links: see `packet_bytes`."""
+    seed: int = 0
+    """Of the losses."""
+
+    def __post_init__(self) -> None:
+        if self.megabits is not None and not 0 < self.megabits < float("inf"):
+            raise ValueError(f"megabits={self.megabits}: a bandwidth is positive, or None for no limit")
+        if not 0 <= self.delay_ms < float("inf"):
+            raise ValueError(f"delay_ms={self.delay_ms}: a delay is zero or more")
+        if not 0 <= self.loss < 1:
+            raise ValueError(f"loss={self.loss}: the share of lost packets is from 0 to below 1")
+        if self.mtu is not None and not 576 <= self.mtu <= 65_000:
+            raise ValueError(f"mtu={self.mtu}: the largest packet has from 576 to 65000 bytes")
+
+    @property
+    def shaped(self) -> bool:
+        """Whether there is anything to slow down or to lose."""
+        return self.megabits is not None or self.delay_ms > 0 or self.loss > 0
+
+    @property
+    def queue_seconds(self) -> float:
+        """How long a line may be busy before it drops what comes: four round trips, at least 20 ms and 150 kB."""
+        return max(8 * self.delay_ms / 1000, 0.02, 1.2 / self.megabits if self.megabits else 0.0)
+
+    def packet_bytes(self, workers: int) -> int:
+        """The `mtu` asked for, or that of an ethernet, or a longer one where there would be too many packets for the relay."""
+        if self.mtu is not None:
+            return self.mtu
+        total = workers * (self.megabits or float("inf")) if self.shaped else 0.0
+        return 1500 if total <= 250 else 9000 if total < 2000 else 60_000
+
+
+@dataclass(frozen=True)
+class Network:
+    """Namespaces joined by a link, which `shaped_network` makes and takes away."""
+
+    namespaces: tuple[str, ...]
+    """One for each worker."""
+    addresses: tuple[str, ...]
+    """One for each worker. Networks do not see each other, so all have the same ones."""
+    interface: str
+    """Each worker's end of the link, by the name that gloo wants in GLOO_SOCKET_IFNAME."""
+    hub: str
+    """The namespace of the bridge of an unshaped network."""
+    relay: "subprocess.Popen[str] | None" = None
+    """What carries the packets of a shaped one."""
+
+    def command(self, rank: int) -> list[str]:
+        """The words to put before a command so that it runs at the place of a worker."""
+        return ["ip", "netns", "exec", self.namespaces[rank]]
+
+    def environment(self, rank: int) -> dict[str, str]:
+        """What torch.distributed reads to make one gloo group of all workers."""
+        return {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(len(self.namespaces)),
+            "MASTER_ADDR": self.addresses[0],
+            "MASTER_PORT": "29500",
+            "GLOO_SOCKET_IFNAME": self.interface,
+        }
+
+    def freeze(self) -> None:
+        """Let nothing through until `thaw`: of a shaped link about a thousand packets a worker wait, the rest is lost."""
+        self._switch(signal.SIGSTOP, "down")
+
+    def thaw(self) -> None:
+        """Let packets through again."""
+        self._switch(signal.SIGCONT, "up")
+
+    def _switch(self, command: signal.Signals, state: str) -> None:
+        if self.relay is None:
+            ip("-n", self.hub, "link", "set", "hub", state)
+        elif self.relay.poll() is None:
+            self.relay.send_signal(command)
+        else:
+            raise RuntimeError(f"the relay of this network has ended ({self.relay.returncode}): make another network")
+
+    def change(self, link: Link) -> None:
+        """Give a shaped network other bandwidth, delay and loss while it is in use; a frozen one takes them on when it thaws.
+
+        Raises ValueError for an unshaped one: the kernel's bridge has no shape to change.
+        """
+        if self.relay is None:
+            raise ValueError(
+                "this network was made without a shape; make it with the fastest Link you need, and change that"
+            )
+        _tell(self.relay, _shape(link))
+
+    def bytes_sent(self, rank: int) -> int:
+        """What a worker has sent so far: bytes with headers, as the kernel counts them at the interface."""
+        return self._count(rank, "tx")
+
+    def bytes_received(self, rank: int) -> int:
+        """What a worker has received so far: bytes with headers, as the kernel counts them at the interface."""
+        return self._count(rank, "rx")
+
+    def _count(self, rank: int, direction: str) -> int:
+        found = ip("-n", self.namespaces[rank], "-s", "-j", "link", "show", "dev", self.interface)
+        return json.loads(found)[0]["stats64"][direction]["bytes"]
+
+
+@contextmanager
+def shaped_network(workers: int = 2, *, link: Link | None = None) -> Iterator[Network]:
+    """Give every worker a namespace, joined by links; on the way out end what runs in them, and remove all of it.
+
+    Args:
+        workers: how many. Two have one line between them; more have one each to the middle of a star.
+        link: None for one without limits.
+
+    Raises RuntimeError where it cannot be done (see `available`), ValueError for too few or too many workers.
+    """
+    if not 2 <= workers <= 200:
+        raise ValueError(f"workers={workers}: a network has from 2 to 200")
+    if reason := available():
+        raise RuntimeError(f"no network can be made here: {reason}")
+    link = link or Link()
+    base = f"{PREFIX}{os.getpid()}-{next(_serial)}"
+    namespaces = tuple(f"{base}-{rank}" for rank in range(workers))
+    network = Network(namespaces, tuple(f"10.77.0.{1 + rank}" for rank in range(workers)), _INTERFACE, f"{base}-hub")
+    with ExitStack() as stack:
+        stack.callback(remove, [*namespaces, network.hub])
+        for namespace in namespaces:
+            ip("netns", "add", namespace)
+        if link.shaped:
+            network = replace(network, relay=_start_relay(network, link, stack))
+        else:
+            _build_bridge(network)
+        for rank in range(workers):
+            _set_up(network, rank, link)
+        _await_carrier(network)
+        yield network
+
+
+def _build_bridge(network: Network) -> None:
+    """Join the namespaces by the kernel: a pair of interfaces from each to a bridge."""
+    ip("netns", "add", network.hub)
+    lines = ["link add hub type bridge stp_state 0", "link set hub up"]
+    for rank, namespace in enumerate(network.namespaces):
+        lines.append(f"link add port{rank} type veth peer name {network.interface} netns {namespace}")
+        lines.append(f"link set port{rank} master hub up")
+    ip("-n", network.hub, "-batch", "-", lines=lines)
+
+
+def _start_relay(network: Network, link: Link, stack: ExitStack) -> "subprocess.Popen[str]":
+    """Join the namespaces by a process of ours, which the stack ends."""
+    for namespace in network.namespaces:
+        ip("-n", namespace, "tuntap", "add", "mode", "tun", "name", network.interface)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    words = [sys.executable, "-m", "noctule.testing.relay", network.interface]
+    words += [f"{namespace}={address}" for namespace, address in zip(network.namespaces, network.addresses)]
+    relay = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    stack.callback(relay.communicate)
+    stack.callback(relay.kill)  # it has nothing to finish, and may be stopped
+    _tell(relay, _shape(link))
+    if relay.stdout is None or relay.stdout.readline() != "ready\n":
+        raise RuntimeError(f"the relay ended with {relay.wait()} before it was ready; it has said why on stderr")
+    return relay
+
+
+def _set_up(network: Network, rank: int, link: Link) -> None:
+    """Give a worker's interface its address; without IPv6, whose greetings would be counted as sent."""
+    name = network.interface
+    lines = [
+        f"link set {name} addrgenmode none mtu {link.packet_bytes(len(network.namespaces))} txqueuelen 1000",
+        f"addr add {network.addresses[rank]}/24 dev {name}",
+        "link set lo up",
+        f"link set {name} up",
+    ]
+    ip("-n", network.namespaces[rank], "-batch", "-", lines=lines)
+
+
+def _await_carrier(network: Network) -> None:
+    """Wait until the kernel has noticed, in its own time, that all interfaces are joined: before that it drops what is sent."""
+    for namespace in network.namespaces if network.relay else [*network.namespaces, network.hub]:
+        while any(
+            found["operstate"] not in ("UP", "UNKNOWN") and found["ifname"] != "lo"
+            for found in json.loads(ip("-n", namespace, "-j", "link", "show"))
+        ):
+            time.sleep(0.005)
+
+
+def _shape(link: Link) -> dict[str, float | None]:
+    rate = link.megabits and link.megabits * 125_000
+    return {
+        "bytes_per_second": rate,
+        "delay_seconds": link.delay_ms / 1000,
+        "loss": link.loss,
+        "queue_seconds": link.queue_seconds,
+        "seed": link.seed,
+    }
+
+
+def _tell(relay: "subprocess.Popen[str]", shape: dict[str, float | None]) -> None:
+    assert relay.stdin is not None
+    relay.stdin.write(json.dumps(shape) + "\n")
+    relay.stdin.flush()
+
+
+def main() -> None:
+    """Run a command once for each worker, with a link between them."""
+    parser = argparse.ArgumentParser(prog="python -m noctule.testing.link", description=main.__doc__)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--megabits", type=float)
+    parser.add_argument("--delay-ms", type=float, default=0.0)
+    parser.add_argument("--loss", type=float, default=0.0)
+    parser.add_argument("command", nargs="+", help="gets RANK, WORLD_SIZE, MASTER_ADDR and so on, as from torchrun")
+    asked = parser.parse_args()
+    link = Link(megabits=asked.megabits, delay_ms=asked.delay_ms, loss=asked.loss)
+    with shaped_network(asked.workers, link=link) as network:
+        running = [
+            subprocess.Popen([*network.command(rank), *asked.command], env={**os.environ, **network.environment(rank)})
+            for rank in range(asked.workers)
+        ]
+        codes = [process.wait() for process in running]
+    sys.exit(max(codes, key=abs))
+
+
+if __name__ == "__main__":
+    main()

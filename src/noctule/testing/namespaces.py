@@ -1,0 +1,83 @@
+"""Network namespaces of our own: made with iproute2, found again by their names, removed with all that runs in them."""
+
+import ctypes
+import functools
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+PREFIX = "noctule-"
+"""How the names of our namespaces begin; the number of the process that made them follows."""
+_CLONE_NEWNET = 0x40000000
+
+
+@functools.cache
+def available() -> str | None:
+    """Why no networks can be made here, or None: it is tried once."""
+    if not sys.platform.startswith("linux"):
+        return f"network namespaces are a thing of Linux, this is {sys.platform}"
+    if os.geteuid():
+        return "network namespaces need root"
+    if not os.path.exists("/dev/net/tun"):
+        return "there is no /dev/net/tun (modprobe tun)"
+    name = f"{PREFIX}{os.getpid()}-try"
+    try:
+        ip("netns", "add", name)
+        ip("-n", name, "tuntap", "add", "mode", "tun", "name", "try0")
+    except FileNotFoundError:
+        return "there is no ip command (apt-get install iproute2)"
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        remove([name])
+    return None
+
+
+def enter(namespace: str) -> None:
+    """Move this thread into a namespace: sockets and processes that it makes from now on are there."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{namespace}", "rb") as file:
+        if libc.setns(file.fileno(), _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {namespace}")
+
+
+def remove(namespaces: Sequence[str]) -> None:
+    """Remove those of the namespaces that are there, and end what runs in them."""
+    for namespace in namespaces:
+        with suppress(RuntimeError, FileNotFoundError):  # not made yet, or already gone
+            for process in ip("netns", "pids", namespace).split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(process), signal.SIGKILL)
+            ip("netns", "del", namespace)
+
+
+def remove_leftovers() -> list[str]:
+    """Remove what runs left that were killed, namespaces and the processes in them, and return the names."""
+    folder = Path("/run/netns")
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    found = [n for n in names if (match := re.fullmatch(rf"{PREFIX}(\d+)-.*", n)) and not _lives(int(match[1]))]
+    remove(found)
+    return found
+
+
+def ip(*words: str, lines: Sequence[str] = ()) -> str:
+    """Run `ip`, with lines for its `-batch -`, and return what it says; RuntimeError where it fails."""
+    done = subprocess.run(["ip", *words], input="\n".join([*lines, ""]), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"`ip {' '.join(words)}` failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

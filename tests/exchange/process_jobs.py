@@ -1,0 +1,199 @@
+"""What the workers of `test_between_processes` do; each function is given its rank and their number."""
+
+import copy
+from typing import Any
+
+import torch
+from exchange_cases import KEYS, Half, given
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from noctule import ToSparse, convert_
+from noctule.channel import Channel
+from noctule.codecs import Cast, NaturalCompression
+from noctule.codecs.exact import Exact
+from noctule.errors import ExchangeError
+from noctule.exchange import AllGather, AllReduce, Compress, EverySync, TwoPhase, Weigh, ddp_hook, fsdp_hooks, own_group
+from noctule.method import attach
+
+PATHS = {path.__name__: path for path in (AllGather, AllReduce, TwoPhase)}
+CODECS = {"half": Half(), "bfloat16": Cast(torch.bfloat16), "natural": NaturalCompression()}
+
+
+def averaged(rank: int, world: int, path: str) -> list[Tensor]:
+    return Channel(path=PATHS[path]())(given(rank), KEYS)
+
+
+def weighed(rank: int, world: int, path: str) -> list[Tensor]:
+    return Channel(Weigh(rank), path=PATHS[path]())([torch.full((3,), float(rank)), torch.ones(2)], ["x", "y"])
+
+
+def conserved(rank: int, world: int, path: str, codec: str, calls: int) -> dict[str, Any]:
+    compress = Compress(CODECS[codec], error_feedback=True)
+    channel = Channel(compress, path=PATHS[path]())
+    got = [channel(given(rank, call), KEYS) for call in range(calls)]
+    return {"got": got, "owed": [compress.owed[key] for key in KEYS]}
+
+
+def cut_anew(rank: int, world: int) -> dict[str, Any]:
+    """The same tensors in other groupings, as DDP does when it rebuilds its buckets."""
+    compress = Compress(Half())
+    channel, got = Channel(compress, path=TwoPhase()), []
+    for call, groups in enumerate(([[0, 1, 2, 3, 4]], [[4, 2], [0, 1, 3]], [[3, 1], [4], [0, 2]])):
+        mine, found = given(rank, call), {}
+        for group in groups:
+            totals = channel([mine[at] for at in group], [KEYS[at] for at in group])
+            found.update(zip(group, totals, strict=True))
+        got.append([found[at] for at in range(len(KEYS))])
+    return {"got": got, "owed": [compress.owed[key] for key in KEYS]}
+
+
+def said(rank: int, world: int) -> list[list[str]]:
+    words = [b"", b"one", "zwölf".encode(), b"x" * 1000][rank]
+    return [[each.decode() for each in PATHS[name]().share(words)] for name in PATHS]
+
+
+def numbers(rank: int, world: int, path: str, codec: str) -> list[list[Tensor]]:
+    """Which must be the same, bit for bit, on all workers."""
+    channel = Channel(Weigh(rank + 0.1), Compress(CODECS[codec]), path=PATHS[path]())
+    return [channel(given(rank, call), KEYS) for call in range(3)]
+
+
+def _network(*, sparse: bool) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3))
+    return convert_(model, ToSparse(density=0.4)).model if sparse else model
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+    optimizer.zero_grad()
+    (model(x) - y).pow(2).mean().backward()
+    optimizer.step()
+
+
+def _data() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    return [(torch.randn(24, 6, generator=generator), torch.randn(24, 3, generator=generator)) for _ in range(5)]
+
+
+def _sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def trained(rank: int, world: int, how: str, path: str, sparse: bool) -> dict[str, list[Tensor]]:
+    """On a part of each batch, and alone on the whole."""
+    model, alone = _network(sparse=sparse), _network(sparse=sparse)
+    rows = slice(rank * 24 // world, (rank + 1) * 24 // world)
+    if how == "every sync":
+        optimizer = _sgd(model)
+        with attach(model, optimizer, EverySync(Channel(path=PATHS[path]()))):
+            for x, y in _data():
+                _step(model, optimizer, x[rows], y[rows])
+    else:
+        wrapped = DistributedDataParallel(copy.deepcopy(model), bucket_cap_mb=0.001)
+        wrapped.register_comm_hook(None, ddp_hook(Channel(path=PATHS[path](own_group())), wrapped))
+        optimizer = _sgd(wrapped)
+        for x, y in _data():
+            _step(wrapped, optimizer, x[rows], y[rows])
+        model = wrapped.module
+    optimizer = _sgd(alone)
+    for x, y in _data():
+        _step(alone, optimizer, x, y)
+    return {"found": _weights(model), "expected": _weights(alone)}
+
+
+def compressed_in_ddp(rank: int, world: int) -> dict[str, Any]:
+    model = DistributedDataParallel(_network(sparse=False), bucket_cap_mb=0.001)
+    compress = Compress(CODECS["natural"], error_feedback=True)
+    model.register_comm_hook(None, ddp_hook(Channel(compress, path=TwoPhase(own_group())), model))
+    optimizer, losses = _sgd(model), []
+    for x, y in _data() * 10:
+        optimizer.zero_grad()
+        loss = (model(x) - y).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return {"losses": losses, "keys": sorted(compress.owed), "names": sorted(n for n, _ in model.module.named_parameters()),
+            "weights": _weights(model)}  # fmt: skip
+
+
+def one_group_for_both(rank: int, world: int) -> str:
+    model = DistributedDataParallel(nn.Linear(2, 2))
+    try:
+        ddp_hook(Channel(path=TwoPhase()), model)
+    except ValueError as error:
+        return str(error)
+    return "taken"
+
+
+def an_error_in_the_hook(rank: int, world: int) -> str:
+    model = DistributedDataParallel(nn.Linear(2, 2))
+    channel = Channel(path=AllGather(own_group()))
+    channel.calls = rank
+    model.register_comm_hook(None, ddp_hook(channel, model))
+    try:
+        model(torch.ones(1, 2)).sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def a_peer_that_is_gone(rank: int, world: int) -> str:
+    channel = Channel(path=AllGather())
+    try:
+        for _ in range(10_000):
+            channel([torch.ones(10)], ["x"])
+    except ExchangeError as error:
+        return str(error)
+    return "went on"
+
+
+def other_shapes(rank: int, world: int) -> str:
+    """Whoever skips the handshake: the messages do not fit."""
+    channel = Channel(Compress(CODECS["bfloat16"]), path=AllGather())
+    channel.path.group.gather = lambda wire, fixed: type(channel.path.group).gather(
+        channel.path.group, wire, fixed=False
+    )
+    try:
+        channel([torch.ones(10 + rank)], ["x"])
+    except ExchangeError as error:
+        return str(error)
+    return "taken"
+
+
+def sharded(rank: int, world: int, codec: str, epochs: int) -> dict[str, Any]:
+    """FSDP2 beside one worker on the whole batch."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, alone = _network(sparse=False), _network(sparse=False)
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer)
+    fully_shard(model)
+    stages = fsdp_hooks(model, Exact() if codec == "exact" else CODECS[codec], error_feedback=codec != "exact")
+    optimizer, single, losses = _sgd(model), _sgd(alone), []
+    rows = slice(rank * 24 // world, (rank + 1) * 24 // world)
+    for x, y in _data() * epochs:
+        _step(model, optimizer, x[rows], y[rows])
+        _step(alone, single, x, y)
+        with torch.no_grad():
+            losses.append((model(x) - y).pow(2).mean().item())
+    return {
+        "found": [p.full_tensor().detach() for p in model.parameters()],
+        "expected": _weights(alone),
+        "losses": losses,
+        "parts": sorted(stages),
+        "owed": float(sum(s.owed["gradients"].abs().sum() for s in stages.values() if s.owed)),
+    }
+
+
+def not_sharded(rank: int, world: int) -> str:
+    try:
+        fsdp_hooks(nn.Linear(2, 2), Exact())
+    except ValueError as error:
+        return str(error)
+    return "taken"

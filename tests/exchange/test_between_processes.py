@@ -1,0 +1,134 @@
+"""Channels over real process groups: the same laws as between threads, inside DDP, and with peers that fail."""
+
+import process_jobs as jobs
+import pytest
+import torch
+from exchange_cases import given
+
+from noctule.aggregate import mean
+from noctule.testing.processes import Workers
+
+WORLD = 4
+
+
+@pytest.fixture(scope="module")
+def workers():
+    with Workers(WORLD) as group:
+        yield group
+
+
+@pytest.mark.parametrize("path", jobs.PATHS)
+def test_everyone_gets_the_mean(workers, path):
+    expected = mean([given(rank) for rank in range(WORLD)])
+    for found in workers.call(jobs.averaged, path):
+        for x, right in zip(found, expected, strict=True):
+            assert x.shape == right.shape
+            torch.testing.assert_close(x, right)
+
+
+@pytest.mark.parametrize("path", jobs.PATHS)
+def test_weights_count(workers, path):
+    for x, y in workers.call(jobs.weighed, path):
+        torch.testing.assert_close(x, torch.full((3,), (1 + 4 + 9) / 6))
+        torch.testing.assert_close(y, torch.ones(2))
+
+
+def check_conserved(found, calls):
+    for at in range(len(given(0))):
+        sent = sum(given(rank, call)[at].double() for rank in range(WORLD) for call in range(calls))
+        owed = sum(each["owed"][at].double() for each in found)
+        delivered = sum(got[at].double() for got in found[0]["got"]) * WORLD
+        torch.testing.assert_close(delivered + owed, sent, atol=1e-5 * calls, rtol=1e-5)
+
+
+@pytest.mark.parametrize("codec", jobs.CODECS)
+@pytest.mark.parametrize("path", ["AllGather", "TwoPhase"])
+def test_delivered_and_owed_are_what_was_given(workers, path, codec):
+    check_conserved(workers.call(jobs.conserved, path, codec, 4), 4)
+
+
+def test_nothing_is_lost_when_tensors_are_cut_anew(workers):
+    check_conserved(workers.call(jobs.cut_anew), 3)
+
+
+@pytest.mark.parametrize("codec", jobs.CODECS)
+@pytest.mark.parametrize("path", ["AllGather", "TwoPhase"])
+def test_all_workers_get_the_same_bits(workers, path, codec):
+    first, *others = workers.call(jobs.numbers, path, codec)
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_words_of_any_length(workers):
+    for paths in workers.call(jobs.said):
+        for words in paths:
+            assert words == ["", "one", "zwölf", "x" * 1000]
+
+
+@pytest.mark.parametrize(
+    ("how", "path", "sparse"),
+    [
+        ("every sync", "AllGather", False),
+        ("every sync", "TwoPhase", True),
+        ("every sync", "AllReduce", True),
+        ("ddp", "AllGather", True),
+        ("ddp", "TwoPhase", False),
+        ("ddp", "AllReduce", False),
+    ],
+)
+def test_all_workers_are_one_on_the_union(workers, how, path, sparse):
+    everyone = workers.call(jobs.trained, how, path, sparse)
+    for each in everyone:
+        for a, b in zip(each["found"], each["expected"], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+        assert all(torch.equal(a, b) for a, b in zip(each["found"], everyone[0]["found"], strict=True))
+
+
+def test_compressed_training_in_ddp(workers):
+    everyone = workers.call(jobs.compressed_in_ddp)
+    for each in everyone:
+        assert sum(each["losses"][-5:]) < 0.97 * sum(each["losses"][:5])
+        assert each["keys"] == each["names"]
+        assert all(torch.equal(a, b) for a, b in zip(each["weights"], everyone[0]["weights"], strict=True))
+
+
+def test_sharded_workers_are_one_on_the_union(workers):
+    for each in workers.call(jobs.sharded, "exact", 1):
+        assert each["parts"] == ["", "0", "2", "4"]
+        for a, b in zip(each["found"], each["expected"], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def test_compressed_training_in_fsdp(workers):
+    everyone = workers.call(jobs.sharded, "natural", 10)
+    for each in everyone:
+        assert sum(each["losses"][-5:]) < 0.97 * sum(each["losses"][:5])
+        assert each["owed"] > 0
+        assert each["losses"] == everyone[0]["losses"]
+
+
+def test_a_model_that_is_not_sharded_is_refused(workers):
+    assert all("call torch.distributed.fsdp.fully_shard" in text for text in workers.call(jobs.not_sharded))
+
+
+def test_one_process_group_for_ddp_and_the_exchange_is_refused(workers):
+    assert all("one of its own" in text for text in workers.call(jobs.one_group_for_both))
+
+
+def test_an_error_in_the_hook_comes_out_of_backward(workers):
+    assert all("others are at another one" in text for text in workers.call(jobs.an_error_in_the_hook))
+
+
+def test_tensors_of_other_shapes_are_told(workers):
+    found = workers.call(jobs.other_shapes)
+    assert all("worker" in text and "bytes" in text for text in found), found
+
+
+def test_a_worker_that_dies_is_told_to_the_others():
+    with Workers(2, group_timeout_seconds=20.0) as pair:
+        running = pair.begin(jobs.a_peer_that_is_gone)
+        pair.kill(1)
+        survivor = running.outcomes()[0]
+    assert "could not finish all_gather" in str(survivor)
+    assert "A worker has died or left" in str(survivor)

@@ -1,0 +1,115 @@
+"""PowerSGD: exact for gradients of its rank, nothing lost for others, the same bits on all workers."""
+
+import pytest
+import torch
+from exchange_cases import together
+
+from noctule.channel import Channel
+from noctule.exchange import PowerSGD
+from noctule.topology import Remap
+
+KEYS = ["w", "conv", "bias", "small"]
+
+
+def gradients(rank, call=0, *, low=False):
+    generator = torch.Generator().manual_seed(10 * call + rank)
+    w = torch.randn(20, 30, generator=generator)
+    if low:
+        shared = torch.Generator().manual_seed(99)
+        w = torch.randn(20, 2, generator=generator) @ torch.randn(2, 30, generator=shared)
+    return [w, *(torch.randn(shape, generator=generator) for shape in ((8, 4, 3, 3), (30,), (2, 2)))]
+
+
+def exchanges(world, work, rank=2):
+    return together(world, lambda path: work(PowerSGD(rank, over=Channel(path=path)), path.rank))
+
+
+def test_a_mean_of_its_rank_is_exact_and_so_is_what_is_small():
+    expected = [torch.stack(several).mean(0) for several in zip(*(gradients(rank, low=True) for rank in range(3)))]
+    for found in exchanges(3, lambda power, rank: power(gradients(rank, low=True), KEYS)):
+        for at in (0, 2, 3):
+            torch.testing.assert_close(found[at], expected[at], atol=1e-5, rtol=1e-5)
+        assert found[1].shape == expected[1].shape
+        assert not torch.allclose(found[1], expected[1], atol=1e-2)
+
+
+def test_delivered_and_owed_are_what_was_given_and_all_have_the_same_bits():
+    def work(power, rank):
+        return [power(gradients(rank, call), KEYS) for call in range(5)], power.owed
+
+    everyone = exchanges(3, work)
+    assert set(everyone[0][1]) == {"w", "conv"}
+    for at, key in enumerate(KEYS[:2]):
+        sent = sum(gradients(rank, call)[at].flatten(1) for rank in range(3) for call in range(5))
+        owed = sum(owed[key] for _, owed in everyone)
+        delivered = sum(got[at].flatten(1) for got in everyone[0][0]) * 3
+        torch.testing.assert_close(delivered + owed, sent, atol=1e-4, rtol=1e-4)
+    for got, _ in everyone[1:]:
+        for a, b in zip(got, everyone[0][0], strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_the_iteration_finds_the_largest_directions():
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 3, generator=generator)).Q for n in (20, 30))
+    matrix = u @ torch.diag(torch.tensor([100.0, 10.0, 0.1])) @ v.t()
+
+    def work(power, rank):
+        power([matrix], ["w"])
+        power.owed.clear()
+        return power([matrix], ["w"])[0]
+
+    for found in exchanges(2, work):
+        assert (found - matrix).norm() < 0.11  # all but the third
+
+
+def test_an_overflow_reaches_everyone_and_does_not_stay():
+    def work(power, rank):
+        mine = gradients(rank)
+        power(mine, KEYS)
+        owed = power.owed["w"].clone()
+        bad = [x.clone() for x in mine]
+        if rank:
+            bad[0][3, 4] = torch.inf
+        found = power(bad, KEYS)
+        assert torch.equal(power.owed["w"], owed)
+        assert torch.isfinite(power.basis["w"]).all()
+        return found
+
+    for found in exchanges(2, work):
+        assert found[0].isnan().all()
+        assert torch.isfinite(found[2]).all()
+
+
+def test_resuming_goes_on_where_it_was():
+    def work(path):
+        def power():
+            return PowerSGD(2, over=Channel(path=path))
+
+        whole, first, second = power(), power(), power()
+        expected = [whole(gradients(path.rank, call), KEYS) for call in range(4)]
+        found = [first(gradients(path.rank, call), KEYS) for call in range(2)]
+        second.load_state_dict(first.state_dict())
+        return expected, found + [second(gradients(path.rank, call), KEYS) for call in range(2, 4)]
+
+    for expected, found in together(2, work):
+        for a, b in zip(expected, found, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_matrix_that_becomes_narrower():
+    def work(power, rank):
+        power(gradients(rank), KEYS)
+        kept = torch.arange(30)[::2]
+        slots = (torch.arange(20)[:, None] * 30 + kept).flatten()
+        before = power.owed["w"].clone()
+        power.remapped("w", Remap(slots, 600), (20, 15))
+        assert torch.equal(power.owed["w"], before[:, ::2])
+        return power([gradients(rank, 1)[0][:, ::2]], ["w"])[0].shape
+
+    assert exchanges(2, work) == [(20, 15)] * 2
+
+
+def test_a_rank_below_one_is_refused():
+    with pytest.raises(ValueError, match="at least rank 1"):
+        PowerSGD(0, over=None)
