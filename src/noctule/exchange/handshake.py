@@ -22,20 +22,34 @@ def agree(exchange: Exchange, model: nn.Module, facts: Mapping[str, Any] | None 
     Raises:
         ExchangeError: workers differ; it names the first difference and both sides. All workers raise it.
     """
-    mine = {name: str(fact) for name, fact in (facts or {}).items()} | _described(model)
+    _compare(exchange, {name: str(fact) for name, fact in (facts or {}).items()} | _described(model))
+
+
+def agree_on_places(exchange: Exchange, model: nn.Module) -> None:
+    """Compare the places of all sparse layers over all workers.
+
+    Raises:
+        ExchangeError: they differ.
+    """
+    _compare(exchange, _places(model))
+
+
+def _compare(exchange: Exchange, mine: Mapping[str, str]) -> None:
     said = exchange.share(json.dumps(mine).encode())
     try:
         everyone = [json.loads(each) for each in said]
     except ValueError as error:
         raise ExchangeError(f"a worker said something that is not a handshake: {error}") from error
+    if not all(isinstance(each, dict) for each in everyone):
+        raise ExchangeError(f"a worker said something that is not a handshake: {said!r:.200}")
     first = everyone[0]
     for worker, other in enumerate(everyone[1:], start=1):
         for name in [*first, *other]:
             if first.get(name) != other.get(name):
                 sides = " and ".join(side.get(name, "not there") for side in (first, other))
                 raise ExchangeError(
-                    f"workers 0 and {worker} differ in {name!r}: {sides}. "
-                    "Make the model in the same way, from the same seed, on every worker, or load the same checkpoint"
+                    f"workers 0 and {worker} differ in {name!r}: {sides}. Make the model in the same way, from the same seed, "
+                    "on every worker, or load the same checkpoint; connections that move must move alike"
                 )
 
 
@@ -45,6 +59,11 @@ def _described(model: nn.Module) -> dict[str, str]:
         name: f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)} {_digest(p)}"
         for name, p in model.named_parameters()
     }
+    return lines | _places(model)
+
+
+def _places(model: nn.Module) -> dict[str, str]:
+    lines = {}
     for name, layer in sparse_layers(model).items():
         places = layer.topology
         lines[f"{name}.topology"] = f"{places.shape} {_digest(places.row_ptr)} {_digest(places.columns)}"
