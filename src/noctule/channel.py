@@ -17,6 +17,17 @@ from noctule.errors import ExchangeError
 from noctule.topology import Remap
 
 
+@dataclass(frozen=True)
+class Work:
+    """What one exchange takes a worker."""
+
+    seconds: float
+    """Of encoding and decoding, on this machine."""
+    sent_bytes: float
+    rounds: int
+    """Messages that wait for one another."""
+
+
 class Exchange(ABC):
     """What I have -> what everyone has; all workers call it with the same keys and shapes, in the same order."""
 
@@ -27,6 +38,16 @@ class Exchange(ABC):
     @abstractmethod
     def share(self, message: bytes) -> list[bytes]:
         """What every worker has to say, in their order: for words, not for tensors."""
+
+    def rehearse(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> Work:
+        """What an exchange of such tensors would take; nothing is sent and nothing kept."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say what it takes, so nothing can choose it by its price"
+        )
+
+    def release(self) -> dict[str, Tensor]:
+        """Key -> what is owed, which whoever asks must send: nothing is owed here from now on."""
+        return {}
 
     def remapped(self, key: str, remap: Remap, shape: tuple[int, ...]) -> None:  # noqa: B027 most keep nothing
         """The numbers of this key changed their places, and now have this shape: move what is kept for them."""
@@ -61,6 +82,10 @@ class Stage:
     def close(self, total: Tensor, key: str, weight: float) -> Tensor:
         """What comes of the aggregate; ``weight`` is the mean of all workers' weights."""
         return total
+
+    def release(self) -> dict[str, Tensor]:
+        """Key -> what is owed, which whoever asks must send."""
+        return {}
 
     def remapped(self, key: str, remap: Remap, shape: tuple[int, ...]) -> None:
         """The numbers of this key changed their places, and now have this shape: move what is kept for them."""
@@ -111,6 +136,10 @@ class Path(Protocol):
         """The messages of all workers, of any lengths, in their order."""
         ...
 
+    def rehearse(self, tensors: Sequence[Tensor], codec: Codec | None) -> Work:
+        """What an exchange of such tensors would take; nothing is sent."""
+        ...
+
 
 class Channel(Exchange):
     """An exchange made of stages: each tensor passes them in order, the aggregate in reverse.
@@ -158,9 +187,8 @@ class Channel(Exchange):
         for stage in self.stages:
             weight *= stage.weight()
             sent.append([stage.send(x, key) for x, key in zip(sent[-1], keys, strict=True)])
-        codec = self.stages[-1].codec if self.stages else None
         turn = float(self.calls % 1024)  # small, so that sums of its squares are exact
-        found = self.path(sent[-1], keys, codec, self.aggregate, (weight, turn, turn * turn), self._generator())
+        found = self.path(sent[-1], keys, self._codec, self.aggregate, (weight, turn, turn * turn), self._generator())
         weights, turns, squares = found.numbers
         if self.path.world * squares != turns * turns:
             raise ExchangeError(
@@ -179,6 +207,14 @@ class Channel(Exchange):
     def share(self, message: bytes) -> list[bytes]:
         """What every worker has to say, in their order."""
         return self.path.share(message)
+
+    def rehearse(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> Work:
+        """What an exchange of such tensors would take."""
+        return self.path.rehearse(tensors, self._codec)
+
+    def release(self) -> dict[str, Tensor]:
+        """What is owed."""
+        return {key: owed for stage in self.stages for key, owed in stage.release().items()}
 
     def remapped(self, key: str, remap: Remap, shape: tuple[int, ...]) -> None:
         """The numbers of this key changed their places, and now have this shape."""
@@ -202,6 +238,10 @@ class Channel(Exchange):
         for stage, part in zip(self.stages, state["stages"], strict=True):
             stage.load_state_dict(part)
         self.calls = int(state["calls"])
+
+    @property
+    def _codec(self) -> Codec | None:
+        return self.stages[-1].codec if self.stages else None
 
     def _generator(self) -> torch.Generator:
         """Another one for each worker and exchange, so that resuming goes on with the same draws."""

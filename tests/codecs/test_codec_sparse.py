@@ -123,6 +123,14 @@ def test_randomk_notices_what_it_does_not_send():
     assert int(y.isnan().sum()) == 10
 
 
+def test_any_eight_bytes_are_a_seed():
+    codec, x = RandomK(0.5), torch.ones(100)
+    _, values = codec.encode(x).parts
+    for seed in (0, -1, -(2**63), 2**63 - 1):
+        y = codec.decode(Payload((torch.tensor([seed]), values), (100,), torch.float32))
+        assert int((y == 2).sum()) == 50
+
+
 def test_randomk_is_unbiased_if_its_values_are():
     assert RandomK(0.1, values=NaturalCompression()).unbiased
     assert not RandomK(0.1, values=SignSGD()).unbiased

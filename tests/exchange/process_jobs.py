@@ -4,16 +4,28 @@ import copy
 from typing import Any
 
 import torch
-from exchange_cases import KEYS, Half, given
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from exchange_cases import KEYS, Half, given
 from noctule import ToSparse, convert_
 from noctule.channel import Channel
 from noctule.codecs import Cast, NaturalCompression
 from noctule.codecs.exact import Exact
 from noctule.errors import ExchangeError
-from noctule.exchange import AllGather, AllReduce, Compress, EverySync, TwoPhase, Weigh, ddp_hook, fsdp_hooks, own_group
+from noctule.exchange import (
+    AllGather,
+    AllReduce,
+    Compress,
+    EverySync,
+    Group,
+    TwoPhase,
+    Weigh,
+    ddp_hook,
+    fsdp_hooks,
+    own_group,
+    probe_link,
+)
 from noctule.method import attach
 
 PATHS = {path.__name__: path for path in (AllGather, AllReduce, TwoPhase)}
@@ -197,3 +209,8 @@ def not_sharded(rank: int, world: int) -> str:
     except ValueError as error:
         return str(error)
     return "taken"
+
+
+def probed(rank: int, world: int) -> list[float]:
+    link = probe_link(Group())
+    return [link.latency_seconds, link.bytes_per_second]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from noctule.errors import NoctuleError
 from noctule.testing.link import Link, available, shaped_network
 from noctule.testing.processes import WorkerError, Workers, run_workers
+from noctule.testing.template import template
 
 REASON = available()
 needs_network = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -109,18 +110,22 @@ def test_who_is_not_done_in_time_is_named_with_its_place_and_killed(workers):
 def test_a_kill_reaches_the_survivor_who_goes_on_alone_and_then_with_another(workers):
     running = workers.begin(functions.reduce_on_and_on, 60.0)
     time.sleep(0.2)
-    workers.kill(0)
-    dead, survivor = running.outcomes(timeout_seconds=20)
-    assert str(dead) == "rank 0: died: it was ended by SIGKILL"
+    workers.kill(1)
+    time.sleep(0.5)  # both are found at one look
+    survivor, dead = running.outcomes(timeout_seconds=20)
+    assert str(dead) == "rank 1: died: it was ended by SIGKILL"
     assert survivor.kind == "RuntimeError"
+    with pytest.raises(WorkerError, match="rank 1: died") as caught:  # which explains the other
+        running.results()
+    assert caught.value.__notes__ == [str(survivor)]
     workers.form_group()
     assert workers.call(functions.who)[0]["workers"] == 1
-    workers.start(0)
+    workers.start(1)
     workers.form_group([1, 0])  # numbered in this order
     assert [s["group"] for s in workers.call(functions.who, ranks=[0, 1])] == [1, 0]
     assert workers.call(functions.mean, torch.ones(1)) == [1, 1]
     workers.form_group()
-    assert running.outcomes() == [dead, survivor]  # what was, stays
+    assert running.outcomes() == [survivor, dead]  # what was, stays
 
 
 def test_a_stopped_worker_answers_when_it_is_resumed(workers):
@@ -185,6 +190,20 @@ def test_workers_do_not_outlive_who_started_them():
     while process.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not process.exists()
+
+
+@pytest.mark.slow
+def test_what_workers_are_copied_from_is_started_again_when_it_died(workers):
+    before = template()
+    before._process.kill()
+    before._process.wait()
+    with pytest.raises(WorkerError, match="died"):
+        workers.call(functions.who, ranks=[0])
+    with pytest.raises(ValueError, match="no living worker"):
+        workers.call(functions.who)
+    with Workers(1, group=False) as others:
+        assert template() is not before
+        assert others.call(functions.echo, 3) == [[3]]
 
 
 def test_fresh_processes_for_one_call():

@@ -12,12 +12,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from noctule.channel import Channel, Exchange
 from noctule.codecs import NaturalCompression, TopK
-from noctule.exchange import AllGather, AllReduce, Compress, PowerSGD, TwoPhase, ddp_hook, own_group
+from noctule.exchange import (
+    AllGather,
+    AllReduce,
+    Auto,
+    Compress,
+    Group,
+    LinkEstimate,
+    PowerSGD,
+    TwoPhase,
+    ddp_hook,
+    own_group,
+    probe_link,
+)
 from noctule.models import mlp
 
-ROWS: dict[str, Callable[[], Exchange] | None] = {
-    "ddp fp32": None,
-    "ddp fp16": None,
+EXCHANGES: dict[str, Callable[[], Exchange]] = {
+    "all-reduce": lambda: Channel(path=AllReduce(own_group())),
     "natural": lambda: Channel(Compress(NaturalCompression()), path=TwoPhase(own_group())),
     "natural, all-gather": lambda: Channel(Compress(NaturalCompression()), path=AllGather(own_group())),
     "top 1 %": lambda: Channel(Compress(TopK(0.01)), path=AllGather(own_group())),
@@ -26,9 +37,25 @@ ROWS: dict[str, Callable[[], Exchange] | None] = {
     ),
     "PowerSGD 4": lambda: PowerSGD(4, over=Channel(path=AllReduce(own_group()))),
 }
+ROWS: dict[str, Callable[[], Exchange] | None] = {
+    "ddp fp32": None,
+    "ddp fp16": None,
+    **EXCHANGES,
+    "auto": lambda: Auto({name: make() for name, make in EXCHANGES.items()}, probe=_probe),
+}
 """Plain DDP, torch's own hook, and Noctule's exchanges."""
 
 _steps: dict[str, tuple[Callable[[], Tensor], Exchange | None]] = {}
+
+
+def _probe() -> LinkEstimate:
+    return probe_link(Group(own_group()))
+
+
+def why(rank: int, world: int) -> str:
+    """What the automatic choice says."""
+    _, exchange = _steps["auto"]
+    return exchange.why() if isinstance(exchange, Auto) else ""
 
 
 def prepare(rank: int, world: int, row: str, megabytes: float, batch: int) -> int:
@@ -79,6 +106,8 @@ def sent_bytes(exchange: Exchange | None) -> int:
     """Of everything below an exchange."""
     if exchange is None:
         return 0
+    if isinstance(exchange, Auto):
+        return sum(sent_bytes(each) for each in exchange.candidates.values())
     if isinstance(exchange, PowerSGD):
         return sent_bytes(exchange.over)
     return exchange.path.group.sent_bytes  # type: ignore[attr-defined]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from noctule.codecs.base import Layout, Payload
-from noctule.codecs.reference import in_buckets, nbytes
-from noctule.codecs.steps import buckets, code_for, draw_seed, flat
+from noctule.codecs.reference import nbytes
+from noctule.codecs.steps import buckets, code_for, draw_seed, flat, room
 
 
 def encode_levels(
@@ -29,17 +29,18 @@ def encode_levels(
             change both.
         generator: of the seed.
     """
-    code, n = code_for(x.device), x.numel()
-    x_CB = in_buckets(flat(x), bucket)
-    u_CB = in_buckets(code.uniforms(draw_seed(generator), n, bucket, x.device), bucket)
-    shares_CB = x_CB.abs()
+    x_N = flat(x)
+    shares_CB, shares_N = room(x_N.numel(), bucket, x.device)
+    torch.abs(x_N, out=shares_N)
     scales = bucket_norms(shares_CB, norm)
     finite = scales.isfinite()
     if not bool(finite.all()):
-        scales, shares_CB = torch.where(finite, scales, torch.nan), torch.where(finite[:, None], shares_CB, 0.0)
+        scales = torch.where(finite, scales, torch.nan)
+        shares_CB[~finite] = 0.0
     shares_CB.div_(torch.where(scales > 0.0, scales, 1.0)[:, None])
-    levels_CB = rounded(shares_CB, u_CB).clamp_(max=levels).copysign_(x_CB).add_(levels)
-    codes_N = levels_CB.to(torch.uint8).flatten()[:n]
+    u_CB = code_for(x.device).uniforms(draw_seed(generator), shares_CB.numel(), bucket, x.device).view_as(shares_CB)
+    levels_N = rounded(shares_CB, u_CB).flatten()[: x_N.numel()]
+    codes_N = levels_N.clamp_(max=levels).copysign_(x_N).add_(levels).to(torch.uint8)
     return Payload((scales, pack_codes(codes_N, bits_of(levels))), tuple(x.shape), x.dtype)
 
 
@@ -58,8 +59,10 @@ def decode_levels(payload: Payload, levels: int, bucket: int, magnitudes: Tensor
     shares = torch.cat([-magnitudes.flip(0)[:-1], magnitudes]).to(packed.device)
     if int(codes_N.max() if n else 0) > 2 * levels:
         raise ValueError(f"the wire is torn: level {int(codes_N.max())} of {2 * levels + 1}")
-    x_CB = in_buckets(shares.index_select(0, codes_N.to(torch.int32)), bucket)
-    return x_CB.mul_(scales[:, None]).flatten()[:n].to(payload.dtype).view(payload.shape)
+    x_CB, x_N = room(n, bucket, packed.device)
+    torch.index_select(shares, 0, codes_N.to(torch.int32), out=x_N)
+    x_CB.mul_(scales[:, None])
+    return x_N.to(payload.dtype).view(payload.shape)
 
 
 def bucket_norms(magnitudes_CB: Tensor, p: float) -> Tensor:

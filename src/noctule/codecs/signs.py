@@ -12,8 +12,8 @@ from torch import Tensor
 
 from noctule.codecs.base import Layout, Payload
 from noctule.codecs.levels import pack_codes, unpack_codes
-from noctule.codecs.reference import in_buckets, nbytes
-from noctule.codecs.steps import buckets, check_bucket, flat
+from noctule.codecs.reference import nbytes
+from noctule.codecs.steps import buckets, check_bucket, flat, room
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class SignSGD:
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
         """Magnitudes and signs."""
         x_N = flat(x)
-        sums = in_buckets(x_N.abs(), self.bucket).sum(1, dtype=torch.float64)
+        absolute_CB, absolute_N = room(x_N.numel(), self.bucket, x.device)
+        torch.abs(x_N, out=absolute_N)
+        sums = absolute_CB.sum(1, dtype=torch.float64)
         counts = torch.full_like(sums, self.bucket)
         counts[-1:] -= -x_N.numel() % self.bucket
         scales = (sums / counts).to(torch.float32)
@@ -51,9 +53,10 @@ class SignSGD:
         """The magnitude and its negative."""
         scales, packed = payload.parts
         n = math.prod(payload.shape)
-        negative_CB = in_buckets(unpack_codes(packed, n, 1), self.bucket)
-        x_CB = negative_CB.to(torch.float32).mul_(-2.0).add_(1.0).mul_(scales[:, None])
-        return x_CB.flatten()[:n].to(payload.dtype).view(payload.shape)
+        x_CB, x_N = room(n, self.bucket, packed.device)
+        x_N.copy_(unpack_codes(packed, n, 1))
+        x_CB.mul_(-2.0).add_(1.0).mul_(scales[:, None])
+        return x_N.to(payload.dtype).view(payload.shape)
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
         """Magnitudes and signs."""

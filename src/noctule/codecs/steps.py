@@ -17,6 +17,13 @@ def flat(x: Tensor) -> Tensor:
     return x.detach().to(torch.float32).reshape(-1).contiguous()
 
 
+def room(n: int, bucket: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for the buckets of n elements, (buckets, bucket) and a view (N,); what fills up the last bucket is zero."""
+    whole = torch.empty(buckets(n, bucket) * bucket, dtype=torch.float32, device=device)
+    whole[n:] = 0.0
+    return whole.view(-1, bucket), whole[:n]
+
+
 def draw_seed(generator: torch.Generator | None) -> int:
     """63 random bits, all that a codec draws for one tensor."""
     return int(torch.randint(0, 2**63 - 1, (), generator=generator, device="cpu"))

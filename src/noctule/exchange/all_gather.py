@@ -7,10 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from noctule.aggregate import Aggregate, mean
-from noctule.channel import Arrived
+from noctule.channel import Arrived, Work
 from noctule.codecs import Codec
 from noctule.exchange.group import Group
-from noctule.exchange.messages import Format
+from noctule.exchange.messages import Format, coding
 
 
 class AllGather:
@@ -27,6 +27,11 @@ class AllGather:
     def share(self, message: bytes) -> list[bytes]:
         """See `noctule.channel.Path`."""
         return self.group.share(message)
+
+    def rehearse(self, tensors: Sequence[Tensor], codec: Codec | None) -> Work:
+        """See `noctule.channel.Path`."""
+        write, read, size = coding(tensors, codec)
+        return Work(write + self.world * read, (self.world - 1) * size, self.world - 1)
 
     def __call__(
         self,

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from noctule.aggregate import Aggregate, mean
-from noctule.channel import Arrived
+from noctule.channel import Arrived, Work
 from noctule.codecs import Codec
 from noctule.exchange.group import Group
 
@@ -23,6 +23,11 @@ class AllReduce:
     def share(self, message: bytes) -> list[bytes]:
         """See `noctule.channel.Path`."""
         return self.group.share(message)
+
+    def rehearse(self, tensors: Sequence[Tensor], codec: Codec | None) -> Work:
+        """See `noctule.channel.Path`."""
+        size = sum(x.nbytes for x in tensors)
+        return Work(0.0, 2 * (self.world - 1) / self.world * size, 2 * (self.world - 1))
 
     def __call__(
         self,

@@ -54,6 +54,11 @@ class Compress(Stage):
             if bool(torch.isfinite(rest).all()):
                 self.owed[key] = rest
 
+    def release(self) -> dict[str, Tensor]:
+        """What is owed; from now on it is not."""
+        owed, self.owed = self.owed, {}
+        return owed
+
     def remapped(self, key: str, remap: Remap, shape: tuple[int, ...]) -> None:
         """What is owed follows its connections."""
         if key in self.owed:

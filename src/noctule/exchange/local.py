@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from noctule.aggregate import Aggregate
-from noctule.channel import Arrived
+from noctule.channel import Arrived, Work
 from noctule.codecs import Codec
 from noctule.errors import ExchangeError
-from noctule.exchange.messages import Format
+from noctule.exchange.messages import Format, coding
 
 
 class Local:
@@ -34,6 +34,11 @@ class Local:
         """See `noctule.channel.Path`."""
         wires = self._room.meet(self.rank, torch.tensor(list(message), dtype=torch.uint8))
         return [bytes(wire.numpy()) for wire in wires]
+
+    def rehearse(self, tensors: Sequence[Tensor], codec: Codec | None) -> Work:
+        """See `noctule.channel.Path`."""
+        write, read, size = coding(tensors, codec)
+        return Work(write + self.world * read, (self.world - 1) * size, self.world - 1)
 
     def __call__(
         self,

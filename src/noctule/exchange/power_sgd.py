@@ -7,13 +7,14 @@ parameter.
 Shapes: a gradient as a matrix (O, I), rank R.
 """
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from noctule.channel import Exchange
+from noctule.channel import Exchange, Work
 from noctule.topology import Remap
 
 
@@ -42,7 +43,7 @@ class PowerSGD(Exchange):
     def __call__(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> list[Tensor]:
         """The means, of matrices approximately; all workers get the same bits."""
         matrices = {key: x.flatten(1).float() for x, key in zip(tensors, keys, strict=True) if self._is_low(x)}
-        matrices = {key: m + self.owed[key] if key in self.owed else m for key, m in matrices.items()}
+        matrices = {key: m + self.owed[key].flatten(1) if key in self.owed else m for key, m in matrices.items()}
         first = [
             matrices[key] @ self._first(key, matrices[key]) if key in matrices else x
             for x, key in zip(tensors, keys, strict=True)
@@ -50,6 +51,7 @@ class PowerSGD(Exchange):
         means = dict(zip(keys, self.over(first, [f"{key} P" if key in matrices else key for key in keys]), strict=True))
         if not matrices:
             return list(means.values())
+        shapes = {key: x.shape for key, x in zip(keys, tensors, strict=True)}
         bases = {key: _orthonormal(means[key]) for key in matrices}
         right = self.over([m.t() @ bases[key] for key, m in matrices.items()], [f"{key} Q" for key in matrices])
         for (key, m), q in zip(matrices.items(), right, strict=True):
@@ -58,7 +60,7 @@ class PowerSGD(Exchange):
                 torch.isfinite(m).all()
             ):  # else an overflow, which must not stay
                 self.basis[key] = q
-                self.owed[key] = m - mean
+                self.owed[key] = (m - mean).view(shapes[key])
             means[key] = mean
         return [means[key].view(x.shape).to(x.dtype) for x, key in zip(tensors, keys, strict=True)]
 
@@ -66,12 +68,37 @@ class PowerSGD(Exchange):
         """What every worker has to say, in their order."""
         return self.over.share(message)
 
+    def rehearse(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> Work:
+        """What an exchange of such tensors would take."""
+        started = time.perf_counter()
+        first, right = [], []
+        for x in tensors:
+            if self._is_low(x):
+                m = x.flatten(1).float()
+                first.append(m @ torch.ones(m.shape[1], self.rank, device=m.device))
+                right.append(m.t() @ _orthonormal(first[-1]))
+                m = m - first[-1] @ right[-1].t()
+            else:
+                first.append(x)
+        seconds = time.perf_counter() - started
+        works = [self.over.rehearse(part, [str(at) for at in range(len(part))]) for part in (first, right) if part]
+        return Work(
+            seconds + sum(work.seconds for work in works),
+            sum(work.sent_bytes for work in works),
+            sum(work.rounds for work in works),
+        )
+
+    def release(self) -> dict[str, Tensor]:
+        """What is owed."""
+        owed, self.owed = self.owed, {}
+        return owed
+
     def remapped(self, key: str, remap: Remap, shape: tuple[int, ...]) -> None:
         """What is owed follows its connections; a matrix of another shape begins with another Q."""
         self.over.remapped(key, remap, shape)
         if key in self.owed:
-            self.owed[key] = remap.apply(self.owed[key].flatten()).view(shape[0], -1)
-            if self.basis[key].shape[0] != self.owed[key].shape[1]:
+            self.owed[key] = remap.apply(self.owed[key].flatten()).view(shape)
+            if self.basis[key].shape[0] != self.owed[key].flatten(1).shape[1]:
                 del self.basis[key]
 
     def state_dict(self) -> dict[str, Any]:

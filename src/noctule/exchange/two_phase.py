@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from noctule.aggregate import Aggregate, mean
-from noctule.channel import Arrived
+from noctule.channel import Arrived, Work
 from noctule.codecs import Codec
 from noctule.exchange.group import Group
-from noctule.exchange.messages import Format
+from noctule.exchange.messages import Format, coding
 
 
 class TwoPhase:
@@ -35,6 +35,12 @@ class TwoPhase:
     def share(self, message: bytes) -> list[bytes]:
         """See `noctule.channel.Path`."""
         return self.group.share(message)
+
+    def rehearse(self, tensors: Sequence[Tensor], codec: Codec | None) -> Work:
+        """See `noctule.channel.Path`."""
+        write, read, size = coding([x.flatten() for x in tensors], codec)
+        others = (self.world - 1) / self.world
+        return Work(write + (1 + others) * read, 2 * others * size, 2 * (self.world - 1))
 
     def __call__(
         self,

@@ -1,15 +1,19 @@
 """Run functions in fresh processes that form a torch.distributed group, on one machine or over a shaped link.
 
-def mean(rank, workers, x):         # in a module of yours
-    dist.all_reduce(x)
-    return x / workers
+Functions lie in modules, get their rank and the number of workers first, and take and return plain values and tensors:
 
-assert run_workers(mean, workers=2, arguments=[torch.ones(3)])[0].sum() == 3
+    def mean(rank, workers, x):
+        dist.all_reduce(x)
+        return x / workers
 
-with Workers(2, network=network) as workers:        # processes that stay, with faults
-    running = workers.begin(train, 1000)
-    workers.kill(1)
-    survivor, victim = running.outcomes()
+    assert run_workers(mean, workers=2, arguments=[torch.ones(3)])[0].sum() == 3
+
+`Workers` stay from call to call, and take part in scripted faults:
+
+    with Workers(2, network=network) as workers:
+        running = workers.begin(train, 1000)
+        workers.kill(1)
+        survivor, victim = running.outcomes()
 """
 
 import itertools
@@ -126,8 +130,13 @@ class Workers:
         return self.begin(function, *arguments, ranks=ranks).results(timeout_seconds=timeout_seconds)
 
     def begin(self, function: Function, *arguments: Any, ranks: Sequence[int] | None = None) -> Call:
-        """Begin a call and return at once, to do something to the workers meanwhile. A process runs its calls one by one."""
+        """Begin a call and return at once, to do something to the workers meanwhile; a process runs its calls one by one.
+
+        Raises ValueError where nobody is alive to be called, or the function cannot be found by another process.
+        """
         ranks = self.alive if ranks is None else ranks
+        if not ranks:
+            raise ValueError("there is no living worker to call: start one")
         number, path = next(self._numbers), _path(function)
         given = Path(self._folder.name, f"{number}.safetensors")
         save(given, list(arguments))

@@ -2,7 +2,8 @@
 
     python -m noctule.testing.template DESCRIPTOR
 
-is that one. It runs nothing itself, so that its copies are as good as fresh, and ends with the process that started it.
+is that one. It has one thread and runs nothing itself, so that its copies are as good as fresh (but all
+draw the same from NumPy's global generator), and it ends with the process that started it.
 """
 
 import functools

@@ -1,0 +1,148 @@
+"""The cheapest way is chosen alike on all workers, again when the link changes, and nothing is lost on the way."""
+
+import time
+from dataclasses import replace
+
+import process_jobs as jobs
+import pytest
+import torch
+
+from exchange_cases import KEYS, Half, given, together
+from noctule.channel import Channel, Exchange
+from noctule.codecs import NaturalCompression
+from noctule.exchange import Auto, Compress, LinkEstimate, PowerSGD
+from noctule.testing.link import Link, available, shaped_network
+from noctule.testing.processes import Workers
+
+FAST, SLOW = LinkEstimate(1e-6, 1e13), LinkEstimate(1e-3, 1e3)
+
+
+class Plain(Channel):
+    """Without a cost but the bytes, like a collective of the system."""
+
+    def rehearse(self, tensors, keys):
+        return replace(super().rehearse(tensors, keys), seconds=0.0)
+
+
+def candidates(path):
+    return {
+        "plain": Plain(path=path),
+        "half": Channel(Compress(Half()), path=path),
+        "natural": Channel(Compress(NaturalCompression(), error_feedback=True), path=path),
+    }
+
+
+def test_a_fast_link_takes_the_plain_way_and_a_slow_one_the_smallest():
+    def work(path):
+        x, found = [torch.randn(10_000, generator=torch.Generator().manual_seed(path.rank))], []
+        for link in (FAST, SLOW):
+            auto = Auto(candidates(path), probe=lambda link=link: link)
+            assert auto.why() == "nothing was exchanged yet"
+            auto(x, ["x"])
+            found.append((auto.choice, auto.works, auto.why()))
+        return found
+
+    everyone = together(2, work)
+    assert everyone[0] == everyone[1]
+    (fast, _, why), (slow, works, _) = everyone[0]
+    assert (fast, slow) == ("plain", "natural")
+    assert why.startswith("plain, because the link has 8e+07 Mbit/s, 0.001 ms:")
+    assert works["plain"].sent_bytes > 1.9 * works["half"].sent_bytes > 3.8 * 0.9 * works["natural"].sent_bytes
+
+
+class Slowed(Exchange):
+    """Another exchange over a link that may become slower."""
+
+    def __init__(self, inner):
+        self.inner, self.seconds = inner, 0.0
+
+    def __call__(self, tensors, keys):
+        time.sleep(self.seconds)
+        return self.inner(tensors, keys)
+
+    def share(self, message):
+        return self.inner.share(message)
+
+    def rehearse(self, tensors, keys):
+        return self.inner.rehearse(tensors, keys)
+
+    def release(self):
+        return self.inner.release()
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state):
+        self.inner.load_state_dict(state)
+
+
+def test_a_link_that_changes_is_noticed_and_nothing_is_lost():
+    def work(path):
+        link = [SLOW]
+        ways = {name: Slowed(way) for name, way in candidates(path).items() if name != "natural"}
+        auto = Auto(ways, probe=lambda: link[0], every=4)
+        got, choices = [], []
+        for call in range(36):
+            if call == 12:
+                link[0] = FAST
+            if call in (12, 24):  # the second time nothing but the times changes
+                for way in ways.values():
+                    way.seconds += 0.02
+            got.append(auto(given(path.rank, call), KEYS))
+            choices.append(auto.choice)
+        return got, choices, auto.release()
+
+    everyone = together(2, work)
+    assert everyone[0][1] == everyone[1][1]
+    choices = everyone[0][1]
+    assert choices[:12] == ["half"] * 12
+    assert choices[-8:] == ["plain"] * 8
+    for at, key in enumerate(KEYS):
+        sent = sum(given(rank, call)[at].double() for rank in range(2) for call in range(36))
+        delivered = sum(got[at].double() for got in everyone[0][0]) * 2
+        owed = sum(owed[key].double() for _, _, owed in everyone if key in owed)
+        torch.testing.assert_close(delivered + owed, sent, atol=1e-4, rtol=1e-4)
+
+
+def test_a_state_is_taken_back_with_what_is_owed():
+    def work(path):
+        first, second = (Auto(candidates(path), probe=lambda: SLOW) for _ in range(2))
+        first(given(path.rank), KEYS)
+        second.load_state_dict(first.state_dict())
+        assert second.choice == first.choice == "natural"
+        a, b = first(given(path.rank, 1), KEYS), second(given(path.rank, 1), KEYS)
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        with pytest.raises(ValueError, match="of the candidates"):
+            Auto({"plain": Channel(path=path)}, probe=lambda: SLOW).load_state_dict(first.state_dict())
+
+    together(2, work)
+
+
+def test_every_exchange_that_can_be_priced():
+    def work(path):
+        power = PowerSGD(2, over=Channel(path=path))
+        work = power.rehearse([torch.randn(50, 40), torch.randn(10)], ["w", "b"])
+        assert work.sent_bytes == 4 * (2 * 50 + 10 + 2 * 40)
+        assert work.rounds == 2
+        assert power.owed == {}
+        with pytest.raises(NotImplementedError, match="does not say what it takes"):
+            Exchange.rehearse(power, [], [])
+        for bad in ({"every": 0}, {"change": 1.0}):
+            with pytest.raises(ValueError, match="choosing needs"):
+                Auto({"plain": Channel(path=path)}, probe=lambda: SLOW, **bad)
+        with pytest.raises(ValueError, match="choosing needs"):
+            Auto({}, probe=lambda: SLOW)
+
+    together(2, work)
+
+
+@pytest.mark.skipif(available() is not None, reason=str(available()))
+def test_a_shaped_link_is_measured():
+    with shaped_network(2, link=Link(megabits=100, delay_ms=5)) as network, Workers(2, network=network) as workers:
+        for megabits, delay in ((100, 5), (20, 25)):
+            network.change(Link(megabits=megabits, delay_ms=delay))
+            first, second = workers.call(jobs.probed)
+            assert first == second
+            latency, speed = first
+            assert 0.4 * megabits < speed * 8e-6 < 1.3 * megabits  # on a machine that may be busy
+            assert delay <= latency * 1e3 <= 2 * delay + 10
