@@ -74,3 +74,18 @@ def test_largest_of_long_tensors(instruction_set, spread):
     for k in (1, 2, 2000, 100_000, 200_000, 200_001):
         with running(instruction_set, threads=3):
             assert torch.equal(native.largest(x, k), reference.largest(x, k))
+
+
+def test_addresses_are_not_misread():
+    codes, floors = native.natural_encode(torch.ones(100), 10, 0)
+    for wrong in (
+        lambda: native.natural_encode(torch.ones(100).double(), 10, 0),
+        lambda: native.natural_encode(torch.ones(200)[::2], 10, 0),
+        lambda: native.natural_decode(codes, floors[:-1], 10),
+        lambda: native.natural_decode(codes.to(torch.int64), floors, 10),
+        lambda: native.unpack_bits(codes[:9], 20, 4),
+        lambda: native.pack_bits(codes.to(torch.int32), 4),
+        lambda: native.largest(torch.ones(5).half(), 2),
+    ):
+        with pytest.raises(ValueError, match="side by side on the CPU, got"):
+            wrong()

@@ -3,6 +3,10 @@
 Curci, Mocanu, Pechenizkiy 2021, arXiv 2102.01732. The schedule is fixed beforehand: learning rate, decay, dropout and the
 fraction that moves stay the same from the first epoch to the last. Each epoch is scored before its connections move, as in
 the authors' code.
+
+Two of the script's rules hold on Madelon only, where noise is what a network must not learn: each step takes its decay of every
+weight, not times the learning rate, and connections begin, new ones too, within He's bound for the dense fan-in. On Fashion-MNIST
+the first of them costs points; decay times the learning rate and growth from zero reach what the authors' logs show.
 """
 
 import statistics
@@ -22,16 +26,17 @@ from noctule.bench.paired import interval
 from noctule.convert import convert_
 from noctule.data import Batches, Dataset, load, standardize
 from noctule.decay import Decay
-from noctule.layers import AllReLU, FuseEpilogue, ToSparse
+from noctule.layers import AllReLU, FuseEpilogue, SparseLinear, ToSparse
 from noctule.loop import evaluate
 from noctule.measure import Progress
 from noctule.method import Method, attach
 from noctule.models import mlp
 from noctule.models.mlp import Activation, relu
 from noctule.rewire import Rewire, anywhere, sign_split
+from noctule.topology import Remap
 
 LAST = 10
-"""Epochs at the end whose mean counts where no validation part selects one."""
+"""Epochs in a row whose mean counts: the last, or those that the validation part says are best."""
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, DROPOUT, FRACTION = 0.01, 0.9, 2e-4, 0.3, 0.3
 
 
@@ -44,14 +49,16 @@ class Task:
     batch: int
     slope: float
     selected: bool
-    """A tenth of the training data selects the epoch; else all of it trains and the last epochs count."""
+    """A tenth of the training data selects the epochs; else all of it trains and the last epochs count."""
+    literal: bool
+    """The script's decay, first values and new values; else decay times the learning rate, and growth from zero."""
     least: float
     """Accuracy to reach with All-ReLU."""
 
 
 TASKS = {
-    "fashion-mnist": Task((1000, 1000, 1000), 20.0, 128, 0.6, selected=False, least=0.906),
-    "madelon": Task((400, 100, 400), 10.0, 32, 0.5, selected=True, least=0.655),
+    "fashion-mnist": Task((1000, 1000, 1000), 20.0, 128, 0.6, selected=False, literal=False, least=0.906),
+    "madelon": Task((400, 100, 400), 10.0, 32, 0.5, selected=True, literal=True, least=0.655),
 }
 ACTIVATIONS = ("all-relu", "relu")
 GAIN_POINTS = 0.2
@@ -124,6 +131,29 @@ class _Scores(Method):
                 self.accuracy[name].append(evaluate(self._model, part)[1])
 
 
+class _AsDrawn(Method):
+    """First values, and those of new connections, uniform within He's bound for the dense fan-in; biases begin at zero."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        for layer in model.modules():
+            if isinstance(layer, SparseLinear) and layer.bias is not None:
+                with torch.no_grad():
+                    layer.values.copy_(self._drawn(layer, layer.weights))
+                    layer.bias.zero_()
+
+    def remapped(self, layer: nn.Module, remap: Remap) -> None:
+        assert isinstance(layer, SparseLinear)
+        with torch.no_grad():
+            layer.values[remap.old_slot < 0] = self._drawn(layer, remap.grown)
+
+    def _drawn(self, layer: SparseLinear, count: int) -> Tensor:
+        bound = (6.0 / layer.in_features) ** 0.5
+        return torch.empty(count).uniform_(-bound, bound, generator=self.generator)
+
+
 def _train(name: str, data_dir: Path | None, kind: str, seed: int, epochs: int) -> dict[str, Any]:
     task = TASKS[name]
     splits = standardize(load(name, data_dir=data_dir, seed=seed))
@@ -139,12 +169,15 @@ def _train(name: str, data_dir: Path | None, kind: str, seed: int, epochs: int) 
     model = convert_(convert_(model, ToSparse(epsilon=task.epsilon)).model, FuseEpilogue()).model
     weights = sum(p.numel() for n, p in model.named_parameters() if n.endswith("values"))
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, fused=True)
-    rewire = Rewire(drop=sign_split, grow=anywhere, fraction=FRACTION, every=len(batches), seed=seed)
+    rewire: list[Method] = [Rewire(drop=sign_split, grow=anywhere, fraction=FRACTION, every=len(batches), seed=seed)]
+    if task.literal:
+        rewire.insert(0, _AsDrawn(seed))
+    decay = WEIGHT_DECAY if task.literal else LEARNING_RATE * WEIGHT_DECAY
     scores = _Scores(parts, len(batches))
     started = time.perf_counter()
     with (
         Progress(epochs, label=f"{name}, {kind}, seed {seed}", unit="epochs") as progress,
-        attach(model, optimizer, Decay(LEARNING_RATE * WEIGHT_DECAY), rewire, scores),
+        attach(model, optimizer, Decay(decay), *rewire, scores),
     ):
         for epoch in range(epochs):
             for inputs, targets in batches.epoch(epoch):
@@ -153,18 +186,22 @@ def _train(name: str, data_dir: Path | None, kind: str, seed: int, epochs: int) 
                 optimizer.step()
             progress.advance(note=f"test {scores.accuracy['test'][-1]:.4f}")
     curve = scores.accuracy
-    chosen = max(range(epochs), key=lambda epoch: curve["validation"][epoch]) if task.selected else None
-    last = curve["test"][-LAST:]
+    end = epochs
+    if task.selected:
+        end = max(
+            range(min(LAST, epochs), epochs + 1), key=lambda end: sum(curve["validation"][max(0, end - LAST) : end])
+        )
+    counted = curve["test"][max(0, end - LAST) : end]
     return {
         "data": name,
         "activation": kind,
         "seed": seed,
         "epochs": epochs,
         "weights": weights,
-        "accuracy": statistics.fmean(last) if chosen is None else curve["test"][chosen],
-        "how": f"mean of the last {len(last)} epochs" if chosen is None else f"epoch {chosen + 1}, by validation",
+        "accuracy": statistics.fmean(counted),
+        "how": f"mean of {len(counted)} epochs up to {end}, " + ("by validation" if task.selected else "the last"),
         "best": max(curve["test"]),
-        "mean_of_last": statistics.fmean(last),
+        "mean_of_last": statistics.fmean(curve["test"][-LAST:]),
         "seconds": round(time.perf_counter() - started, 1),
         "test_curve": [round(a, 4) for a in curve["test"]],
     }

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from noctule.codecs.base import Layout, Payload
 from noctule.codecs.levels import pack_codes, unpack_codes
-from noctule.codecs.reference import in_buckets, nbytes
-from noctule.codecs.steps import buckets, check_bucket, code_for, draw_seed, flat
+from noctule.codecs.reference import nbytes
+from noctule.codecs.steps import buckets, check_bucket, code_for, draw_seed, flat, room
 
 _SMALLEST = torch.finfo(torch.float32).smallest_normal
 
@@ -50,22 +50,22 @@ class Affine:
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
         """Offsets, steps and codes."""
         x_N, top = flat(x), 2**self.bits - 1
-        n = x_N.numel()
-        missing = -n % self.group
-        x_GE = (torch.cat([x_N, x_N[-1:].expand(missing)]) if missing else x_N).view(-1, self.group)
-        low, high = (x_GE.amin(1), x_GE.amax(1)) if n else (x_N, x_N)
+        whole_GE, whole_N = room(x_N.numel(), self.group, x.device)
+        whole_N.copy_(x_N)
+        whole_GE.view(-1)[x_N.numel() :] = x_N[-1:]  # which changes neither end of the range
+        low, high = (whole_GE.amin(1), whole_GE.amax(1)) if x_N.numel() else (x_N, x_N)
         steps = ((high - low) / top).clamp(min=_SMALLEST)
         finite = steps.isfinite()
         if not bool(finite.all()):
             low, steps = torch.where(finite, low, torch.nan), torch.where(finite, steps, torch.nan)
-            x_GE = torch.where(finite[:, None], x_GE, 0.0)
-        whole = x_GE.sub(torch.where(finite, low, 0.0)[:, None]).div_(torch.where(finite, steps, 1.0)[:, None])
+            whole_GE[~finite] = 0.0
+        whole_GE.sub_(low.nan_to_num()[:, None]).div_(steps.nan_to_num(1.0)[:, None])
         if self.stochastic:
-            u_N = code_for(x.device).uniforms(draw_seed(generator), n, self.group, x.device)
-            whole.add_(in_buckets(u_N, self.group)).floor_()
+            u_N = code_for(x.device).uniforms(draw_seed(generator), x_N.numel(), self.group, x.device)
+            whole_N.add_(u_N).floor_()
         else:
-            whole.round_()
-        codes_N = whole.clamp_(max=top).to(torch.uint8).flatten()[:n]
+            whole_N.round_()
+        codes_N = whole_N.clamp_(max=top).to(torch.uint8)
         return Payload(
             (torch.stack([low, steps], 1).flatten(), pack_codes(codes_N, self.bits)), tuple(x.shape), x.dtype
         )
@@ -75,8 +75,9 @@ class Affine:
         pairs, packed = payload.parts
         n = math.prod(payload.shape)
         low, steps = pairs.view(-1, 2).unbind(1)
-        whole = in_buckets(unpack_codes(packed, n, self.bits), self.group).to(torch.float32)
-        x_N = whole.mul_(steps[:, None]).add_(low[:, None]).flatten()[:n]
+        x_GE, x_N = room(n, self.group, packed.device)
+        x_N.copy_(unpack_codes(packed, n, self.bits))
+        x_GE.mul_(steps[:, None]).add_(low[:, None])
         return x_N.to(payload.dtype).view(payload.shape)
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:

@@ -66,7 +66,10 @@ def decode_levels(payload: Payload, levels: int, bucket: int, magnitudes: Tensor
 
 
 def bucket_norms(magnitudes_CB: Tensor, p: float) -> Tensor:
-    """The p-norms of the buckets, added up in float64, where neither large nor small numbers leave the range."""
+    """The p-norms of the buckets, added up in float64, where neither large nor small numbers leave the range.
+
+    torch may share out the sum of a bucket of more than 32,768 elements, so that its last bit depends on threads.
+    """
     if p == torch.inf:
         return magnitudes_CB.amax(1) if magnitudes_CB.numel() else magnitudes_CB.new_zeros(0)
     if p == 1.0:

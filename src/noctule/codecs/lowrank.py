@@ -54,8 +54,9 @@ class LowRank:
             p_MR, q_NR = (torch.full((size, self.rank), torch.nan, device=x.device) for size in a_MN.shape)
         else:
             for _ in range(self.iterations):
-                p_MR = torch.linalg.qr(a_MN @ q_NR).Q
-                q_NR = a_MN.t() @ p_MR
+                # thin factors from the left: several times as fast as from the right
+                p_MR = torch.linalg.qr((q_NR.t() @ a_MN.t()).t()).Q
+                q_NR = (p_MR.t() @ a_MN).t()
         return Payload((p_MR.flatten(), q_NR.flatten()), tuple(x.shape), x.dtype)
 
     def decode(self, payload: Payload) -> Tensor:
@@ -64,8 +65,9 @@ class LowRank:
             return payload.parts[0].view(payload.shape)
         p_MR, q_NR = (part.view(-1, self.rank) for part in payload.parts)
         x_MN = p_MR[:, :1] * q_NR[:, 0]
+        term_MN = torch.empty_like(x_MN)
         for r in range(1, self.rank):  # one rounding for each product and each sum, so that all machines agree on them
-            x_MN += p_MR[:, r : r + 1] * q_NR[:, r]
+            x_MN += torch.mul(p_MR[:, r : r + 1], q_NR[:, r], out=term_MN)
         return x_MN.to(payload.dtype).view(payload.shape)
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:

@@ -12,7 +12,7 @@ PARALLEL_FROM = 1 << 17
 
 def natural_encode(x_N: Tensor, bucket: int, seed: int) -> tuple[Tensor, Tensor]:
     """See `noctule.codecs.reference.natural_encode`."""
-    n = x_N.numel()
+    n = _check(x_N, torch.float32)
     codes, floors = _bytes(n), _bytes(-(-n // bucket))
     _native.natural_encode(x_N.data_ptr(), n, bucket, seed, codes.data_ptr(), floors.data_ptr(), _threads(n))
     return codes, floors
@@ -20,7 +20,8 @@ def natural_encode(x_N: Tensor, bucket: int, seed: int) -> tuple[Tensor, Tensor]
 
 def natural_decode(codes_N: Tensor, floors: Tensor, bucket: int) -> Tensor:
     """See `noctule.codecs.reference.natural_decode`."""
-    n = codes_N.numel()
+    n = _check(codes_N, torch.uint8)
+    _check(floors, torch.uint8, -(-n // bucket))
     x_N = torch.empty(n, dtype=torch.float32, device="cpu")
     _native.natural_decode(codes_N.data_ptr(), floors.data_ptr(), n, bucket, x_N.data_ptr(), _threads(n))
     return x_N
@@ -35,7 +36,7 @@ def uniforms(seed: int, n: int, bucket: int, device: torch.device) -> Tensor:
 
 def pack_bits(codes_N: Tensor, bits: int) -> Tensor:
     """See `noctule.codecs.reference.pack_bits`."""
-    n = codes_N.numel()
+    n = _check(codes_N, torch.uint8)
     packed = _bytes(nbytes(n, bits))
     _native.pack_bits(codes_N.data_ptr(), n, bits, packed.data_ptr(), _threads(n))
     return packed
@@ -43,6 +44,7 @@ def pack_bits(codes_N: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, n: int, bits: int) -> Tensor:
     """See `noctule.codecs.reference.unpack_bits`."""
+    _check(packed, torch.uint8, nbytes(n, bits))
     codes_N = _bytes(n)
     _native.unpack_bits(packed.data_ptr(), n, bits, codes_N.data_ptr(), _threads(n))
     return codes_N
@@ -50,9 +52,18 @@ def unpack_bits(packed: Tensor, n: int, bits: int) -> Tensor:
 
 def largest(x_N: Tensor, k: int) -> Tensor:
     """See `noctule.codecs.reference.largest`."""
+    n = _check(x_N, torch.float32)
     positions_K = torch.empty(k, dtype=torch.int64, device="cpu")
-    _native.largest(x_N.data_ptr(), x_N.numel(), k, positions_K.data_ptr(), _threads(x_N.numel()))
+    _native.largest(x_N.data_ptr(), n, k, positions_K.data_ptr(), _threads(n))
     return positions_K
+
+
+def _check(x: Tensor, dtype: torch.dtype, numel: int | None = None) -> int:
+    """Refuse what raw addresses would misread; returns the number of elements."""
+    if x.dtype is not dtype or not x.is_cpu or not x.is_contiguous() or numel not in (None, x.numel()):
+        wanted = "elements" if numel is None else numel
+        raise ValueError(f"expected {wanted} {dtype} side by side on the CPU, got {x.numel()} {x.dtype} on {x.device}")
+    return x.numel()
 
 
 def _bytes(n: int) -> Tensor:

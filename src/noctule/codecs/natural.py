@@ -87,15 +87,11 @@ def _inflate(wire: Tensor, n: int) -> Tensor:
     if how == _PLAIN and wire.numel() == n + 1:
         return wire[1:]
     if how == _DEFLATED:
-        inflater = zlib.decompressobj()
+        inflater, deflated = zlib.decompressobj(), wire[1:].cpu().numpy().tobytes()
         try:
-            plain = inflater.decompress(
-                wire[1:].cpu().numpy().tobytes(), n + 1
-            )  # no more than that, whatever is announced
+            plain = inflater.decompress(deflated, n + 1)  # no more, however much there is
         except zlib.error as error:
-            raise ValueError(
-                f"the wire is torn: {wire.numel()} bytes that should be {n} deflated codes ({error})"
-            ) from error
+            raise ValueError(f"the wire is torn: {len(deflated)} bytes are not {n} deflated codes ({error})") from error
         if len(plain) == n and inflater.eof and not inflater.unused_data:
             return torch.frombuffer(bytearray(plain), dtype=torch.uint8).to(wire.device)
-    raise ValueError(f"the wire is torn: {wire.numel()} bytes that should be {n} codes")
+    raise ValueError(f"the wire is torn: {wire.numel()} bytes are not {n} codes")

@@ -18,6 +18,7 @@ def natural_encode(x_N: Tensor, bucket: int, seed: int) -> tuple[Tensor, Tensor]
     A float is its exponent's field and the mantissa below it: adding 23 random bits carries into the field with just the chance
     that rounds up without bias. Below the smallest code, the share of that code takes the place of the mantissa.
     """
+    bucket = _no_longer(bucket, x_N.numel())
     bits = in_buckets(x_N.view(torch.int32), bucket).to(torch.int64)
     a, up = bits & _MAGNITUDE, _words(seed, x_N.numel(), bucket, x_N.device) >> 9
     largest = a.amax(1, keepdim=True) >> 23
@@ -33,6 +34,7 @@ def natural_encode(x_N: Tensor, bucket: int, seed: int) -> tuple[Tensor, Tensor]
 
 def natural_decode(codes_N: Tensor, floors: Tensor, bucket: int) -> Tensor:
     """float32 (N,); NaN in buckets whose floor is 255."""
+    bucket = _no_longer(bucket, codes_N.numel())
     codes, floor = in_buckets(codes_N, bucket).to(torch.int32), floors.to(torch.int32)[:, None]
     field = codes & 0x7F
     bits = torch.where(field > 0, field + floor, 0) << 23 | (codes & 0x80) << 24
@@ -79,4 +81,9 @@ def nbytes(n: int, bits: int) -> int:
 
 
 def _words(seed: int, n: int, bucket: int, device: torch.device) -> Tensor:
+    bucket = _no_longer(bucket, n)
     return random_words(seed, -(-n // bucket), bucket, device=device)
+
+
+def _no_longer(bucket: int, n: int) -> int:
+    return min(bucket, max(n, 1))

@@ -18,7 +18,11 @@ def flat(x: Tensor) -> Tensor:
 
 
 def room(n: int, bucket: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Room for the buckets of n elements, (buckets, bucket) and a view (N,); what fills up the last bucket is zero."""
+    """Room for the buckets of n elements, (buckets, bucket) and a view (N,); what fills up the last bucket is zero.
+
+    A bucket longer than the tensor is as long as the tensor.
+    """
+    bucket = min(bucket, max(n, 1))
     whole = torch.empty(buckets(n, bucket) * bucket, dtype=torch.float32, device=device)
     whole[n:] = 0.0
     return whole.view(-1, bucket), whole[:n]
