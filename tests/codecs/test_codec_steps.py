@@ -89,3 +89,6 @@ def test_addresses_are_not_misread():
     ):
         with pytest.raises(ValueError, match="side by side on the CPU, got"):
             wrong()
+    for k in (-1, 6):
+        with pytest.raises(ValueError, match=f"no {k} largest of 5"):
+            native.largest(torch.ones(5), k)

@@ -53,6 +53,8 @@ def unpack_bits(packed: Tensor, n: int, bits: int) -> Tensor:
 def largest(x_N: Tensor, k: int) -> Tensor:
     """See `noctule.codecs.reference.largest`."""
     n = _check(x_N, torch.float32)
+    if not 0 <= k <= n:
+        raise ValueError(f"there are no {k} largest of {n} elements")
     positions_K = torch.empty(k, dtype=torch.int64, device="cpu")
     _native.largest(x_N.data_ptr(), n, k, positions_K.data_ptr(), _threads(n))
     return positions_K

@@ -10,6 +10,9 @@ from torch import Tensor
 from noctule.errors import ExchangeError
 
 
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the older name, which newer torch warns of
+
+
 def own_group() -> dist.ProcessGroup:
     """Another process group of all processes: for an exchange that runs while DDP speaks on the usual one."""
     group = dist.new_group()
@@ -48,7 +51,7 @@ class Group:
             padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
             padded[: wire.numel()] = wire
             found = torch.empty(self.world * longest, dtype=torch.uint8, device=self.device)
-            dist.all_gather_into_tensor(found, padded, group=self.group)
+            _all_gather(found, padded, group=self.group)
         self.sent_bytes += (self.world - 1) * longest
         return [each[:size] for each, size in zip(found.cpu().view(self.world, longest), sizes, strict=True)]
 
@@ -81,7 +84,7 @@ class Group:
 
     def _sizes(self, size: int) -> list[int]:
         sizes = torch.empty(self.world, dtype=torch.int64, device=self.device)
-        dist.all_gather_into_tensor(sizes, torch.tensor([size], device=self.device), group=self.group)
+        _all_gather(sizes, torch.tensor([size], device=self.device), group=self.group)
         return sizes.tolist()
 
     @contextmanager
