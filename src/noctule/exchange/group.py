@@ -9,8 +9,9 @@ from torch import Tensor
 
 from noctule.errors import ExchangeError
 
-
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the older name, which newer torch warns of
+_all_gather = getattr(
+    dist, "all_gather_single", dist.all_gather_into_tensor
+)  # the older name, which newer torch warns of
 
 
 def own_group() -> dist.ProcessGroup:

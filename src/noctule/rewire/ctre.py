@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from noctule.layers import SparseLayer, SparseLinear
-from noctule.rewire.engine import Rewire, Sight
+from noctule.rewire.engine import Rewire, Seeing, Sight
 from noctule.rewire.rigl import largest
 from noctule.rewire.set import anywhere
 from noctule.topology import Topology
@@ -144,7 +144,7 @@ def ctre(
 _SIGNS = {"validation_accuracy": 1.0, "validation_loss": -1.0}
 
 
-class _Alike:
+class _Alike(Seeing):
     """The `Sight`: adds up what the cosines need, at the places that are looked at."""
 
     def __init__(
@@ -166,12 +166,14 @@ class _Alike:
     def choose(self, count: int, taken: Tensor, dropped: Tensor) -> Tensor:
         if self.grow.random:  # since this sight began to look
             return anywhere(self.layer, self.generator).choose(count, taken, dropped)
-        if self.squares is None:
+        if not self.anyone(self.squares is not None):
             return taken.new_empty(0)
         stays = torch.ones_like(taken, dtype=torch.bool)
         stays[torch.searchsorted(taken, dropped)] = False
-        over_O, over_I = (torch.where(s > 0, s.rsqrt(), 0.0) for s in self.squares)
-        alike, cosines = self.places.best(count, taken[stays], over_O, over_I)
+        sizes = self.layer.topology.shape
+        squares = self.squares or tuple(_wide(self.layer.values.new_zeros(size)) for size in sizes)
+        over_O, over_I = torch.where((s := self.together(torch.cat(squares))) > 0, s.rsqrt(), 0.0).split(sizes)
+        alike, cosines = self.places.best(count, taken[stays], over_O, over_I, self.together)
         alike = alike[cosines > 0]
         if self.grow.mode == "sim":
             alike = alike[~torch.isin(alike, dropped)]
@@ -195,12 +197,15 @@ class _Everywhere:
     def see(self, y_OB: Tensor, x_IB: Tensor) -> None:
         self.passes.append((y_OB, x_IB))
 
-    def best(self, count: int, excluded: Tensor, over_O: Tensor, over_I: Tensor) -> tuple[Tensor, Tensor]:
+    def best(
+        self, count: int, excluded: Tensor, over_O: Tensor, over_I: Tensor, together: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Keys of the places most alike, none of them excluded, and their cosines."""
 
         def cosines(start: int, stop: int) -> Tensor:
             tiles = (self.layer.gradient_rows(start, stop, y, x) for y, x in self.passes)
-            return sum(tiles, over_O.new_zeros(())).abs() * over_O[start:stop, None] * over_I
+            sums = together(sum(tiles, over_O.new_zeros(stop - start, over_I.numel())))
+            return sums.abs() * over_O[start:stop, None] * over_I
 
         return largest(cosines, self.layer.topology.shape, count, excluded)
 
@@ -219,13 +224,15 @@ class _Somewhere:
         sums = self.layer.gradient_at(self.places, y_OB, x_IB)
         self.sums = sums if self.sums is None else self.sums + sums
 
-    def best(self, count: int, excluded: Tensor, over_O: Tensor, over_I: Tensor) -> tuple[Tensor, Tensor]:
+    def best(
+        self, count: int, excluded: Tensor, over_O: Tensor, over_I: Tensor, together: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Keys of the places most alike, none of them excluded, and their cosines."""
-        assert self.sums is not None
+        sums = together(over_O.new_zeros(self.keys.numel()) if self.sums is None else self.sums)
         free = torch.ones_like(self.keys, dtype=torch.bool)
         free[torch.searchsorted(self.keys, excluded)] = False
         keys, in_features = self.keys[free], self.layer.topology.shape[1]
-        cosines = self.sums[free].abs() * over_O[keys // in_features] * over_I[keys % in_features]
+        cosines = sums[free].abs() * over_O[keys // in_features] * over_I[keys % in_features]
         cosines, order = cosines.topk(min(count, keys.numel()))
         return keys[order], cosines
 

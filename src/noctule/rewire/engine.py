@@ -10,12 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from noctule.channel import Exchange
 from noctule.layers import SparseLayer
 from noctule.method import Method
 from noctule.optim import check_carry
 from noctule.rewire.drop import Drop, smallest
 from noctule.schedule import constant
-from noctule.topology import Remap, exchange
+from noctule.topology import Remap
+from noctule.topology import exchange as exchanged
 from noctule.types import Schedule
 
 _rewired: WeakSet[SparseLayer] = WeakSet()
@@ -34,6 +36,25 @@ class Sight(Protocol):
             dropped: the keys of those among them that are to go, in any order.
         """
         ...
+
+
+class Seeing:
+    """A `Sight` that looks at what differs from worker to worker, a gradient or activations, and asks for what all of them saw.
+
+    All workers must ask for the same things in the same order.
+    """
+
+    exchange: Exchange | None = None
+    """Between the workers; None where there is one."""
+    key = ""
+
+    def together(self, x: Tensor) -> Tensor:
+        """The mean over all workers, of what each has."""
+        return x if self.exchange is None else self.exchange([x], [self.key])[0]
+
+    def anyone(self, saw: bool) -> bool:
+        """Whether a worker saw anything."""
+        return saw if self.exchange is None else bool(self.together(torch.tensor([float(saw)])) > 0)
 
 
 class Grow(Protocol):
@@ -82,6 +103,7 @@ class Rewire(Method):
         until: no changes from this step on (None: to the end).
         skip: names of layers that are left alone.
         seed: of the random places.
+        exchange: between workers that train one model together: growers then see what all of them see, and all grow the same.
     """
 
     def __init__(
@@ -94,6 +116,7 @@ class Rewire(Method):
         until: int | None = None,
         skip: Sequence[str] = (),
         seed: int = 0,
+        exchange: Exchange | None = None,
     ) -> None:
         """Check the options; nothing starts before `begin`."""
         if every < 1:
@@ -102,7 +125,7 @@ class Rewire(Method):
             raise ValueError(f"fraction must lie in [0, 1], got {fraction}")
         self.drop, self.grow, self.every, self.until, self.skip = drop, grow, every, until, tuple(skip)
         self.fraction: Schedule = fraction if callable(fraction) else constant(fraction)
-        self.seed = seed
+        self.seed, self.exchange = seed, exchange
         self.steps = 0
         self.moved: dict[str, int] = {}
         """Connections moved since the method began, by layer."""
@@ -170,10 +193,12 @@ class Rewire(Method):
 
     def _check_ranks(self, layer: SparseLayer) -> None:
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if several and callable(self.grow(layer, torch.Generator())):
+        sight = self.grow(layer, torch.Generator())
+        if several and callable(sight) and (self.exchange is None or not isinstance(sight, Seeing)):
             raise RuntimeError(
                 "this way to grow looks at gradients or activations, which differ from rank to rank, as the connections would: "
-                "with several ranks use set_(seed=...), which draws the same places on all of them"
+                "with several ranks give Rewire an exchange=, such as a Channel over AllReduce(), if its Sight is a Seeing one; "
+                "or use set_(seed=...), which draws the same places on all of them"
             )
 
     def _due(self, step: int) -> bool:
@@ -191,6 +216,8 @@ class Rewire(Method):
         layer = self._layers[name]
         generator = torch.Generator().manual_seed(Random(f"{self.seed} {self.steps} {name}").getrandbits(63))
         sight = self._sights[name] = self.grow(layer, generator)
+        if isinstance(sight, Seeing):
+            sight.exchange, sight.key = self.exchange, f"{name} growth"
         layer.watch = sight if callable(sight) else None
 
     @torch.no_grad()
@@ -209,7 +236,7 @@ class Rewire(Method):
             return 0
         if grown.numel() < dropped.numel():  # hardly a place is missing: of those that would go, the largest stay
             dropped = dropped[layer.values[dropped].abs().argsort()[: grown.numel()]]
-        layer.remap_(*exchange(old, dropped, grown))
+        layer.remap_(*exchanged(old, dropped, grown))
         return grown.numel()
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from noctule.layers import SparseLayer
-from noctule.rewire.engine import Rewire
+from noctule.rewire.engine import Rewire, Seeing
 from noctule.topology import Topology
 
 
-class _Candidates:
+class _Candidates(Seeing):
     def __init__(self, layer: SparseLayer, generator: torch.Generator) -> None:
         self.layer, topology = layer, layer.topology
         self.keys = topology.missing(topology.size, generator=generator)
@@ -26,9 +26,12 @@ class _Candidates:
         self.gradient = gradient if self.gradient is None else self.gradient + gradient
 
     def choose(self, count: int, taken: Tensor, dropped: Tensor) -> Tensor:
-        if self.gradient is None:
+        if not self.anyone(self.gradient is not None):
             return taken.new_empty(0)
-        steepest = self.gradient.abs().topk(min(count, self.keys.numel()), sorted=False).indices
+        gradient = self.layer.values.new_zeros(self.keys.numel())
+        if self.gradient is not None:
+            gradient += self.gradient
+        steepest = self.together(gradient).abs().topk(min(count, self.keys.numel()), sorted=False).indices
         return self.keys.to(steepest.device)[steepest]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from noctule.layers import SparseLayer
-from noctule.rewire.engine import Rewire
+from noctule.rewire.engine import Rewire, Seeing
 from noctule.schedule import cosine
 
 TILE_PLACES = 1 << 22
@@ -44,7 +44,7 @@ def largest(
     return best_keys, best
 
 
-class _WholeGradient:
+class _WholeGradient(Seeing):
     def __init__(self, layer: SparseLayer) -> None:
         self.layer = layer
         self.passes: list[tuple[Tensor, Any]] = []
@@ -53,12 +53,13 @@ class _WholeGradient:
         self.passes.append((dy, x))
 
     def choose(self, count: int, taken: Tensor, dropped: Tensor) -> Tensor:
-        if not self.passes:
+        if not self.anyone(bool(self.passes)):
             return taken.new_empty(0)
 
         def steepness(start: int, stop: int) -> Tensor:
+            nothing = self.layer.values.new_zeros(stop - start, self.layer.topology.shape[1])
             tiles = (self.layer.gradient_rows(start, stop, dy, x) for dy, x in self.passes)
-            return sum(tiles, torch.zeros((), device=taken.device)).abs()
+            return self.together(sum(tiles, nothing)).abs()
 
         return largest(steepness, self.layer.topology.shape, count, taken)[0]
 
