@@ -11,6 +11,7 @@ from noctule.exchange.fsdp import fsdp_hooks
 from noctule.exchange.group import Group, own_group
 from noctule.exchange.handshake import agree
 from noctule.exchange.local import Local
+from noctule.exchange.noise_scale import NoiseScale
 from noctule.exchange.power_sgd import PowerSGD
 from noctule.exchange.probe import LinkEstimate, probe_link
 from noctule.exchange.two_phase import TwoPhase
@@ -26,6 +27,7 @@ __all__ = [
     "Group",
     "LinkEstimate",
     "Local",
+    "NoiseScale",
     "PowerSGD",
     "TwoPhase",
     "Weigh",

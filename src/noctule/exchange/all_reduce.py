@@ -49,17 +49,11 @@ class AllReduce:
                 "or TwoPhase for a codec"
             )
         along = torch.tensor(numbers, dtype=torch.float32)
-        totals = []
+        split = {}
         for dtype in sorted({x.dtype for x in tensors} | {torch.float32}, key=str):
             parts = [x.flatten() for x in tensors if x.dtype is dtype]
             if dtype is torch.float32:
                 parts.append(along.to(parts[0].device if parts else "cpu"))
-            totals.append((dtype, self.group.add(torch.cat(parts))))
-        split = {dtype: iter(total.split(_sizes(tensors, dtype, len(numbers)))) for dtype, total in totals}
-        means = [next(split[x.dtype]).view_as(x) / self.world for x in tensors]
+            split[dtype] = iter(self.group.add_(torch.cat(parts)).split([part.numel() for part in parts]))
+        means = [next(split[x.dtype]).view_as(x).div_(self.world) for x in tensors]
         return Arrived(means, list(tensors), next(split[torch.float32]).tolist())
-
-
-def _sizes(tensors: Sequence[Tensor], dtype: torch.dtype, numbers: int) -> list[int]:
-    sizes = [x.numel() for x in tensors if x.dtype is dtype]
-    return [*sizes, numbers] if dtype is torch.float32 else sizes

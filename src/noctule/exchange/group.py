@@ -70,10 +70,10 @@ class Group:
         self.sent_bytes += sum(sent) - sent[self.rank]
         return list(found.cpu().split(list(sizes)))
 
-    def add(self, x: Tensor) -> Tensor:
-        """The sum over all workers."""
+    def add_(self, x: Tensor) -> Tensor:
+        """The sum over all workers, in the place of ``x`` where that is on the right device."""
         with self._speaking("all_reduce"):
-            total = x.to(self.device, copy=True)
+            total = x.to(self.device)
             dist.all_reduce(total, group=self.group)
         self.sent_bytes += round(2 * (self.world - 1) / self.world * x.nbytes)
         return total.to(x.device)

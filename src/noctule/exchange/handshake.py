@@ -31,7 +31,7 @@ def agree_on_places(exchange: Exchange, model: nn.Module) -> None:
     Raises:
         ExchangeError: they differ.
     """
-    _compare(exchange, _places(model))
+    _compare(exchange, described_places(model))
 
 
 def _compare(exchange: Exchange, mine: Mapping[str, str]) -> None:
@@ -59,10 +59,11 @@ def _described(model: nn.Module) -> dict[str, str]:
         name: f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)} {_digest(p)}"
         for name, p in model.named_parameters()
     }
-    return lines | _places(model)
+    return lines | described_places(model)
 
 
-def _places(model: nn.Module) -> dict[str, str]:
+def described_places(model: nn.Module) -> dict[str, str]:
+    """A line for each topology."""
     lines = {}
     for name, layer in sparse_layers(model).items():
         places = layer.topology

@@ -45,7 +45,7 @@ class PowerSGD(Exchange):
         matrices = {key: x.flatten(1).float() for x, key in zip(tensors, keys, strict=True) if self._is_low(x)}
         matrices = {key: m + self.owed[key].flatten(1) if key in self.owed else m for key, m in matrices.items()}
         first = [
-            matrices[key] @ self._first(key, matrices[key]) if key in matrices else x
+            _times(matrices[key], self._first(key, matrices[key])) if key in matrices else x
             for x, key in zip(tensors, keys, strict=True)
         ]
         means = dict(zip(keys, self.over(first, [f"{key} P" if key in matrices else key for key in keys]), strict=True))
@@ -53,7 +53,7 @@ class PowerSGD(Exchange):
             return list(means.values())
         shapes = {key: x.shape for key, x in zip(keys, tensors, strict=True)}
         bases = {key: _orthonormal(means[key]) for key in matrices}
-        right = self.over([m.t() @ bases[key] for key, m in matrices.items()], [f"{key} Q" for key in matrices])
+        right = self.over([_times(m.t(), bases[key]) for key, m in matrices.items()], [f"{key} Q" for key in matrices])
         for (key, m), q in zip(matrices.items(), right, strict=True):
             mean = bases[key] @ q.t()
             if bool(torch.isfinite(mean).all()) and bool(
@@ -75,8 +75,8 @@ class PowerSGD(Exchange):
         for x in tensors:
             if self._is_low(x):
                 m = x.flatten(1).float()
-                first.append(m @ torch.ones(m.shape[1], self.rank, device=m.device))
-                right.append(m.t() @ _orthonormal(first[-1]))
+                first.append(_times(m, torch.ones(m.shape[1], self.rank, device=m.device)))
+                right.append(_times(m.t(), _orthonormal(first[-1])))
                 m = m - first[-1] @ right[-1].t()
             else:
                 first.append(x)
@@ -126,6 +126,11 @@ class PowerSGD(Exchange):
             generator = torch.Generator().manual_seed(self.seed)
             self.basis[key] = torch.randn(matrix.shape[1], self.rank, generator=generator).to(matrix.device)
         return self.basis[key]
+
+
+def _times(m: Tensor, thin: Tensor) -> Tensor:
+    """m @ thin, several times as fast with the thin factor first."""
+    return (thin.t() @ m.t()).t()
 
 
 def _orthonormal(p: Tensor) -> Tensor:
