@@ -3,8 +3,8 @@
 import process_jobs as jobs
 import pytest
 import torch
-from exchange_cases import given
 
+from exchange_cases import given
 from noctule.aggregate import mean
 from noctule.testing.processes import Workers
 

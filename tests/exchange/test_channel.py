@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from exchange_cases import KEYS, Half, given, together
 from hypothesis import given as given_
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from exchange_cases import KEYS, Half, given, together
 from noctule.aggregate import krum, mean, median, trimmed_mean
 from noctule.channel import Channel, Stage
 from noctule.codecs import Cast

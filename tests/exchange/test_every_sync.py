@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from exchange_cases import Half, together
 from torch import nn
 
+from exchange_cases import Half, together
 from noctule import ToSparse, convert_, set_
 from noctule.channel import Channel
 from noctule.codecs import Cast
