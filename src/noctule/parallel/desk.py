@@ -1,0 +1,226 @@
+"""Where a shard's messages are read, checked and answered, at once or when the worker's turn has come; without sockets."""
+
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from noctule.checkpoint import Checkpoints
+from noctule.codecs import Codec
+from noctule.codecs.exact import Exact
+from noctule.errors import CheckpointError, ExchangeError
+from noctule.parallel.messages import field, read, to_bytes, to_tensor, write
+from noctule.parallel.server import Shard
+
+Letter = tuple[bytes, list[bytes]]
+"""The route to a worker, and the frames of an answer to it."""
+
+
+class Desk:
+    """Answers messages; whatever one says, the shard stays as it is or makes exactly one step.
+
+    A worker has one request under way; a later one takes its place. A push that was seen already is answered again and not applied
+    again. One that does not follow the last is answered with ``lost``: its sender must join again and send what is missing.
+
+    Args:
+        shard: what the messages are for.
+        codec: how gradients are encoded.
+        folder: where snapshots are kept, from which this shard goes on if there is one; None for none.
+        snapshot_every: how many pushes lie between two of them.
+        max_bytes: of the tensors of one message.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        *,
+        codec: Codec | None = None,
+        folder: str | os.PathLike | None = None,
+        snapshot_every: int = 100,
+        max_bytes: int = 1 << 30,
+    ) -> None:
+        """Take up the newest snapshot."""
+        if snapshot_every < 1:
+            raise ValueError(f"a snapshot is made after at least one push, got snapshot_every={snapshot_every}")
+        self.shard, self.codec, self.max_bytes = shard, Exact() if codec is None else codec, max_bytes
+        self.snapshot_every = snapshot_every
+        self.checkpoints = None if folder is None else Checkpoints(folder)
+        self._waiting: dict[int, tuple[bytes, dict[str, Any], list[bytes]]] = {}
+        if self.checkpoints is not None and (found := self.checkpoints.latest()) is not None:
+            shard.load_state_dict(found[1])
+        self._unsaved = 0
+
+    def handle(self, worker: int, route: bytes, frames: Sequence[bytes]) -> list[Letter]:
+        """What is to be sent, to this worker and to others whose turn has come."""
+        header: dict[str, Any] = {}
+        try:
+            header, tensors = read(frames)
+            kind, serial = field(header, "kind", str), field(header, "serial", int)
+            self.shard.hears(worker, field(header, "session", str))
+            if kind == "ask":
+                return [(route, write({"serial": serial, **self._told(worker, route, header)}))]
+            if sum(map(len, tensors)) > self.max_bytes:
+                raise ExchangeError(
+                    f"a message holds at most {self.max_bytes:,} bytes of tensors, got {sum(map(len, tensors)):,}: use more "
+                    "shards, or a server with a larger max_bytes"
+                )
+            if kind not in self._KINDS:
+                raise ExchangeError(f"there is no request {kind!r:.40}: one of {', '.join(self._KINDS)}, ask")
+        except Exception as error:
+            return [(route, write({"serial": _number(header), "error": _said(error)}))]
+        self._waiting[worker] = (route, header, tensors)
+        return self._settle()
+
+    def tick(self) -> list[Letter]:
+        """Time has passed: whoever fell silent is not waited for."""
+        self.shard.forget_silent()
+        return self._settle()
+
+    def close(self) -> None:
+        """Keep everything."""
+        if self._unsaved:
+            self._save()
+
+    def _told(self, worker: int, route: bytes, asked: dict[str, Any]) -> dict[str, Any]:
+        """Whether a request is here, and what it waits for; its answer will go where the question came from."""
+        _, header, tensors = self._waiting.get(worker, (b"", {}, []))
+        if (header.get("session"), header.get("serial")) != (asked["session"], field(asked, "about", int)):
+            return {"waiting": False}
+        self._waiting[worker] = (route, header, tensors)
+        return {"waiting": True, "why": self.shard.why_not(worker)}
+
+    def _settle(self) -> list[Letter]:
+        """Answer whoever can be answered, until that changes nothing for the others."""
+        letters, moved = [], True
+        while moved:
+            moved = False
+            for worker, (route, header, tensors) in list(self._waiting.items()):
+                version = self._standing()
+                try:
+                    answer = self._KINDS[header["kind"]](self, worker, header, tensors)
+                except Exception as error:
+                    answer = {"error": _said(error)}, []
+                moved = moved or self._standing() != version
+                if answer is not None:
+                    del self._waiting[worker]
+                    letters.append((route, write({"serial": header["serial"], **answer[0]}, answer[1])))
+        if self._unsaved >= self.snapshot_every:
+            self._save()
+        return letters
+
+    def _standing(self) -> tuple[object, ...]:
+        """What others may be waiting for."""
+        shard = self.shard
+        return len(shard.parameters), *((n, seat.clock, seat.live) for n, seat in shard.seats.items())
+
+    # The requests: a header and frames, or None as long as there is no answer.
+
+    def _join(self, worker: int, header: dict[str, Any], tensors: list[bytes]) -> Any:
+        facts = field(header, "facts", dict)
+        if facts.get("codec") != str(self.codec):
+            raise ExchangeError(
+                f"worker {worker} differs from the server in 'codec': {facts.get('codec')!r:.200}, where it has "
+                f"{str(self.codec)!r}: give both the same one"
+            )
+        if not self.shard.parameters and worker == 0:
+            return {"seed": True, "limit": self.max_bytes}, []
+        if not self.shard.join(worker, header["session"], facts):
+            return None
+        return {"seed": False, "limit": self.max_bytes, "seen": self.shard.seats[worker].seen}, []
+
+    def _seed(self, worker: int, header: dict[str, Any], tensors: list[bytes]) -> Any:
+        shapes, facts = field(header, "shapes", dict), field(header, "facts", dict)
+        bound, warm = field(header, "bound", int, default=None), field(header, "warm_start", int)
+        if worker != 0:
+            raise ExchangeError(f"the first weights come from worker 0, and this is worker {worker}")
+        if warm < 0 or (bound is not None and bound < 0):
+            raise ExchangeError(f"a bound and a warm start are numbers of pushes, got {bound} and {warm}")
+        if not shapes or len(shapes) != len(tensors):
+            raise ExchangeError(f"{len(tensors)} tensors came for {len(shapes)} parameters")
+        for name, shape in shapes.items():
+            if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
+                raise ExchangeError(f"{name!r:.100} cannot have the shape {shape!r:.100}")
+            if 4 * math.prod(shape) > self.max_bytes:
+                raise ExchangeError(f"{name!r:.100} of shape {shape} is more than {self.max_bytes:,} bytes")
+        if not self.shard.parameters:
+            weights = {n: to_tensor(Exact(), x, shapes[n], n) for n, x in zip(shapes, tensors, strict=True)}
+            self.shard.seed(weights, facts=facts, bound=bound, warm_start=warm)
+            self._save()
+        return {}, []
+
+    def _push(self, worker: int, header: dict[str, Any], tensors: list[bytes]) -> Any:
+        shard, number = self.shard, field(header, "number", int)
+        pull, names = field(header, "pull", bool), field(header, "names", list)
+        if not shard.knows(worker, header["session"]) or number > shard.seats[worker].seen + 1:
+            return {"lost": True}, []
+        seat = shard.seats[worker]
+        if number > seat.seen:
+            if not shard.may_run(worker):
+                return None
+            shard.push(worker, number, self._gradients(names, tensors))
+            self._unsaved += 1
+        if not shard.may_run(worker):
+            return None
+        weights = self._weights(worker) if pull else []
+        return {"version": shard.version, "staleness": seat.staleness, "saved": self._safe(worker)}, weights
+
+    def _pull(self, worker: int, header: dict[str, Any], tensors: list[bytes]) -> Any:
+        if not self.shard.knows(worker, header["session"]):
+            return {"lost": True}, []
+        if not self.shard.may_run(worker):
+            return None
+        return {"version": self.shard.version, "saved": self._safe(worker)}, self._weights(worker)
+
+    def _leave(self, worker: int, header: dict[str, Any], tensors: list[bytes]) -> Any:
+        number = field(header, "number", int)
+        if not self.shard.knows(worker, header["session"]) or number > self.shard.seats[worker].seen:
+            return {"lost": True}, []
+        self.shard.leave(worker)
+        if self._safe(worker) < number:
+            self._save()  # the worker does not keep its pushes any longer
+        return {"saved": self._safe(worker)}, []
+
+    _KINDS = {"join": _join, "seed": _seed, "push": _push, "pull": _pull, "leave": _leave}  # noqa: RUF012
+
+    # Inside.
+
+    def _gradients(self, names: list[Any], tensors: list[bytes]) -> dict[str, Any]:
+        parameters = self.shard.parameters
+        strange = [name for name in names if not isinstance(name, str) or name not in parameters]
+        if strange or len(set(names)) != len(names):
+            raise ExchangeError(
+                f"this shard keeps {list(parameters)!r:.300}, and a push is of {strange or names!r:.300}: does the worker deal its "
+                "parameters to as many shards?"
+            )
+        if len(names) != len(tensors):
+            raise ExchangeError(f"a push of {len(names)} gradients came with {len(tensors)} frames: it is torn")
+        return {n: to_tensor(self.codec, x, parameters[n].shape, n) for n, x in zip(names, tensors, strict=True)}
+
+    def _weights(self, worker: int) -> list[bytes]:
+        return [to_bytes(Exact().encode(x)) for x in self.shard.pull(worker).values()]
+
+    def _safe(self, worker: int) -> int:
+        """The last push of this worker that need not be kept for being sent again."""
+        seat = self.shard.seats[worker]
+        return seat.seen if self.checkpoints is None else seat.saved
+
+    def _save(self) -> None:
+        if self.checkpoints is not None:
+            try:
+                self.shard.save(self.checkpoints)
+            except CheckpointError as error:  # workers keep their pushes until it succeeds
+                warnings.warn(f"{error}; the shard goes on without a new snapshot", stacklevel=2)
+        self._unsaved = 0
+
+
+def _said(error: Exception) -> str:
+    """What its sender hears; also of an error that nobody foresaw, as of an optimizer: the others are to be served."""
+    if isinstance(error, ExchangeError):
+        return str(error)
+    return f"the shard failed at this request: {type(error).__name__}: {error}"
+
+
+def _number(header: dict[str, Any]) -> int:
+    serial = header.get("serial")
+    return serial if type(serial) is int else -1
