@@ -56,7 +56,7 @@ class Exchange(ABC):
         """What resuming needs, as plain data."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 the same
         """Take back what `state_dict` gave."""
 
 

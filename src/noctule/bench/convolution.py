@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from noctule import kernels
 from noctule.bench import program
 from noctule.bench.break_even import break_even
 from noctule.bench.workers import Process, Turns, Unavailable, Workers
 from noctule.errors import UsageError
 from noctule.layers import SparseConv2d
+from noctule.layers.convolution import feature_major, shifted
 from noctule.measure import ratio
 
 TARGETS = {0.1: 1.0, 0.05: 2.0, 0.01: 6.0}
@@ -90,6 +92,7 @@ def convolution(
                 for size in sizes:
                     case = _Case(channel, size, kernel, batch)
                     written += _measure(workers, lines, case, densities, rounds, block_ms / 1e3)
+                    written.append(_profile(workers, lines, case, min(densities), rounds, block_ms / 1e3))
     _show(written)
 
 
@@ -149,10 +152,49 @@ def build(row: Row, case: _Case, density: float) -> tuple[Callable[[], object], 
         ("dx", dx, right[0]),
         ("dw", dweight, right[1].flatten()[sparse.topology.keys()]),
     ):
-        error = float((a.detach().float() - b).abs().max() / b.abs().max())
+        error = float((a.detach().float() - b.detach()).abs().max() / b.detach().abs().max())
         if not error < tolerance:
             raise Unavailable(f"wrong result: {what} is off by {error:.1e} of its largest number")
     return step, None
+
+
+PASSES = ("place the input", "forward", "place the gradient", "back to the input", "gradient of the weight")
+
+
+def build_pass(name: str, case: _Case, density: float) -> tuple[Callable[[], object], None]:
+    """One of the passes of a feature-major step, alone, on tensors that the passes before it have made."""
+    generator = torch.Generator().manual_seed(0)
+    layer = SparseConv2d(
+        case.channels, case.channels, case.kernel, padding=case.kernel // 2, density=density, generator=generator
+    )
+    shape = (case.batch, case.channels, case.size, case.size)
+    x, dy = (LAYOUTS["feature-major"](torch.randn(shape, generator=generator)) for _ in range(2))
+    values = layer.values.detach()
+    places = shifted(layer.topology, layer.geometry, (case.size, case.size), case.batch)
+    _ = places.transposed  # made now, while the layer lives
+    frame, back, dz = kernels.place(x, places.frame), kernels.place(dy, places.back), feature_major(dy)
+    return {
+        "place the input": lambda: kernels.place(x, places.frame),
+        "forward": lambda: kernels.spmm(places, values, places.rows_of(frame)),
+        "place the gradient": lambda: kernels.place(dy, places.back),
+        "back to the input": lambda: kernels.spmm_t(places, values, places.back_rows_of(back)),
+        "gradient of the weight": lambda: kernels.gradients(places, dz, places.rows_of(frame), bias=True),
+    }[name], None
+
+
+def _profile(
+    workers: Workers, lines: program.Lines, case: _Case, density: float, rounds: int, block_seconds: float
+) -> dict[str, Any]:
+    """The passes one at a time, each with the cache to itself, beside a whole step, where each finds what the one before left."""
+    row = ROWS[0]
+    workers.prepare("step", row.process, build, row, case, density)
+    for name in PASSES:
+        workers.prepare(name, row.process, build_pass, name, case, density)
+    taken = workers.take_turns(rounds=rounds, block_seconds=block_seconds, label=f"profile, {case.channels} channels")
+    workers.forget()
+    milliseconds = {name: round(turns.timing.median_seconds * 1e3, 4) for name, turns in taken.items()}
+    common = {"threads": workers.threads, "channels": case.channels, "size": case.size, "batch": case.batch}
+    return lines.write("convolution.profile", **common, row=row.name, density=density, milliseconds=milliseconds)
 
 
 def _measure(
@@ -244,6 +286,21 @@ def _show(written: Sequence[dict[str, Any]]) -> None:
         "convolution: noctule is faster below this density",
         ("row", "threads", "channels", "size", "how"),
         [(line["row"], *case(line), line["how"]) for line in written if line["name"] == "convolution.break_even"],
+    )
+    program.show(
+        "convolution: milliseconds of each pass alone, and of a step",
+        ("threads", "channels", "size", "density", *PASSES, "together", "a step"),
+        [
+            (
+                *case(line),
+                f"{line['density']:g}",
+                *(f"{line['milliseconds'][name]:.2f}" for name in PASSES),
+                f"{sum(line['milliseconds'][name] for name in PASSES):.2f}",
+                f"{line['milliseconds']['step']:.2f}",
+            )
+            for line in written
+            if line["name"] == "convolution.profile"
+        ],
     )
     program.show(
         "convolution: targets",

@@ -97,6 +97,7 @@ class EverySync(Method):
     def _accumulated(self, p: Tensor) -> None:
         if not self._waiting and not self._paused:
             self._waiting = True
+            # as DDP and FSDP2 hear of the end of a backward pass: torch has no public way
             Variable._execution_engine.queue_callback(self._backward_ended)  # type: ignore[attr-defined]
 
     def _backward_ended(self) -> None:

@@ -67,7 +67,7 @@ class Desk:
                 )
             if kind not in self._KINDS:
                 raise ExchangeError(f"there is no request {kind!r:.40}: one of {', '.join(self._KINDS)}, ask")
-        except Exception as error:
+        except Exception as error:  # a message never ends the server
             return [(route, write({"serial": _number(header), "error": _said(error)}))]
         self._waiting[worker] = (route, header, tensors)
         return self._settle()
@@ -99,7 +99,7 @@ class Desk:
                 version = self._standing()
                 try:
                     answer = self._KINDS[header["kind"]](self, worker, header, tensors)
-                except Exception as error:
+                except Exception as error:  # nor does what a message asks for
                     answer = {"error": _said(error)}, []
                 moved = moved or self._standing() != version
                 if answer is not None:
@@ -181,7 +181,7 @@ class Desk:
             self._save()  # the worker does not keep its pushes any longer
         return {"saved": self._safe(worker)}, []
 
-    _KINDS = {"join": _join, "seed": _seed, "push": _push, "pull": _pull, "leave": _leave}  # noqa: RUF012
+    _KINDS = {"join": _join, "seed": _seed, "push": _push, "pull": _pull, "leave": _leave}  # noqa: RUF012 nobody changes it
 
     # Inside.
 

@@ -57,7 +57,7 @@ def answer(call: dict[str, Any]) -> dict[str, Any]:
         result = find(call["function"])(call["rank"], call["workers"], *load(call["arguments"]))
         if result is not None:
             save(call["result"], result)
-    except Exception as error:
+    except Exception as error:  # whatever it is goes to whoever called
         text = "".join(traceback.format_exception(error))
         return {"number": call["number"], "error": type(error).__name__, "message": str(error), "traceback": text}
     return {"number": call["number"], "result": None if result is None else call["result"]}
