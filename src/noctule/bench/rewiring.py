@@ -76,9 +76,11 @@ METHODS: dict[str, Callable[[Schedule], Rewire]] = {
     "ctre-sim": lambda s: s.ctre(mode="sim", exact=True),
     "ctre-seq-sampled": lambda s: s.ctre(mode="seq", exact=False),
     "ctre-sim-sampled": lambda s: s.ctre(mode="sim", exact=False),
+    "ctre-seq-sampled-64": lambda s: s.ctre(mode="seq", exact=False, candidates=64.0),
+    "ctre-sim-sampled-64": lambda s: s.ctre(mode="sim", exact=False, candidates=64.0),
 }
-FORMS = (("ctre-seq", "ctre-seq-sampled"), ("ctre-sim", "ctre-sim-sampled"))
-"""The exact and the sampled form of the same growth."""
+FORMS = tuple((f"ctre-{mode}", f"ctre-{mode}-sampled{many}") for many in ("", "-64") for mode in ("seq", "sim"))
+"""The exact and the sampled form of the same growth: one candidate for each weight, and 64."""
 
 
 def rewiring(
@@ -106,7 +108,8 @@ def rewiring(
         data_dir: where data sets are looked for first.
         densities: shares of all places, each a network.
         epsilons: in epsilon (O + I) weights for each layer, each a network too.
-        methods: set, rigl, rigl-own-schedule, gse, ctre-seq, ctre-sim, ctre-seq-sampled, ctre-sim-sampled (default: all).
+        methods: set, rigl, rigl-own-schedule, gse, ctre-seq, ctre-sim, ctre-seq-sampled, ctre-sim-sampled,
+            and these with -64: candidates for each weight (default: all).
         seeds: one training of each method for each.
         epochs: of each training (default: 500 on Madelon, 30 on Fashion-MNIST, 100 on others).
         patience: epochs without a better validation score after which ctre-seq is random (default: 8 % of the epochs).
