@@ -111,7 +111,7 @@ def test_a_record_whose_checkpoint_was_not_written_is_made_once(toy, tmp_path):
     state = kept.checkpoints.latest()[
         1
     ]  # as if killed after the record of epoch 2: its last batch is done, the epoch is not
-    state["progress"] |= {"epoch": 1, "batch": 7}
+    state["progress"] |= {"epoch": 1, "batch": 7, "samples": len(toy)}
     kept.checkpoints.save(14, state)
     run(toy, kept, epochs=2)
     assert [r["epoch"] for r in kept.run.metrics()] == [r["epoch"] for r in first] == [1, 2]

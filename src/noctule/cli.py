@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from noctule.errors import NoctuleError, UsageError
-from noctule.signature import Parser, add_options, from_json, nearest
+from noctule.signature import Parser, add_options, from_json, nearest, options
 
 BENCHMARKS = (
     "layers",
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bench": bench,
         "doctor": doctor,
     }
+    hidden = {"worker": worker}
     try:
         if not words or words[0] in ("-h", "--help"):
             print(_help(commands))
@@ -48,13 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(f"noctule {__version__}")
             return 0
-        if words[0] not in commands:
+        if words[0] not in commands | hidden:
             raise UsageError(
                 f"there is no command {words[0]}{nearest(words[0], list(commands))}. Commands: {', '.join(commands)}"
             )
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-            return commands[words[0]](words[1:])
+            return (commands | hidden)[words[0]](words[1:])
     except UsageError as error:
         return _fail(error, 2)
     except (NoctuleError, OSError) as error:
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(words: list[str]) -> int:
     """Train by a recipe, or go on with a run that was stopped."""
+    from noctule.launch import Strategy
     from noctule.report import RunFolder
 
     name = words.pop(0) if words and not words[0].startswith("-") else None
@@ -96,11 +98,17 @@ def run(words: list[str]) -> int:
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped")
     parser.add_argument("--threads", type=int, metavar="INT", help="processor threads (default: what torch takes)")
     add_options(parser, recipe)
+    several = parser.add_argument_group("several workers on this machine")
+    several.add_argument("--workers", type=int, metavar="INT", help="processes that train together")
+    add_options(several, Strategy)
     given = vars(parser.parse_args(words))
     out, resume, threads = given.pop("out"), given.pop("resume"), given.pop("threads")
+    together = {k: given.pop(k) for k in ("workers", *options(Strategy)) if given.get(k) is not None or k == "workers"}
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be at least 1, got {threads}")
-    return _start(name, recipe, given, out=out, resume=resume, threads=threads, about=about, command=words)
+    return _start(
+        name, recipe, given, out=out, resume=resume, threads=threads, about=about, command=words, together=together
+    )
 
 
 def _start(
@@ -113,6 +121,7 @@ def _start(
     threads: int | None,
     about: dict[str, Any],
     command: list[str],
+    together: dict[str, Any],
 ) -> int:
     import torch
 
@@ -121,13 +130,22 @@ def _start(
     from noctule.report import RunFolder
 
     keep_freed_memory()
+    if together["workers"] is None:
+        if len(together) > 1:
+            raise UsageError(
+                f"{', '.join(f'--{k}' for k in together if k != 'workers')} needs --workers, how many train together"
+            )
+        together = {}
     if resume is not None:
-        options = from_json(recipe, about["options"])
-        changed = sorted(k for k, v in given.items() if options.get(k, v) != v or k not in options)
-        if changed or out is not None:
-            raise UsageError(f"--resume goes on with the options of that run; leave out {', '.join(changed) or 'out'}")
-        threads = threads or about.get("threads")
+        kept = from_json(recipe, about["options"])
+        changed = sorted(k for k, v in given.items() if k not in kept or kept[k] != v)
+        if changed or out is not None or together:
+            words = [*changed, *together] or ["out"]
+            raise UsageError(f"--resume goes on with the options of that run; leave out {', '.join(words)}")
+        threads, together = threads or about.get("threads"), about.get("together") or {}
     defaults = {k: p.default for k, p in inspect.signature(recipe).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    if together and threads is None:
+        threads = max(1, torch.get_num_threads() // max(1, together["workers"]))
     if threads is not None:
         torch.set_num_threads(threads)
     here = {"threads": torch.get_num_threads(), "instruction_set": native.instruction_set()}
@@ -137,20 +155,23 @@ def _start(
         if differ:
             warnings.warn(f"the run goes on, but not bit for bit as it began: {', '.join(differ)}", stacklevel=1)
     else:
-        options = {**defaults, **given}
+        kept = {**defaults, **given}
         path = out or Path("runs") / f"{Path(name).stem.replace(':', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = RunFolder.create(
             path,
             recipe=name,
-            options=options,
-            seed=options.get("seed", 0),
+            options=kept,
+            seed=kept.get("seed", 0),
             command=["noctule", "run", name, *command],
+            together=together or None,
             **here,
         )
     print(f"run: {folder.path}", flush=True)
+    if together:
+        return _together(folder, name, together, threads=torch.get_num_threads())
     with folder:
         try:
-            result = recipe(folder, **options)
+            result = recipe(folder, **kept)
         except (KeyboardInterrupt, NoctuleError, OSError, ValueError) as error:
             _say_how_it_stands(folder, name)
             if isinstance(error, ValueError) and not isinstance(error, NoctuleError):
@@ -158,6 +179,40 @@ def _start(
             raise
     _print_outcome(folder, result)
     return 0
+
+
+def _together(folder: Any, name: str, together: dict[str, Any], *, threads: int) -> int:
+    """Several workers of this machine, under a supervisor."""
+    from noctule.launch import Strategy, Supervisor
+    from noctule.report import write_report
+
+    strategy = Strategy(**{k: v for k, v in together.items() if k != "workers"})
+    supervisor = Supervisor(folder.path, workers=together["workers"], strategy=strategy, threads=threads)
+    try:
+        supervisor.run()
+    except (KeyboardInterrupt, NoctuleError, OSError):
+        _say_how_it_stands(folder, name)
+        raise
+    if folder.summary():
+        write_report(folder)
+    _print_outcome(folder, folder.summary())
+    return 0
+
+
+def worker(words: list[str]) -> int:
+    """Be a worker of a supervisor, at the other end of a socket."""
+    from noctule.launch.worker import work
+    from noctule.report import RunFolder
+
+    def train(plan: dict[str, Any]) -> None:
+        run = RunFolder(plan["run"])
+        about = run.about()
+        recipe = find(about["recipe"])
+        kept = from_json(recipe, about["options"])
+        with RunFolder.of_worker(run, plan["member"]) as folder:
+            recipe(folder, **kept)
+
+    return work(int(words[0]), train)
 
 
 def _say_how_it_stands(folder: Any, name: str) -> None:

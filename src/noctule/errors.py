@@ -17,6 +17,10 @@ class ExchangeError(NoctuleError, RuntimeError):
     """Workers do not fit together, or what one of them sent is torn, late or not what it must be."""
 
 
+class LostWorkerError(ExchangeError):
+    """An exchange was not finished: a worker died or left, or the link between them is down."""
+
+
 class NonFiniteError(NoctuleError, ArithmeticError):
     """A loss, an input or a weight became NaN or infinite."""
 

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from noctule.checkpoint import Checkpoints
 from noctule.data import Batches, Dataset, Windows
-from noctule.errors import CheckpointError
+from noctule.errors import CheckpointError, ExchangeError
 from noctule.finite import check_parameters, explain
 from noctule.interrupt import deferred_interrupt
 from noctule.measure import Progress
@@ -24,6 +24,18 @@ from noctule.prune import resize_to
 from noctule.topology import Remap
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Source(Protocol):
+    """Batches of an epoch, from a batch on, such as `Batches`."""
+
+    def __len__(self) -> int:
+        """The batches of an epoch."""
+        ...
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and targets."""
+        ...
 
 
 class Journal(Protocol):
@@ -60,8 +72,10 @@ class Fitted:
     best_epoch: int = 0
     """The epoch, from 1, with the best validation accuracy of a network of these widths; of equals the first."""
     best_accuracy: float = -1.0
+    samples: int = 0
+    """Samples of the epoch so far."""
     loss_sum: float = 0.0
-    """Sum of the losses of the epoch's samples so far."""
+    """Sum of their losses."""
     moved: dict[str, int] = field(default_factory=dict)
     """Connections that came in this epoch, by layer."""
     best_state: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -97,7 +111,7 @@ def evaluate(
 def fit(
     model: nn.Module,
     optimizer: Optimizer,
-    train: Batches,
+    train: Source,
     *,
     validation: Dataset | Windows,
     epochs: int,
@@ -110,8 +124,8 @@ def fit(
     """Train for ``epochs``, validate after each, and return what was found; with a journal, resume where it stopped.
 
     A checkpoint is written after every epoch and, in long ones, every ``checkpoint_seconds``. Ctrl-C writes one more and
-    then raises KeyboardInterrupt. A loss that is not finite raises `NonFiniteError` before it reaches the weights, and the last
-    checkpoint stays. Where seed, threads and instruction set are the same, a resumed training ends bit for bit as one that was
+    then raises KeyboardInterrupt; an `ExchangeError`, which leaves the worker where it was before the step, leaves one too. A loss
+    that is not finite raises `NonFiniteError` before it reaches the weights, and the last checkpoint stays. Where seed, threads and instruction set are the same, a resumed training ends bit for bit as one that was
     never stopped.
 
     Args:
@@ -155,27 +169,34 @@ def fit(
         model.train()
         while progress.epoch < epochs:
             started = saved = time.perf_counter()
-            for inputs, targets in train.epoch(progress.epoch, start=progress.batch):
-                optimizer.zero_grad(set_to_none=True)
-                loss = loss_fn(model(inputs), targets)
-                value = float(loss.detach())
-                if not value - value == 0.0:
-                    raise explain(model, inputs, step=progress.step + 1)
-                loss.backward()
-                optimizer.step()
-                if scheduler is not None:
-                    scheduler.step()
-                progress.loss_sum += value * len(targets)
-                progress.batch += 1
-                progress.step += 1
-                bar.advance(note=f"epoch {progress.epoch + 1}, loss {value:.4f}")
-                now = time.perf_counter()
-                if interrupted() or now - saved >= checkpoint_seconds:
-                    progress.seconds += now - started
-                    save()
-                    if interrupted():
-                        raise KeyboardInterrupt
-                    started = saved = time.perf_counter()
+            try:
+                for inputs, targets in train.epoch(progress.epoch, start=progress.batch):
+                    optimizer.zero_grad(set_to_none=True)
+                    loss = loss_fn(model(inputs), targets)
+                    value = float(loss.detach())
+                    if not value - value == 0.0:
+                        raise explain(model, inputs, step=progress.step + 1)
+                    loss.backward()
+                    optimizer.step()
+                    if scheduler is not None:
+                        scheduler.step()
+                    progress.samples += len(targets)
+                    progress.loss_sum += value * len(targets)
+                    progress.batch += 1
+                    progress.step += 1
+                    bar.advance(note=f"epoch {progress.epoch + 1}, loss {value:.4f}")
+                    now = time.perf_counter()
+                    if interrupted() or now - saved >= checkpoint_seconds:
+                        progress.seconds += now - started
+                        save()
+                        if interrupted():
+                            raise KeyboardInterrupt
+                        started = saved = time.perf_counter()
+                session.settle()
+            except ExchangeError:
+                progress.seconds += time.perf_counter() - started
+                save()
+                raise
             progress.seconds += time.perf_counter() - started
             loss, accuracy = evaluate(model, validation, loss_fn=loss_fn)
             _finish_epoch(progress, model, accuracy)
@@ -186,10 +207,10 @@ def fit(
                         "epoch": progress.epoch,
                         "step": progress.step,
                         "seconds": progress.seconds,
-                        "train_loss": progress.loss_sum / _samples(train),
+                        "train_loss": progress.loss_sum / progress.samples,
                         "validation_loss": loss,
                         "validation_accuracy": accuracy,
-                        "samples_per_second": _samples(train) / progress.epoch_seconds[-1],
+                        "samples_per_second": progress.samples / progress.epoch_seconds[-1],
                         "layers": {
                             name: {
                                 "weights": m.weights,
@@ -200,7 +221,7 @@ def fit(
                         },
                     }
                 )
-            progress.loss_sum, progress.moved = 0.0, {}
+            progress.samples, progress.loss_sum, progress.moved = 0, 0.0, {}
             save()
     return progress
 
@@ -244,7 +265,3 @@ def _shapes(state: dict[str, Any]) -> dict[str, list[int]]:
         if shape is not None and key.rpartition(".")[2] != "values":
             shapes[key] = list(shape)
     return shapes
-
-
-def _samples(train: Batches) -> int:
-    return len(train) * train.batch_size if train.drop_last else len(train.dataset)

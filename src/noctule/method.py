@@ -37,6 +37,9 @@ class Method:
     def observe(self, **metrics: float) -> None:
         """Somebody measured something, such as a validation loss, and says so."""
 
+    def settle(self) -> None:
+        """The weights are about to be judged or shipped: finish what is under way, such as a meeting with other workers."""
+
     def end(self) -> None:
         """The session closes."""
 
@@ -127,6 +130,11 @@ class Session:
         """Tell every method what was measured, such as `validation_loss=0.3`."""
         for method in self.methods:
             method.observe(**metrics)
+
+    def settle(self) -> None:
+        """Have every method finish what is under way, before the weights are judged or shipped; in reverse, as after a step."""
+        for method in reversed(self.methods):
+            method.settle()
 
     def state_dict(self) -> dict[str, Any]:
         """The number of finished rounds and every method's state, as plain data."""

@@ -58,7 +58,7 @@ def options(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return found
 
 
-def add_options(parser: argparse.ArgumentParser, function: Callable[..., Any]) -> None:
+def add_options(parser: argparse._ActionsContainer, function: Callable[..., Any]) -> None:
     """One ``--option`` for each keyword-only parameter, with its type, default and the text of the docstring."""
     texts = _docstring_args(inspect.getdoc(function) or "")
     for name, parameter in options(function).items():

@@ -296,8 +296,12 @@ def test_models_that_differ_are_told_on_every_worker(make, text):
     models = [make(rank) for rank in range(2)]
 
     def work(path):
-        with pytest.raises(ExchangeError, match=text):
-            attach(models[path.rank], sgd(models[path.rank]), EverySync(Channel(path=path)))
+        sync = EverySync(Channel(path=path))
+        with (
+            attach(models[path.rank], sgd(models[path.rank]), sync),
+            pytest.raises(ExchangeError, match=text),
+        ):
+            sync.now()
 
     together(2, work)
 
@@ -307,9 +311,12 @@ def test_channels_that_differ_are_told():
         model = nn.Linear(1, 1, bias=False)
         model.weight.data.fill_(1.0)
         stages = [Compress(Half())] if path.rank else []
-        with pytest.raises(
-            ExchangeError, match=r"differ in 'exchange': Channel\(path=Local.* and Channel\(Compress\(Half"
+        with (
+            attach(model, sgd(model), EverySync(Channel(*stages, path=path))),
+            pytest.raises(
+                ExchangeError, match=r"differ in 'exchange': Channel\(path=Local.* and Channel\(Compress\(Half"
+            ),
         ):
-            attach(model, sgd(model), EverySync(Channel(*stages, path=path)))
+            model(torch.ones(1, 1)).sum().backward()
 
     together(2, work)

@@ -164,7 +164,7 @@ def _train(
         batches,
         validation=splits.validation,
         epochs=epochs,
-        methods=[*more, settling("gse", fraction=0.3, every=200, steps=steps, seed=seed)],
+        methods=[*more, *settling("gse", fraction=0.3, every=200, steps=steps, seed=seed)],
         scheduler=falling_rate(optimizer, steps),
     )
     model.load_state_dict(fitted.best_state)

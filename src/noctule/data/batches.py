@@ -48,11 +48,17 @@ class Batches:
         full, rest = divmod(len(self.dataset), self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one epoch from batch number `start` on: inputs (B, features) and targets (B, ...), both copies."""
+    def epoch(self, epoch: int, start: int = 0, *, part: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch from batch number `start` on: inputs (B, features) and targets (B, ...), both copies.
+
+        Args:
+            part: (k, W): the k-th of W parts of every batch only, which may be empty.
+        """
         if not 0 <= start <= len(self):
             raise ValueError(f"start must lie between 0 and the {len(self)} batches of an epoch, not {start}")
-        return self._gather(epoch, start)
+        if not 0 <= part[0] < part[1]:
+            raise ValueError(f"part must be (k, W) with k from 0 to W - 1, not {part}")
+        return self._gather(epoch, start, *part)
 
     def order(self, epoch: int) -> Tensor:
         """The row numbers of one epoch in the order they are used, (samples,) int64."""
@@ -60,18 +66,21 @@ class Batches:
             return torch.arange(len(self.dataset))
         return torch.randperm(len(self.dataset), generator=_generator(self.seed, epoch))
 
-    def _gather(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _gather(self, epoch: int, start: int, k: int, parts: int) -> Iterator[tuple[Tensor, Tensor]]:
         inputs, targets = self.dataset.inputs, self.dataset.targets
         order = self.order(epoch).to(inputs.device)
         for batch in range(start, len(self)):
             rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield self._augmented(inputs.index_select(0, rows), epoch, batch), targets.index_select(0, rows)
+            mine = slice(k * len(rows) // parts, (k + 1) * len(rows) // parts)
+            if self.augment is None:
+                yield inputs.index_select(0, rows[mine]), targets.index_select(0, rows[mine])
+            else:  # of the whole batch, so that each sample is changed alike however many parts there are
+                changed = self._augmented(self.augment, inputs.index_select(0, rows), epoch, batch)
+                yield changed[mine].clone(), targets.index_select(0, rows[mine])
 
-    def _augmented(self, inputs: Tensor, epoch: int, batch: int) -> Tensor:
-        if self.augment is None:
-            return inputs
+    def _augmented(self, augment: Augment, inputs: Tensor, epoch: int, batch: int) -> Tensor:
         samples = inputs if self.dataset.shape is None else inputs.view(-1, *self.dataset.shape)
-        changed = self.augment(samples, _generator(self.seed, epoch, batch))
+        changed = augment(samples, _generator(self.seed, epoch, batch))
         if changed.shape != samples.shape:
             raise ValueError(
                 f"augment made {tuple(changed.shape)} of a batch of shape {tuple(samples.shape)}; it must keep the shape"

@@ -19,7 +19,8 @@ class EverySync(Method):
     """Each backward pass ends with an exchange, so unscaling, clipping and the step see the gradient of all workers.
 
     An overflow on one worker is one on all, since what is not finite reaches everyone. Not in `before_step`: a step that one worker
-    skips would pair different steps. A parameter that had no gradient here sends zeros, and gets what the others have.
+    skips would pair different steps. A parameter that had no gradient here sends zeros, and gets what the others have. Before the first
+    exchange, and the first one after a state was loaded, the workers compare their models.
 
     Args:
         exchange: such as a `Channel`.
@@ -32,17 +33,12 @@ class EverySync(Method):
     def __init__(self, exchange: Exchange) -> None:
         """Nothing is sent yet."""
         self.exchange = exchange
-        self._paused = self._waiting = False
+        self._paused = self._waiting = self._agreed = False
         self._undo = ExitStack()
 
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Compare the models of all workers, and listen for the end of each backward pass.
-
-        Raises:
-            ExchangeError: the models differ.
-        """
-        agree(self.exchange, model, {"exchange": self.exchange})
-        self.model = model
+        """Listen for the end of each backward pass."""
+        self.model, self._agreed = model, False
         self._listening: set[nn.Parameter] = set()
         self._listen()
 
@@ -56,7 +52,14 @@ class EverySync(Method):
             self._paused = before
 
     def now(self) -> None:
-        """Exchange what is in ``grad``: for a worker that had no batch, and after passes that were `paused`."""
+        """Exchange what is in ``grad``: for a worker that had no batch, and after passes that were `paused`.
+
+        Raises:
+            ExchangeError: the models of the workers differ; LostWorkerError where one is gone.
+        """
+        if not self._agreed:
+            agree(self.exchange, self.model, {"exchange": self.exchange})
+            self._agreed = True
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         mine = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in named]
         with torch.no_grad():
@@ -86,6 +89,7 @@ class EverySync(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self.exchange.load_state_dict(state["exchange"])
+        self._agreed = False
 
     def _listen(self) -> None:
         """To parameters that are new too."""

@@ -1,24 +1,45 @@
 """Bytes between the processes of a `torch.distributed` group, with errors that say which worker and what to do."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from noctule.errors import ExchangeError
+from noctule.errors import LostWorkerError
 
 _all_gather = getattr(
     dist, "all_gather_single", dist.all_gather_into_tensor
 )  # the older name, which newer torch warns of
 
 
-def own_group() -> dist.ProcessGroup:
-    """Another process group of all processes: for an exchange that runs while DDP speaks on the usual one."""
-    group = dist.new_group()
-    assert isinstance(group, dist.ProcessGroup)
-    return group
+@dataclass
+class Traffic:
+    """What this process has had to do with others."""
+
+    sent_bytes: int = 0
+    """Of all messages so far, without what the transport adds; an all-reduce counted as a ring does it."""
+    seconds: float = 0.0
+    """In which messages were under way: until the last worker has sent and the last byte has come."""
+
+
+TRAFFIC = Traffic()
+"""Of all groups together."""
+
+
+def own_group(ranks: Sequence[int] | None = None) -> dist.ProcessGroup:
+    """Another process group, by default of all processes: for an exchange that runs while DDP speaks on the usual one.
+
+    It waits for a silent peer as long as the usual one does, where torch would have it wait for half an hour. All processes must
+    ask for it, those that are not in it too; they get one that they cannot use.
+    """
+    group = dist.new_group(None if ranks is None else list(ranks), timeout=_patience())
+    return cast(dist.ProcessGroup, group)
 
 
 class Group:
@@ -42,7 +63,7 @@ class Group:
         self.device = torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
         """Where its messages must lie."""
         self.sent_bytes = 0
-        """Of all messages so far, without what the transport adds; an all-reduce counted as a ring does it."""
+        """Of all its messages so far, as in `Traffic`."""
 
     def gather(self, wire: Tensor, *, fixed: bool) -> list[Tensor]:
         """The message (uint8) of every worker, on the CPU; ``fixed`` says that all are of one length."""
@@ -53,7 +74,7 @@ class Group:
             padded[: wire.numel()] = wire
             found = torch.empty(self.world * longest, dtype=torch.uint8, device=self.device)
             _all_gather(found, padded, group=self.group)
-        self.sent_bytes += (self.world - 1) * longest
+        self.count((self.world - 1) * longest)
         return [each[:size] for each, size in zip(found.cpu().view(self.world, longest), sizes, strict=True)]
 
     def trade(self, wires: Sequence[Tensor], *, sizes: Sequence[int] | None) -> list[Tensor]:
@@ -67,7 +88,7 @@ class Group:
                 sizes = found_counts.tolist()
             found = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
             dist.all_to_all_single(found, torch.cat(list(wires)).to(self.device), list(sizes), sent, group=self.group)
-        self.sent_bytes += sum(sent) - sent[self.rank]
+        self.count(sum(sent) - sent[self.rank])
         return list(found.cpu().split(list(sizes)))
 
     def add_(self, x: Tensor) -> Tensor:
@@ -75,8 +96,45 @@ class Group:
         with self._speaking("all_reduce"):
             total = x.to(self.device)
             dist.all_reduce(total, group=self.group)
-        self.sent_bytes += round(2 * (self.world - 1) / self.world * x.nbytes)
+        self.count(round(2 * (self.world - 1) / self.world * x.nbytes))
         return total.to(x.device)
+
+    def collect(self, x: Tensor) -> Tensor:
+        """The sum over all workers at the first of them; of no use to the others."""
+        with self._speaking("reduce"):
+            total = x.to(self.device, copy=True)
+            dist.reduce(total, group_dst=0, group=self.group)
+        self.count(x.nbytes if self.rank else 0)
+        return total.to(x.device)
+
+    def hand_on(self, x: Tensor) -> Tensor:
+        """What the first worker has, at all; of the others, ``x`` says the shape."""
+        with self._speaking("broadcast"):
+            found = x.to(self.device)
+            dist.broadcast(found, group_src=0, group=self.group)
+        self.count(x.nbytes * (self.world - 1) if not self.rank else 0)
+        return found.to(x.device)
+
+    def swap(self, wire: Tensor, neighbours: Sequence[int], *, fixed: bool) -> list[Tensor]:
+        """One message to all of some workers, and one from each, on the CPU; they must name this worker too."""
+        wire = wire.to(self.device)
+        with self._speaking(f"isend and irecv with the workers {list(neighbours)}"):
+            sizes = [wire.numel()] * len(neighbours)
+            if not fixed:
+                mine = torch.tensor([wire.numel()], dtype=torch.int64, device=self.device)
+                sizes = [int(size) for size in self._swapped(mine, neighbours, [1] * len(neighbours))]
+            found = self._swapped(wire, neighbours, sizes)
+        self.count(wire.numel() * len(neighbours))
+        return [each.cpu() for each in found]
+
+    def _swapped(self, mine: Tensor, neighbours: Sequence[int], sizes: Sequence[int]) -> list[Tensor]:
+        found = [torch.empty(size, dtype=mine.dtype, device=self.device) for size in sizes]
+        works = [dist.irecv(x, group=self.group, group_src=peer) for x, peer in zip(found, neighbours, strict=True)]
+        works += [dist.isend(mine, group=self.group, group_dst=peer) for peer in neighbours]
+        for work in works:
+            assert work is not None  # it is for processes outside the group
+            work.wait()
+        return found
 
     def share(self, message: bytes) -> list[bytes]:
         """The messages of all workers, of any lengths, in their order."""
@@ -88,12 +146,28 @@ class Group:
         _all_gather(sizes, torch.tensor([size], device=self.device), group=self.group)
         return sizes.tolist()
 
+    def count(self, sent_bytes: int) -> None:
+        """Somebody has sent so many bytes."""
+        self.sent_bytes += sent_bytes
+        TRAFFIC.sent_bytes += sent_bytes
+
     @contextmanager
     def _speaking(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
         try:
             yield
         except RuntimeError as error:
-            raise ExchangeError(
+            raise LostWorkerError(
                 f"worker {self.rank} of {self.world} could not finish {what}: {error}. A worker has died or left, the link is down "
                 "for longer than the group's timeout, or the workers called different things"
             ) from error
+        finally:
+            TRAFFIC.seconds += time.perf_counter() - started
+
+
+def _patience() -> timedelta | None:
+    """How long the group of all processes waits; torch has no public way to ask."""
+    world = dist.group.WORLD
+    if world is None or dist.get_backend(world) != "gloo":
+        return None
+    return world._get_backend(torch.device("cpu")).options._timeout

@@ -13,16 +13,23 @@ from noctule.errors import ExchangeError
 from noctule.optim import sparse_layers
 
 
-def agree(exchange: Exchange, model: nn.Module, facts: Mapping[str, Any] | None = None) -> None:
+def agree(
+    exchange: Exchange,
+    model: nn.Module,
+    facts: Mapping[str, Any] | None = None,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Compare the names, shapes, dtypes, numbers and places of a model's weights over all workers, and ``facts`` too.
 
     Args:
         facts: what else must be the same, such as a codec; each is compared by its text.
+        weights: by name, instead of the model's own.
 
     Raises:
         ExchangeError: workers differ; it names the first difference and both sides. All workers raise it.
     """
-    _compare(exchange, {name: str(fact) for name, fact in (facts or {}).items()} | _described(model))
+    _compare(exchange, {name: str(fact) for name, fact in (facts or {}).items()} | _described(model, weights))
 
 
 def agree_on_places(exchange: Exchange, model: nn.Module) -> None:
@@ -53,13 +60,13 @@ def _compare(exchange: Exchange, mine: Mapping[str, str]) -> None:
                 )
 
 
-def _described(model: nn.Module) -> dict[str, str]:
+def _described(model: nn.Module, weights: Mapping[str, Tensor] | None) -> dict[str, str]:
     """A line for each parameter and topology."""
     lines = {
         name: f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)} {_digest(p)}"
-        for name, p in model.named_parameters()
+        for name, p in (model.named_parameters() if weights is None else weights.items())
     }
-    return lines | described_places(model)
+    return described_places(model) | lines
 
 
 def described_places(model: nn.Module) -> dict[str, str]:

@@ -52,16 +52,11 @@ class DiLoCo(Method):
         """Since the last meeting."""
 
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Compare the models of all workers, and note where they begin.
-
-        Raises:
-            ExchangeError: the models differ.
-        """
-        agree(self.exchange, model, {"exchange": self.exchange, "every": self.every})
+        """Note where the worker begins."""
         self.model = model
         self.anchors = {name: nn.Parameter(p.detach().clone()) for name, p in self._parameters().items()}
         self.optimizer = self.outer(list(self.anchors.values()))
-        self._moved = False
+        self._moved = self._agreed = False
 
     def after_step(self) -> None:
         """Meet, when it is time."""
@@ -70,7 +65,14 @@ class DiLoCo(Method):
             self.now()
 
     def now(self) -> None:
-        """Meet, whether it is time or not; all workers must."""
+        """Meet, whether it is time or not; all workers must.
+
+        Raises:
+            ExchangeError: they began with different models, or connections moved differently; LostWorkerError where one is gone.
+        """
+        if not self._agreed:
+            agree(self.exchange, self.model, {"exchange": self.exchange, "every": self.every}, weights=self.anchors)
+            self._agreed = True
         if self._moved:
             agree_on_places(self.exchange, self.model)
             self._moved = False
@@ -84,6 +86,11 @@ class DiLoCo(Method):
             for name, p in parameters.items():
                 p.copy_(self.anchors[name])
         self.steps = 0
+
+    def settle(self) -> None:
+        """Meet, where there were steps since the last time."""
+        if self.steps:
+            self.now()
 
     def remapped(self, layer: nn.Module, remap: Remap) -> None:
         """Anchors, outer momenta and what is owed follow their connections; a new one begins at its first value."""
@@ -124,6 +131,7 @@ class DiLoCo(Method):
         self.optimizer.load_state_dict(state["outer"])
         self.exchange.load_state_dict(state["exchange"])
         self.steps = int(state["steps"])
+        self._agreed = False
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

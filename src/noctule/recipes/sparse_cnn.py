@@ -80,7 +80,7 @@ def sparse_cnn(
     steps = epochs * len(batches)
     moving: list[Method] = []
     if rewire != "none":
-        moving.append(settling(rewire, fraction=fraction, every=every, steps=steps, seed=seed))
+        moving.extend(settling(rewire, fraction=fraction, every=every, steps=steps, seed=seed))
 
     def network() -> nn.Module:
         torch.manual_seed(seed)

@@ -12,6 +12,7 @@ from noctule.checkpoint import save_model
 from noctule.convert import convert_
 from noctule.data import Batches, load, standardize
 from noctule.decay import Decay
+from noctule.launch import team
 from noctule.layers import AllReLU, FuseEpilogue, SparseLinear, ToSparse
 from noctule.method import Method
 from noctule.models import mlp
@@ -28,7 +29,7 @@ from noctule.recipes.training import (
     train_series,
 )
 from noctule.report import Journal, RunFolder
-from noctule.rewire import Rewire, sign_split
+from noctule.rewire import sign_split
 
 
 def sparse_mlp(
@@ -164,11 +165,11 @@ class _Recipe:
         if not sparse or self.rewire == "none":
             return methods
         if self.falling:
-            methods.append(settling(self.rewire, fraction=self.fraction, every=every, steps=steps, seed=seed))
+            methods.extend(settling(self.rewire, fraction=self.fraction, every=every, steps=steps, seed=seed))
         else:
             grow = GROWERS[self.rewire]
-            methods.append(
-                Rewire(grow=grow, drop=sign_split, fraction=self.fraction, every=every, until=steps, seed=seed)
+            methods.extend(
+                team().rewire(grow=grow, drop=sign_split, fraction=self.fraction, every=every, until=steps, seed=seed)
             )
         return methods
 

@@ -79,7 +79,7 @@ def sparse_transformer(
     def methods() -> list[Method]:
         if rewire == "none":
             return []
-        return [settling(rewire, fraction=fraction, every=every, steps=steps, seed=seed)]
+        return [*settling(rewire, fraction=fraction, every=every, steps=steps, seed=seed)]
 
     def network() -> nn.Module:
         torch.manual_seed(seed)

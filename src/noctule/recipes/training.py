@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from noctule.data import Batches, Splits, Text
+from noctule.launch import team
 from noctule.loop import Fitted, evaluate, fit
 from noctule.measure import footprint, measure
 from noctule.method import Method
@@ -67,17 +68,22 @@ def train_classifier(
     checkpoint_seconds: float,
 ) -> dict[str, Any]:
     """Train, read the test set once with the weights that validation chose, and say what it took."""
+    here = team()
     with measure() as cost:
-        fitted = fit(
-            model,
-            optimizer,
-            train,
-            validation=splits.validation,
-            epochs=epochs,
-            methods=methods,
-            scheduler=scheduler,
-            journal=journal,
-            checkpoint_seconds=checkpoint_seconds,
+        shared, methods = here.share(train), [*methods, *here.methods()]
+        own = here.journal(journal, steps=epochs * len(train))
+        fitted = here.train(
+            lambda: fit(
+                model,
+                optimizer,
+                shared,
+                validation=splits.validation,
+                epochs=epochs,
+                methods=methods,
+                scheduler=scheduler,
+                journal=own,
+                checkpoint_seconds=checkpoint_seconds,
+            )
         )
     held = footprint(model, optimizer, all_gradients=True)
     return _judged(model, fitted, splits) | {
@@ -92,11 +98,11 @@ def train_classifier(
     }
 
 
-def settling(rewire: str, *, fraction: float, every: int, steps: int, seed: int) -> Rewire:
+def settling(rewire: str, *, fraction: float, every: int, steps: int, seed: int) -> Sequence[Rewire]:
     """Connections that move less and less: the fraction falls along a cosine to zero at three quarters of the training."""
     until = max(1, steps * 3 // 4)
     falling = cosine(fraction, end=0.0, steps=until)
-    return Rewire(grow=GROWERS[rewire], fraction=falling, every=every, until=until, seed=seed)
+    return team().rewire(grow=GROWERS[rewire], fraction=falling, every=every, until=until, seed=seed)
 
 
 def falling_rate(optimizer: Optimizer, steps: int) -> LRScheduler | None:

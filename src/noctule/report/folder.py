@@ -41,8 +41,9 @@ class RunFolder:
         threads: int | None = None,
         instruction_set: str | None = None,
         command: Sequence[str] | None = None,
+        together: Mapping[str, Any] | None = None,
     ) -> Self:
-        """Start a run in a new or empty folder; `command` is what was typed, word for word.
+        """Start a run in a new or empty folder; `command` is what was typed, word for word, `together` how several workers train.
 
         UsageError, with nothing touched, where a file, a run or anything else is in the way or nothing can be written.
         """
@@ -58,6 +59,7 @@ class RunFolder:
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
             "machine": machine(),
             "command": command,
+            "together": None if together is None else dict(together),
         }
         made: list[Path] = []
         try:
@@ -71,6 +73,22 @@ class RunFolder:
                 folder.rmdir()
             raise UsageError(f"No run can be written to {path}: {error}. Choose another folder.") from error
         return cls(path)
+
+    @classmethod
+    def of_worker(cls, run: Self, worker: int) -> Self:
+        """Where one of several workers keeps its records: worker 0 in the run's own folder, another in one of its own inside."""
+        if worker == 0:
+            return cls(run.path)
+        path = run.path / "workers" / str(worker)
+        path.mkdir(parents=True, exist_ok=True)
+        if not (path / "run.json").is_file():
+            files.replace(path / "run.json", files.to_json(run.about() | {"worker": worker}, indent=2))
+        return cls(path)
+
+    def workers(self) -> list[Self]:
+        """Of a run by several workers the folder of each, in their order; of any other this one alone."""
+        others = (self.path / "workers").glob("*/run.json")
+        return [self, *(type(self)(path.parent) for path in sorted(others, key=lambda path: int(path.parent.name)))]
 
     def about(self) -> dict[str, Any]:
         """What `run.json` says: recipe, options, seed, versions, threads, instruction set, start, machine, command."""

@@ -1,0 +1,92 @@
+"""An exchange between whoever is in the team now."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from noctule.channel import Exchange, Work
+from noctule.errors import LostWorkerError
+from noctule.topology import Remap
+
+
+class Grouped(Protocol):
+    """A member of a process group that may be formed anew."""
+
+    member: int
+    """Which worker this is, for good."""
+    generation: int
+    """How many groups it has been in."""
+
+    broken: bool
+    """Whether the group is no more."""
+
+    def check(self) -> None:
+        """LostWorkerError where the others wait for a new group."""
+        ...
+
+
+class Elastic(Exchange):
+    """Made anew by ``make`` in every group; what it kept comes back with the state that the training resumes from.
+
+    What a worker owes is its own: one that goes on from another's state owes nothing.
+    """
+
+    def __init__(self, team: Grouped, make: Callable[[], Exchange]) -> None:
+        """Nothing is made yet."""
+        self._team, self._make = team, make
+        self._inner: Exchange | None = None
+        self._generation = -1
+
+    @property
+    def inner(self) -> Exchange:
+        """That of the group as it is."""
+        if self._inner is None or self._generation != self._team.generation:
+            self._inner, self._generation = self._make(), self._team.generation
+        return self._inner
+
+    def __call__(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> list[Tensor]:
+        """See `Exchange`; LostWorkerError where the group is no more."""
+        with self._noticing():
+            return self.inner(tensors, keys)
+
+    def share(self, message: bytes) -> list[bytes]:
+        """See `Exchange`; LostWorkerError where the group is no more."""
+        with self._noticing():
+            return self.inner.share(message)
+
+    def rehearse(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> Work:
+        """See `Exchange`."""
+        return self.inner.rehearse(tensors, keys)
+
+    def release(self) -> dict[str, Tensor]:
+        """See `Exchange`."""
+        return self.inner.release()
+
+    def remapped(self, key: str, remap: Remap, shape: tuple[int, ...]) -> None:
+        """See `Exchange`."""
+        self.inner.remapped(key, remap, shape)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept, and of which worker it is."""
+        return {"member": self._team.member, "kept": self.inner.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back; of another worker's, what that one owes stays with it."""
+        self.inner.load_state_dict(state["kept"])
+        if state["member"] != self._team.member:
+            self.inner.release()
+
+    @contextmanager
+    def _noticing(self) -> Iterator[None]:
+        try:
+            self._team.check()
+            yield
+        except LostWorkerError:
+            self._team.broken = True
+            raise
+
+    def __repr__(self) -> str:
+        """What must be alike on all workers."""
+        return repr(self.inner)

@@ -1,0 +1,154 @@
+"""Checkpoints of several workers: all go on from whoever has come furthest, whether it lives or has left a file."""
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from noctule.checkpoint import Checkpoints, load, save
+from noctule.errors import LostWorkerError
+from noctule.exchange.group import TRAFFIC, Group
+from noctule.loop import Journal
+
+if TYPE_CHECKING:
+    from noctule.launch.together import Together
+
+
+class SharedCheckpoints(Checkpoints):
+    """A worker's own checkpoints, which compares itself with the others' before it goes on from one.
+
+    Args:
+        own: where this worker's files are.
+        team: between whom.
+        steps: of the whole training: who has done them all needs nobody.
+    """
+
+    def __init__(self, own: Checkpoints, team: "Together", *, steps: int) -> None:
+        """Nothing is read yet."""
+        super().__init__(own.folder, keep=own.keep)
+        self._team, self._steps = team, steps
+        self._held: tuple[int, Any] | None = None
+
+    def save(self, step: int, state: Any) -> Path:
+        """Write it; where the group was just lost, keep it here instead, since the training is about to go on."""
+        if self._team.broken:
+            self._held = step, state
+            return self.path(step)
+        return super().save(step, state)
+
+    def latest(self) -> tuple[int, Any] | None:
+        """The state of the worker that has come furthest, and this one's own where that is as far.
+
+        Raises:
+            LostWorkerError: another worker is lost meanwhile.
+        """
+        mine, self._held = self._held or super().latest(), None
+        if mine is not None and mine[0] >= self._steps:
+            return mine
+        try:
+            found = self._furthest(mine)
+        except LostWorkerError:
+            self._held = mine
+            raise
+        self._team.obey()
+        return found
+
+    def _furthest(self, mine: tuple[int, Any] | None) -> tuple[int, Any] | None:
+        group = Group()
+        step = -1 if mine is None else mine[0]
+        digest = "" if mine is None else _digest(mine[1]["model"], numbers=self._team.strategy.equal_weights)
+        said = [json.loads(each) for each in group.share(json.dumps([step, digest]).encode())]
+        furthest = max(step for step, _ in said)
+        donor = next(rank for rank, (step, _) in enumerate(said) if step == furthest)
+        if furthest < 0 or all(each == said[donor] for each in said):
+            return mine
+        sent = _to_bytes(mine[1], self.folder) if mine is not None and group.rank == donor else b""
+        received = _broadcast(group, sent, donor)
+        if [step, digest] == said[donor]:
+            return mine
+        state = _from_bytes(received, self.folder)
+        state["random"] = torch.get_rng_state()  # its own draws, not the donor's once more
+        return furthest, state
+
+
+class SharedJournal:
+    """A worker's own journal; its checkpoints are shared, and its records say what it had to do with the others."""
+
+    def __init__(self, journal: Journal, team: "Together", *, steps: int) -> None:
+        """Nothing is read yet."""
+        self._journal, self._team = journal, team
+        self.checkpoints = SharedCheckpoints(journal.checkpoints, team, steps=steps)
+        self._since = (time.perf_counter(), TRAFFIC.sent_bytes, TRAFFIC.seconds)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Keep the record of an epoch, and what was sent in it and how long was waited."""
+        now = (time.perf_counter(), TRAFFIC.sent_bytes, TRAFFIC.seconds)
+        elapsed, sent, waited = (new - old for new, old in zip(now, self._since, strict=True))
+        self._since = now
+        together = {
+            "worker": self._team.member,
+            "workers": self._team.world,
+            "sent_bytes": sent,
+            "exchange_share": waited / elapsed if elapsed else 0.0,
+            **self._team.strategy.facts(),
+        }
+        self._journal.log({**record, "together": together})
+
+    def rewind(self, epoch: int) -> None:
+        """Forget the records past an epoch."""
+        self._journal.rewind(epoch)
+
+
+def _digest(model: Mapping[str, Any], *, numbers: bool) -> str:
+    """Of a model's places, and of its ``numbers`` where workers must have the same."""
+    found = hashlib.blake2b(digest_size=8)
+    for x in _tensors(model):
+        if numbers or not x.is_floating_point():
+            found.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for key in sorted(tree):
+            yield from _tensors(tree[key])
+
+
+def _to_bytes(state: Any, folder: Path) -> bytes:
+    """A state as the bytes of its file: what is read is checked as a file is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".handed-") as where:
+        save(path := Path(where) / "state", state)
+        return path.read_bytes()
+
+
+def _from_bytes(content: bytes, folder: Path) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".handed-") as where:
+        (path := Path(where) / "state").write_bytes(content)
+        return load(path)
+
+
+def _broadcast(group: Group, content: bytes, donor: int) -> bytes:
+    """The donor's bytes, at all workers."""
+    try:
+        size = torch.tensor([len(content)])
+        dist.broadcast(size, donor)
+        buffer = torch.empty(int(size), dtype=torch.uint8)
+        if group.rank == donor:
+            buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        dist.broadcast(buffer, donor)
+    except RuntimeError as error:
+        raise LostWorkerError(
+            f"worker {group.rank} could not take over the state of worker {donor}: {error}"
+        ) from error
+    return buffer.numpy().tobytes()

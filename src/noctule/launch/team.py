@@ -1,0 +1,71 @@
+"""What a training asks of where it runs: alone in its process, or one of several workers.
+
+A recipe is written once. `team` tells it where it is:
+
+    team = launch.team()
+    fitted = team.train(
+        lambda: fit(model, optimizer, team.share(batches), methods=methods, journal=team.journal(journal), ...)
+    )
+
+Alone, all of that changes nothing.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from noctule.data import Batches
+from noctule.loop import Journal, Source
+from noctule.method import Method
+from noctule.rewire import Rewire
+
+T = TypeVar("T")
+
+
+class Team:
+    """A worker that is alone."""
+
+    rank = 0
+    """Which of the workers this is."""
+    world = 1
+    """How many there are now."""
+
+    def share(self, batches: Batches) -> Source:
+        """This worker's part of every batch."""
+        return batches
+
+    def methods(self) -> Sequence[Method]:
+        """What keeps the workers together; to be attached after all others."""
+        return ()
+
+    def rewire(self, *, every: int, **options: Any) -> Sequence[Rewire]:
+        """The `Rewire` of this worker; none where another worker moves the connections for all."""
+        return (Rewire(every=every, **options),)
+
+    def journal(self, journal: Journal, *, steps: int) -> Journal:
+        """Where this worker's records and checkpoints of a training of so many steps go."""
+        return journal
+
+    def train(self, training: Callable[[], T]) -> T:
+        """Run a training that resumes by itself from its journal; where workers are lost, again from where the others are."""
+        return training()
+
+
+_alone = Team()
+_here = _alone
+
+
+def team() -> Team:
+    """The team of this process."""
+    return _here
+
+
+@contextmanager
+def as_member_of(other: Team) -> Iterator[Team]:
+    """Within the block `team` gives this one."""
+    global _here
+    before, _here = _here, other
+    try:
+        yield other
+    finally:
+        _here = before

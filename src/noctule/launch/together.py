@@ -1,0 +1,124 @@
+"""One of several workers that train together in a process group, which is formed anew when a worker is lost or joins."""
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from noctule.channel import Channel
+from noctule.data import Batches
+from noctule.errors import LostWorkerError
+from noctule.exchange import AllReduce, Weigh
+from noctule.launch.elastic import Elastic
+from noctule.launch.healing import SharedJournal
+from noctule.launch.share import Share
+from noctule.launch.strategies import Strategy
+from noctule.launch.team import Team
+from noctule.loop import Journal, Source
+from noctule.method import Method
+from noctule.rewire import Rewire
+
+T = TypeVar("T")
+
+
+class Rendezvous(Protocol):
+    """How a worker finds the others."""
+
+    called: bool
+    """Whether the others wait for a new group."""
+    stopped: bool
+    """Whether the training is to stop, where all are at the same step."""
+
+    def form(self) -> None:
+        """Be in a new group of `torch.distributed` with all who are there."""
+        ...
+
+    def again(self) -> bool:
+        """Whether a group that has lost a worker can be formed anew."""
+        ...
+
+
+class Together(Team):
+    """A worker among others.
+
+    Synchronous workers are at the same step with the same weights, so the group goes on from whoever has come furthest: a worker
+    that died while others finished their step, or that has just been started, takes over the state of such a one, bit for bit.
+
+    Args:
+        rendezvous: how it finds the others.
+        member: which of the workers this is, for good.
+        strategy: how they train together.
+    """
+
+    def __init__(self, rendezvous: Rendezvous, *, member: int, strategy: Strategy) -> None:
+        """In no group yet."""
+        self.rendezvous, self.member, self.strategy = rendezvous, member, strategy
+        self.rank, self.world, self.generation = member, 0, 0
+        self.weigh = Weigh(1.0)
+        self.exchange = Elastic(self, lambda: strategy.exchange(self.weigh))
+        self._sights = Elastic(self, lambda: Channel(path=AllReduce()))
+        self.broken = False
+
+    def form(self) -> None:
+        """Leave the group there was, and be in the next one."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self.rendezvous.form()
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.generation += 1
+        self.broken = False
+
+    def check(self) -> None:
+        """See `noctule.launch.elastic.Grouped`."""
+        if self.rendezvous.called:
+            raise LostWorkerError("the workers form a new group: one has joined, or all are to stop")
+
+    def share(self, batches: Batches) -> Source:
+        """See `Team`."""
+        return Share(batches, self, self.weigh)
+
+    def methods(self) -> Sequence[Method]:
+        """See `Team`."""
+        return (self.strategy.method(self.exchange),)
+
+    def rewire(self, *, every: int, **options: Any) -> Sequence[Rewire]:
+        """See `Team`: where the workers' weights differ between two meetings, connections move right after one."""
+        meet = self.strategy.meet_every
+        return (Rewire(every=-(-every // meet) * meet, exchange=self._sights, **options),)
+
+    def journal(self, journal: Journal, *, steps: int) -> Journal:
+        """See `Team`."""
+        return SharedJournal(journal, self, steps=steps)
+
+    def train(self, training: Callable[[], T]) -> T:
+        """See `Team`."""
+        while True:
+            try:
+                if not self.generation or self.broken:
+                    self.form()
+                return training()
+            except LostWorkerError:
+                if not self.rendezvous.again():
+                    raise
+                self.broken = True
+
+    def obey(self) -> None:
+        """Where the training is to stop: as if Ctrl-C had been pressed here, now that all are at the same step."""
+        if self.rendezvous.stopped:
+            signal.raise_signal(signal.SIGINT)
+
+
+def join_group(store: Store, *, rank: int, world: int, name: str, timeout_seconds: float) -> None:
+    """A gloo group of who meets under this name, which waits for a silent peer for so long."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo",
+        store=PrefixStore(name, store),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=timeout_seconds),
+    )

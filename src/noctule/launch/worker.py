@@ -1,0 +1,99 @@
+"""A supervisor's worker: it asks to be in a group, and trains by the run's recipe."""
+
+import os
+import queue
+import socket
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+
+from noctule.errors import LostWorkerError
+from noctule.launch.line import Line
+from noctule.launch.strategies import Strategy
+from noctule.launch.together import Together, join_group
+
+
+class Supervised:
+    """How a worker finds the others: the supervisor says when, and in which place."""
+
+    def __init__(self, line: Line, *, store: int, timeout_seconds: float) -> None:
+        """Listen from now on; the end of the supervisor is the end of this process."""
+        self._line, self._timeout_seconds = line, timeout_seconds
+        self._store = TCPStore("127.0.0.1", store, is_master=False, timeout=timedelta(seconds=timeout_seconds))
+        self._sent_off: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.called = self.stopped = False
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def form(self) -> None:
+        """See `noctule.launch.together.Rendezvous`."""
+        while True:
+            self._line.tell(join=True)
+            words = self._sent_off.get()
+            self.called, self.stopped = False, self.stopped or words["stopped"]
+            try:
+                join_group(
+                    self._store,
+                    rank=words["rank"],
+                    world=words["world"],
+                    name=f"group-{words['generation']}",
+                    timeout_seconds=self._timeout_seconds,
+                )
+            except RuntimeError:  # one of them died on its way: with those who are left
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+            else:
+                return
+
+    def again(self) -> bool:
+        """Always: the supervisor replaces who is lost."""
+        return True
+
+    def _listen(self) -> None:
+        while said := self._line.hear():
+            for words in said:
+                if "go" in words:
+                    self._sent_off.put(words)
+                elif "stop" in words:
+                    self.called = self.stopped = True
+                elif "called" in words:
+                    self.called = True
+        os._exit(1)  # also out of an exchange that would wait for its time-out
+
+
+def work(descriptor: int, recipe: Callable[[dict[str, Any]], None]) -> int:
+    """Be the worker at the other end of this socket.
+
+    Args:
+        descriptor: of the socket.
+        recipe: trains as the supervisor's plan says, once this process is a member of its team.
+    """
+    from noctule.launch.team import as_member_of
+
+    line = Line(socket.socket(fileno=descriptor))
+    said = line.hear()
+    if not said:
+        return 1
+    plan = said[0]
+    torch.set_num_threads(plan["threads"])
+    rendezvous = Supervised(line, store=plan["store"], timeout_seconds=plan["timeout_seconds"])
+    team = Together(rendezvous, member=plan["member"], strategy=Strategy(**plan["strategy"]))
+    with as_member_of(team):
+        try:
+            recipe(plan)
+        except KeyboardInterrupt:
+            line.tell(done=True)
+            return 130
+        except Exception as error:
+            line.tell(
+                failed=f"{type(error).__name__}: {error}" if not isinstance(error, LostWorkerError) else str(error)
+            )
+            raise
+    line.tell(done=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
