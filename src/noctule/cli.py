@@ -5,8 +5,8 @@ import importlib.util
 import inspect
 import sys
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ BENCHMARKS = (
     "shrinking",
     "bat_brain",
     "transformer",
+    "link",
 )
 
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bench": bench,
         "doctor": doctor,
     }
-    hidden = {"worker": worker}
+    hidden = {"worker": worker, "server": server}
     try:
         if not words or words[0] in ("-h", "--help"):
             print(_help(commands))
@@ -67,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(words: list[str]) -> int:
     """Train by a recipe, or go on with a run that was stopped."""
     from noctule.launch import Strategy
+    from noctule.launch.torchrun import under_torchrun
     from noctule.report import RunFolder
+    from noctule.start import Asked, start, start_again, start_under_torchrun
 
     name = words.pop(0) if words and not words[0].startswith("-") else None
     about: dict[str, Any] = {}
@@ -99,104 +102,19 @@ def run(words: list[str]) -> int:
     parser.add_argument("--threads", type=int, metavar="INT", help="processor threads (default: what torch takes)")
     add_options(parser, recipe)
     several = parser.add_argument_group("several workers on this machine")
-    several.add_argument("--workers", type=int, metavar="INT", help="processes that train together")
+    several.add_argument("--workers", type=int, metavar="INT", default=SUPPRESS, help="processes that train together")
     add_options(several, Strategy)
     given = vars(parser.parse_args(words))
     out, resume, threads = given.pop("out"), given.pop("resume"), given.pop("threads")
-    together = {k: given.pop(k) for k in ("workers", *options(Strategy)) if given.get(k) is not None or k == "workers"}
+    together = {k: given.pop(k) for k in ("workers", *options(Strategy)) if k in given}
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be at least 1, got {threads}")
-    return _start(
-        name, recipe, given, out=out, resume=resume, threads=threads, about=about, command=words, together=together
-    )
-
-
-def _start(
-    name: str,
-    recipe: Callable[..., Any],
-    given: dict[str, Any],
-    *,
-    out: Path | None,
-    resume: Path | None,
-    threads: int | None,
-    about: dict[str, Any],
-    command: list[str],
-    together: dict[str, Any],
-) -> int:
-    import torch
-
-    from noctule.allocator import keep_freed_memory
-    from noctule.kernels import native
-    from noctule.report import RunFolder
-
-    keep_freed_memory()
-    if together["workers"] is None:
-        if len(together) > 1:
-            raise UsageError(
-                f"{', '.join(f'--{k}' for k in together if k != 'workers')} needs --workers, how many train together"
-            )
-        together = {}
-    if resume is not None:
-        kept = from_json(recipe, about["options"])
-        changed = sorted(k for k, v in given.items() if k not in kept or kept[k] != v)
-        if changed or out is not None or together:
-            words = [*changed, *together] or ["out"]
-            raise UsageError(f"--resume goes on with the options of that run; leave out {', '.join(words)}")
-        threads, together = threads or about.get("threads"), about.get("together") or {}
-    defaults = {k: p.default for k, p in inspect.signature(recipe).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    if together and threads is None:
-        threads = max(1, torch.get_num_threads() // max(1, together["workers"]))
-    if threads is not None:
-        torch.set_num_threads(threads)
-    here = {"threads": torch.get_num_threads(), "instruction_set": native.instruction_set()}
-    if resume is not None:
-        folder = RunFolder(resume)
-        differ = [f"{k} {about.get(k)} -> {v}" for k, v in here.items() if about.get(k) != v]
-        if differ:
-            warnings.warn(f"the run goes on, but not bit for bit as it began: {', '.join(differ)}", stacklevel=1)
-    else:
-        kept = {**defaults, **given}
-        path = out or Path("runs") / f"{Path(name).stem.replace(':', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
-        folder = RunFolder.create(
-            path,
-            recipe=name,
-            options=kept,
-            seed=kept.get("seed", 0),
-            command=["noctule", "run", name, *command],
-            together=together or None,
-            **here,
-        )
-    print(f"run: {folder.path}", flush=True)
-    if together:
-        return _together(folder, name, together, threads=torch.get_num_threads())
-    with folder:
-        try:
-            result = recipe(folder, **kept)
-        except (KeyboardInterrupt, NoctuleError, OSError, ValueError) as error:
-            _say_how_it_stands(folder, name)
-            if isinstance(error, ValueError) and not isinstance(error, NoctuleError):
-                raise UsageError(str(error)) from error
-            raise
-    _print_outcome(folder, result)
-    return 0
-
-
-def _together(folder: Any, name: str, together: dict[str, Any], *, threads: int) -> int:
-    """Several workers of this machine, under a supervisor."""
-    from noctule.launch import Strategy, Supervisor
-    from noctule.report import write_report
-
-    strategy = Strategy(**{k: v for k, v in together.items() if k != "workers"})
-    supervisor = Supervisor(folder.path, workers=together["workers"], strategy=strategy, threads=threads)
-    try:
-        supervisor.run()
-    except (KeyboardInterrupt, NoctuleError, OSError):
-        _say_how_it_stands(folder, name)
-        raise
-    if folder.summary():
-        write_report(folder)
-    _print_outcome(folder, folder.summary())
-    return 0
+    asked = Asked(name, recipe, given, threads=threads, together=together, command=["noctule", "run", name, *words])
+    if under_torchrun():
+        if resume is not None or out is None:
+            raise UsageError("under torchrun say --out FOLDER, the same for all workers: a run that is there goes on")
+        return start_under_torchrun(asked, out)
+    return start_again(asked, resume, out=out) if resume is not None else start(asked, out)
 
 
 def worker(words: list[str]) -> int:
@@ -215,26 +133,11 @@ def worker(words: list[str]) -> int:
     return work(int(words[0]), train)
 
 
-def _say_how_it_stands(folder: Any, name: str) -> None:
-    """After a stop: how to go on, or, where nothing was trained yet, no trace of it."""
-    if (folder.path / "checkpoints").exists():
-        from noctule.report import write_report
+def server(words: list[str]) -> int:
+    """Be the parameter server of a supervisor, at the other end of a socket."""
+    from noctule.launch.server import keep_server
 
-        write_report(folder)
-        print(f"stopped; to go on: noctule run {name} --resume {folder.path}", file=sys.stderr)
-    elif [entry.name for entry in folder.path.iterdir()] == ["run.json"]:
-        (folder.path / "run.json").unlink()
-        folder.path.rmdir()
-
-
-def _print_outcome(folder: Any, result: Any) -> None:
-    from noctule.report import compare_table
-
-    if isinstance(result, dict) and folder.summary():
-        print(compare_table([folder]))
-    page = folder.path / "report.html"
-    if page.exists():
-        print(f"report: {page}")
+    return keep_server(int(words[0]))
 
 
 def recipes(words: list[str]) -> int:

@@ -239,11 +239,11 @@ class Session:
         self._announce()
         return None
 
-    def _announcing(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _announcing(self, closure: Callable[..., Any]) -> Callable[..., Any]:
         """The closure; after its first evaluation there are gradients, and weights have not moved."""
 
-        def wrapped() -> Any:
-            loss = closure()
+        def wrapped(*args: Any) -> Any:
+            loss = closure(*args)
             if not self._moving:
                 self._announce()
             return loss

@@ -94,9 +94,10 @@ def test_between_meetings_workers_differ_and_now_brings_them_together():
         optimizer, method = sgd(model), DiLoCo(Channel(path=path), every=100, outer=AVERAGE)
         with attach(model, optimizer, method):
             apart = train(model, optimizer, steps(path.rank, 3))
-            assert method.steps == 3
-            method.now()
-            assert method.steps == 0
+            assert (method.steps, method.met) == (3, 0)
+            method.settle()
+            assert (method.steps, method.met) == (3, 3)
+            method.settle()  # nothing to do: another meeting would wait for the other worker
         return apart, [p.detach().clone() for p in model.parameters()]
 
     (first, together_a), (second, together_b) = together(2, work)

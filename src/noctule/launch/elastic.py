@@ -39,6 +39,10 @@ class Elastic(Exchange):
         self._inner: Exchange | None = None
         self._generation = -1
 
+    def forget(self) -> None:
+        """Let go of the group that there was: as long as somebody holds it, its connections stay open and the others wait."""
+        self._inner = None
+
     @property
     def inner(self) -> Exchange:
         """That of the group as it is."""

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,7 @@ from torch import Tensor
 
 from noctule.checkpoint import Checkpoints, load, save
 from noctule.errors import LostWorkerError
-from noctule.exchange.group import TRAFFIC, Group
-from noctule.loop import Journal
+from noctule.exchange import Group
 
 if TYPE_CHECKING:
     from noctule.launch.together import Together
@@ -76,34 +74,6 @@ class SharedCheckpoints(Checkpoints):
         state = _from_bytes(received, self.folder)
         state["random"] = torch.get_rng_state()  # its own draws, not the donor's once more
         return furthest, state
-
-
-class SharedJournal:
-    """A worker's own journal; its checkpoints are shared, and its records say what it had to do with the others."""
-
-    def __init__(self, journal: Journal, team: "Together", *, steps: int) -> None:
-        """Nothing is read yet."""
-        self._journal, self._team = journal, team
-        self.checkpoints = SharedCheckpoints(journal.checkpoints, team, steps=steps)
-        self._since = (time.perf_counter(), TRAFFIC.sent_bytes, TRAFFIC.seconds)
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Keep the record of an epoch, and what was sent in it and how long was waited."""
-        now = (time.perf_counter(), TRAFFIC.sent_bytes, TRAFFIC.seconds)
-        elapsed, sent, waited = (new - old for new, old in zip(now, self._since, strict=True))
-        self._since = now
-        together = {
-            "worker": self._team.member,
-            "workers": self._team.world,
-            "sent_bytes": sent,
-            "exchange_share": waited / elapsed if elapsed else 0.0,
-            **self._team.strategy.facts(),
-        }
-        self._journal.log({**record, "together": together})
-
-    def rewind(self, epoch: int) -> None:
-        """Forget the records past an epoch."""
-        self._journal.rewind(epoch)
 
 
 def _digest(model: Mapping[str, Any], *, numbers: bool) -> str:

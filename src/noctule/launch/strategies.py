@@ -23,9 +23,11 @@ from noctule.method import Method
 from noctule.parallel import DiLoCo
 from noctule.parallel.diloco import AVERAGE, NESTEROV
 
-Name = Literal["sync", "diloco", "local"]
+Name = Literal["sync", "diloco", "local", "downpour", "ssp", "bsp"]
 Coding = Literal["none", "bf16", "natural", "topk", "powersgd", "auto"]
 
+SERVED = ("downpour", "ssp", "bsp")
+"""Those whose workers meet at a parameter server only."""
 TOP = 0.0156
 """Of the numbers that `topk` sends, each as one byte of natural compression."""
 RANK = 4
@@ -37,16 +39,45 @@ class Strategy:
     """What workers exchange, how often, and in which form.
 
     Args:
-        strategy: sync (gradients at every step), diloco (weights every ``meet`` steps, with an outer Nesterov optimizer) or local
-            (the plain mean of the weights every ``meet`` steps).
+        strategy: sync (gradients at every step), diloco (weights every ``meet`` steps, with an outer Nesterov optimizer), local
+            (the plain mean of the weights every ``meet`` steps), or against a parameter server downpour (nobody waits), ssp (nobody
+            is more than ``bound`` pushes ahead) and bsp (all push before anybody goes on).
         codec: none, bf16, natural (8 bits a number), topk (1.56 % of the numbers, with error feedback), powersgd (rank 4), or auto
             (whatever is fastest on the link as measured).
-        meet: steps from one meeting to the next, where workers do not meet at every step.
+        meet: steps from one meeting, or push and pull, to the next (default: 100 for diloco and local, 1 for the others).
+        bound: of ssp, in pushes.
+        server_rate: the learning rate of Adagrad at the parameter server.
+        shards: of the parameter server.
+
+    Raises:
+        ValueError: they do not go together.
     """
 
     strategy: Name = "sync"
     codec: Coding = "none"
-    meet: int = 100
+    meet: int | None = None
+    bound: int = 3
+    server_rate: float = 0.01
+    shards: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        if self.meet is not None and self.meet < 1:
+            raise ValueError(f"workers meet after at least one step, got meet={self.meet}")
+        if self.strategy == "sync" and self.meet not in (None, 1):
+            raise ValueError(f"with sync workers meet at every step, got meet={self.meet}: use diloco or local")
+        if self.served and self.codec in ("powersgd", "auto"):
+            raise ValueError(f"{self.codec} needs workers that meet: with {self.strategy} use bf16, natural or topk")
+        if self.bound < 0 or self.shards < 1 or not self.server_rate > 0.0:
+            raise ValueError(
+                f"bound is at least 0, shards at least 1 and server_rate above 0, got {self.bound}, {self.shards} and "
+                f"{self.server_rate}"
+            )
+
+    @property
+    def served(self) -> bool:
+        """Whether there is a parameter server."""
+        return self.strategy in SERVED
 
     @property
     def equal_weights(self) -> bool:
@@ -55,14 +86,19 @@ class Strategy:
 
     @property
     def meet_every(self) -> int:
-        """Steps from one moment of equal weights to the next."""
-        return 1 if self.equal_weights else self.meet
+        """Steps from one meeting to the next."""
+        return self.meet or (100 if self.strategy in ("diloco", "local") else 1)
+
+    @property
+    def staleness_bound(self) -> int | None:
+        """By how many pushes a worker may be ahead at the server."""
+        return {"downpour": None, "ssp": self.bound, "bsp": 0}[self.strategy]
 
     def method(self, exchange: Exchange) -> Method:
-        """What is attached."""
+        """What workers in a process group attach."""
         if self.strategy == "sync":
             return EverySync(exchange)
-        return DiLoCo(exchange, every=self.meet, outer=NESTEROV if self.strategy == "diloco" else AVERAGE)
+        return DiLoCo(exchange, every=self.meet_every, outer=NESTEROV if self.strategy == "diloco" else AVERAGE)
 
     def exchange(self, weigh: Weigh) -> Exchange:
         """Between the members of the process group as it is; ``weigh`` says what a worker's gradients count."""
@@ -72,28 +108,21 @@ class Strategy:
         return self._coded(self.codec, weigh)
 
     def facts(self) -> dict[str, Any]:
-        """For the records."""
+        """As plain data."""
         return asdict(self)
 
     def _coded(self, name: Coding, weigh: Weigh) -> Exchange:
         counted = [weigh] if self.equal_weights else []  # the others exchange weights, of which each counts as much
-        match name:
-            case "powersgd":
-                return PowerSGD(RANK, over=Channel(*counted, path=AllReduce()))
-            case "none":
-                return Channel(*counted, path=AllReduce())
-            case "topk":
-                return Channel(*counted, Compress(codec(name)), path=AllGather())
-            case _:
-                return Channel(*counted, Compress(codec(name)), path=TwoPhase())
+        coding = codec(name)
+        if name == "powersgd":
+            return PowerSGD(RANK, over=Channel(*counted, path=AllReduce()))
+        if coding is None:
+            return Channel(*counted, path=AllReduce())
+        return Channel(*counted, Compress(coding), path=AllGather() if name == "topk" else TwoPhase())
 
 
-def codec(name: Coding) -> Codec:
-    """What a name means, where it is a codec.
-
-    Raises:
-        ValueError: it is none.
-    """
+def codec(name: Coding) -> Codec | None:
+    """The codec of single tensors that a name means, if it means one."""
     match name:
         case "bf16":
             return Cast(torch.bfloat16)
@@ -102,4 +131,4 @@ def codec(name: Coding) -> Codec:
         case "topk":
             return TopK(TOP, values=NaturalCompression())
         case _:
-            raise ValueError(f"{name} is not a codec that works on single tensors: use bf16, natural or topk")
+            return None

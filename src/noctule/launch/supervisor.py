@@ -1,8 +1,9 @@
 """Local workers, watched: who dies is replaced, and the others are left alone but for being told to meet anew.
 
-The store where groups meet lives here, outside of all workers. A worker says ``join`` when it is in no group; when all who can have
-said so, they are sent off in a new one. A worker that joins later has the others called out of their group at their next exchange.
-A worker's own error is not a fault of the machine: it ends the run.
+The store where groups meet lives here, outside of all workers. A worker says ``join`` when it is in no group; when all who can
+have said so, they are sent off in a new one. A worker that joins later has the others called out of their group at their next
+exchange. Workers of a parameter server meet nobody: only who dies is started again, the server too. A worker's own error is not a
+fault of the machine: it ends the run.
 """
 
 import os
@@ -11,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -25,25 +26,36 @@ from noctule.launch.line import Line
 from noctule.launch.strategies import Strategy
 
 FUTILE = 3
-"""Deaths of one worker in a row, each before it was in a group, after which the run ends."""
+"""Deaths of one process in a row, each before it had done anything, after which the run ends."""
 _LOOK_SECONDS = 0.1
+_START_SECONDS = 120.0
+"""For a server to import torch on a busy machine."""
+
+State = Literal["starting", "waiting", "working", "done"]
 
 
 @dataclass
-class Member:
-    """A worker's process and what it is doing."""
+class Child:
+    """A process and what it is doing."""
 
-    number: int
+    name: str
     process: subprocess.Popen[bytes]
     line: Line
-    state: Literal["starting", "waiting", "working", "done", "dead"] = "starting"
-    since: float = field(default_factory=time.monotonic)
+    log: Path
     futile: int = 0
-    """Deaths since it was last in a group."""
+    """Deaths since it last did anything."""
+    state: State = "starting"
+    since: float = field(default_factory=time.monotonic)
 
-    def become(self, state: Literal["starting", "waiting", "working", "done", "dead"]) -> None:
+    def become(self, state: State) -> None:
         """Note what it does from now on."""
         self.state, self.since = state, time.monotonic()
+
+    def end(self) -> None:
+        """At once, whatever it is doing."""
+        self.process.kill()
+        self.process.wait()
+        self.line.close()
 
 
 class Supervisor:
@@ -55,29 +67,23 @@ class Supervisor:
         strategy: how they train together.
         threads: of each worker.
         timeout_seconds: after which a silent peer, or a worker that does not come to a meeting, is taken to be lost.
-        command: starts a worker; the number of its socket comes last.
     """
 
     def __init__(
-        self,
-        run: Path,
-        *,
-        workers: int,
-        strategy: Strategy,
-        threads: int,
-        timeout_seconds: float = 30.0,
-        command: Sequence[str] = (sys.executable, "-m", "noctule.cli", "worker"),
+        self, run: Path, *, workers: int, strategy: Strategy, threads: int, timeout_seconds: float = 30.0
     ) -> None:
         """Nothing is started yet."""
         if workers < 1:
             raise ValueError(f"there has to be at least one worker, got {workers}")
         self.run_folder, self.strategy, self.threads = run, strategy, threads
-        self.timeout_seconds, self.command = timeout_seconds, list(command)
-        self.workers = workers
-        self.generation = 0
-        self.lost: list[int] = []
-        """The numbers of workers that died, in their order."""
-        self.members: list[Member] = []
+        self.workers, self.timeout_seconds = workers, timeout_seconds
+        self.groups = 0
+        """How many have been formed."""
+        self.lost: list[str] = []
+        """Who died, in their order."""
+        self.members: list[Child] = []
+        self.server: Child | None = None
+        self._tickets: list[dict[str, Any]] = []
         self._stopping = False
 
     def run(self) -> None:
@@ -85,13 +91,14 @@ class Supervisor:
 
         Raises:
             NoctuleError: a worker failed, or cannot be kept alive.
-            KeyboardInterrupt: somebody pressed Ctrl-C; the workers have left checkpoints of one step.
+            KeyboardInterrupt: somebody pressed Ctrl-C; the workers have left checkpoints, synchronous ones of one step.
         """
-        self._store = TCPStore(
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
-        )
+        wait_time = timedelta(seconds=self.timeout_seconds)
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=wait_time)
         before = signal.signal(signal.SIGINT, lambda *_: self._stop())
         try:
+            if self.strategy.served:
+                self._start_server()
             self.members = [self._start(number) for number in range(self.workers)]
             while any(member.state != "done" for member in self.members):
                 self._look()
@@ -100,97 +107,139 @@ class Supervisor:
         finally:
             signal.signal(signal.SIGINT, before)
             for member in self.members:
-                member.process.kill()
-                member.process.wait()
-                member.line.close()
+                member.end()
+            if self.server is not None:
+                self._end_server(self.server)
 
-    def _start(self, number: int, futile: int = 0) -> Member:
+    # Processes.
+
+    def _spawn(self, name: str, command: str, log_folder: Path, *, shown: bool, futile: int, **plan: Any) -> Child:
         ours, theirs = socket.socketpair()
-        folder = self._folder(number)
-        folder.mkdir(parents=True, exist_ok=True)
-        with theirs, open(folder / "worker.log", "ab") as log:
+        log_folder.mkdir(parents=True, exist_ok=True)
+        path = log_folder / f"{command}.log"
+        with theirs, open(path, "ab") as log:
             process = subprocess.Popen(
-                [*self.command, str(theirs.fileno())],
+                [sys.executable, "-m", "noctule.cli", command, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                stdout=None if number == 0 else log,
-                stderr=None if number == 0 else log,
+                stdout=None if shown else log,
+                stderr=None if shown else log,
                 start_new_session=True,  # Ctrl-C in a terminal is for us, who then bring all to one step
                 env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
             )
-        member = Member(number, process, Line(ours), futile=futile)
-        member.line.tell(
+        child = Child(name, process, Line(ours), path, futile)
+        child.line.tell(
+            **plan, strategy=self.strategy.facts(), workers=self.workers, timeout_seconds=self.timeout_seconds
+        )
+        return child
+
+    def _start(self, number: int, futile: int = 0) -> Child:
+        folder = self.run_folder if number == 0 else self.run_folder / "workers" / str(number)
+        return self._spawn(
+            f"worker {number}",
+            "worker",
+            folder,
+            shown=number == 0,
+            futile=futile,
             run=str(self.run_folder),
             member=number,
             threads=self.threads,
-            strategy=self.strategy.facts(),
             store=self._store.port,
-            timeout_seconds=self.timeout_seconds,
+            ticket=self._tickets[number] if self._tickets else None,
         )
-        return member
+
+    def _start_server(self, futile: int = 0) -> None:
+        folder = self.run_folder / "server"
+        server = self._spawn("the server", "server", folder, shown=False, futile=futile, folder=str(folder))
+        self.server = server
+        if not wait([server.line.socket], _START_SECONDS) or not (said := server.line.hear()):
+            raise NoctuleError(f"the parameter server did not start{_last_words(server)}")
+        self._tickets = said[0]["tickets"]
+        server.become("working")
+
+    def _end_server(self, server: Child) -> None:
+        """It keeps everything before it ends."""
+        with suppress(OSError):
+            server.line.socket.shutdown(socket.SHUT_RDWR)
+        try:
+            server.process.wait(self.timeout_seconds)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            server.end()
+
+    # What they say and how they end.
 
     def _look(self) -> None:
         """Hear who has something to say, see who died, and send off who waits."""
         lines = {member.line.socket: member for member in self.members if not member.line.ended}
         for end in wait(list(lines), _LOOK_SECONDS):
-            member = lines[end]  # type: ignore[index]
-            for words in member.line.hear():
-                self._heard(member, words)
-        for member in list(self.members):
-            if member.state not in ("done", "dead") and member.process.poll() is not None:
-                self._ended(member)
+            self._hear(lines[end])  # type: ignore[index]
+        for number, member in enumerate(self.members):
+            if member.state != "done" and member.process.poll() is not None:
+                self._ended(number, member)
+        if self.server is not None and (code := self.server.process.poll()) is not None:
+            futile = self._lost(self.server, code)
+            self.server.line.close()
+            self._start_server(futile)
         self._send_off()
 
-    def _heard(self, member: Member, words: dict[str, Any]) -> None:
-        if "failed" in words:
-            raise NoctuleError(f"worker {member.number}: {words['failed']}")
-        if "join" in words:
-            member.become("waiting")
-            for other in self.members:
-                if other.state == "working":
-                    other.line.tell(called=True)
-        if "done" in words:
-            member.become("done")
+    def _hear(self, member: Child) -> None:
+        for words in member.line.hear():
+            if "failed" in words:
+                raise NoctuleError(f"{member.name}: {words['failed']}")
+            if "join" in words:
+                member.become("waiting")
+                for other in self.members:
+                    if other.state == "working":
+                        other.line.tell(called=True)
+            if "working" in words:
+                member.become("working")
+            if "done" in words:
+                member.become("done")
 
-    def _ended(self, member: Member) -> None:
-        for words in member.line.hear() if not member.line.ended else []:
-            self._heard(member, words)
+    def _ended(self, number: int, member: Child) -> None:
+        while not member.line.ended:
+            self._hear(member)
         code = member.process.wait()
-        if member.state == "done" or code in (0, 130):
+        if member.state == "done" or code in (0, 130) or self._stopping:
             member.become("done")
             return
+        futile = self._lost(member, code)
+        member.line.close()
+        self.members[number] = self._start(number, futile)
+
+    def _lost(self, child: Child, code: int) -> int:
+        """Note that a process has died; how many times in a row that came to nothing.
+
+        Raises:
+            NoctuleError: it ended by an error of its own, or dies again and again.
+        """
         if code > 0:
-            raise NoctuleError(f"worker {member.number} ended with exit code {code}{self._last_words(member)}")
-        if self._stopping:
-            member.become("done")
-            return
-        self.lost.append(member.number)
-        futile = member.futile + 1 if member.state != "working" else 1
-        name = signal.Signals(-code).name
+            raise NoctuleError(f"{child.name} ended with exit code {code}{_last_words(child)}")
+        futile, name = (0 if child.state == "working" else child.futile) + 1, signal.Signals(-code).name
         if futile > FUTILE:
             raise NoctuleError(
-                f"worker {member.number} was ended by {name} {futile} times in a row before it could do anything"
-                f"{self._last_words(member)}"
+                f"{child.name} was ended by {name} {futile} times before it could do anything{_last_words(child)}"
             )
-        print(f"worker {member.number} was ended by {name}: it is started again, the others go on", file=sys.stderr)
-        member.line.close()
-        self.members[member.number] = self._start(member.number, futile)
+        print(f"{child.name} was ended by {name}: it is started again, the others go on", file=sys.stderr)
+        self.lost.append(child.name)
+        return futile
 
     def _send_off(self) -> None:
         """A new group of all who wait, once nobody is in the old one; the first group waits for those who are starting."""
-        states = [member.state for member in self.members]
-        if "waiting" not in states or (not self.generation and "starting" in states):
-            return
-        late = [member for member in self.members if member.state == "working"]
         waiting = [member for member in self.members if member.state == "waiting"]
-        if late:
+        working = [member for member in self.members if member.state == "working"]
+        if not waiting or (not self.groups and any(member.state == "starting" for member in self.members)):
+            return
+        if working:
             if time.monotonic() - max(member.since for member in waiting) > self.timeout_seconds:
-                for member in late:  # stopped, or in an endless loop: the others cannot wait for it
+                for member in working:  # stopped, or in an endless loop: the others cannot wait for it
                     member.process.kill()
             return
-        self.generation += 1
+        self.groups += 1
         for rank, member in enumerate(waiting):
-            member.line.tell(go=True, rank=rank, world=len(waiting), generation=self.generation, stopped=self._stopping)
+            member.line.tell(go=True, rank=rank, world=len(waiting), group=self.groups, stopped=self._stopping)
             member.become("working")
             member.futile = 0
 
@@ -202,10 +251,7 @@ class Supervisor:
         for member in self.members:
             member.line.tell(stop=True)
 
-    def _folder(self, number: int) -> Path:
-        return self.run_folder if number == 0 else self.run_folder / "workers" / str(number)
 
-    def _last_words(self, member: Member) -> str:
-        log = self._folder(member.number) / "worker.log"
-        text = log.read_text(errors="replace").splitlines()[-20:] if log.exists() else []
-        return ":\n" + "\n".join(text) if text else ""
+def _last_words(child: Child) -> str:
+    text = child.log.read_text(errors="replace").splitlines()[-20:]
+    return ":\n" + "\n".join(text) if text else ""

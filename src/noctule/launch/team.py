@@ -46,6 +46,10 @@ class Team:
         """Where this worker's records and checkpoints of a training of so many steps go."""
         return journal
 
+    def facts(self) -> dict[str, Any]:
+        """What its records say besides bytes and seconds."""
+        return {}
+
     def train(self, training: Callable[[], T]) -> T:
         """Run a training that resumes by itself from its journal; where workers are lost, again from where the others are."""
         return training()

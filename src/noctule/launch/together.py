@@ -12,9 +12,10 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from noctule.channel import Channel
 from noctule.data import Batches
 from noctule.errors import LostWorkerError
-from noctule.exchange import AllReduce, Weigh
+from noctule.exchange import AllReduce, Group, LinkEstimate, Weigh, probe_link
 from noctule.launch.elastic import Elastic
-from noctule.launch.healing import SharedJournal
+from noctule.launch.healing import SharedCheckpoints
+from noctule.launch.journal import TeamJournal
 from noctule.launch.share import Share
 from noctule.launch.strategies import Strategy
 from noctule.launch.team import Team
@@ -62,15 +63,20 @@ class Together(Team):
         self.exchange = Elastic(self, lambda: strategy.exchange(self.weigh))
         self._sights = Elastic(self, lambda: Channel(path=AllReduce()))
         self.broken = False
+        self._link: LinkEstimate | None = None
 
     def form(self) -> None:
         """Leave the group there was, and be in the next one."""
+        for elastic in (self.exchange, self._sights):
+            elastic.forget()
         if dist.is_initialized():
             dist.destroy_process_group()
         self.rendezvous.form()
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.generation += 1
         self.broken = False
+        if self._link is None and self.world > 1:
+            self._link = probe_link(Group(), repeats=3, seconds=0.05, most_bytes=1 << 20)
 
     def check(self) -> None:
         """See `noctule.launch.elastic.Grouped`."""
@@ -92,7 +98,11 @@ class Together(Team):
 
     def journal(self, journal: Journal, *, steps: int) -> Journal:
         """See `Team`."""
-        return SharedJournal(journal, self, steps=steps)
+        return TeamJournal(journal, self, SharedCheckpoints(journal.checkpoints, self, steps=steps))
+
+    def facts(self) -> dict[str, Any]:
+        """See `Team`."""
+        return {"groups": self.generation, "link": None if self._link is None else str(self._link)}
 
     def train(self, training: Callable[[], T]) -> T:
         """See `Team`."""

@@ -2,6 +2,7 @@
 
 import os
 import queue
+import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from torch._C._distributed_c10d import TCPStore
 from noctule.errors import LostWorkerError
 from noctule.launch.line import Line
 from noctule.launch.strategies import Strategy
+from noctule.launch.team import Team, as_member_of
 from noctule.launch.together import Together, join_group
+from noctule.parallel.ticket import Ticket
 
 
 class Supervised:
@@ -34,13 +37,13 @@ class Supervised:
         while True:
             self._line.tell(join=True)
             words = self._sent_off.get()
-            self.called, self.stopped = False, self.stopped or words["stopped"]
+            self.stopped = self.stopped or words["stopped"]
             try:
                 join_group(
                     self._store,
                     rank=words["rank"],
                     world=words["world"],
-                    name=f"group-{words['generation']}",
+                    name=f"group-{words['group']}",
                     timeout_seconds=self._timeout_seconds,
                 )
             except RuntimeError:  # one of them died on its way: with those who are left
@@ -57,12 +60,33 @@ class Supervised:
         while said := self._line.hear():
             for words in said:
                 if "go" in words:
+                    self.called = False  # here, in the order of what was said: another call may come right behind
                     self._sent_off.put(words)
                 elif "stop" in words:
                     self.called = self.stopped = True
                 elif "called" in words:
                     self.called = True
         os._exit(1)  # also out of an exchange that would wait for its time-out
+
+
+def _team(line: Line, plan: dict[str, Any]) -> Team:
+    strategy, timeout_seconds = Strategy(**plan["strategy"]), plan["timeout_seconds"]
+    if not strategy.served:
+        rendezvous = Supervised(line, store=plan["store"], timeout_seconds=timeout_seconds)
+        return Together(rendezvous, member=plan["member"], strategy=strategy)
+    from noctule.launch.apart import Apart  # needs pyzmq
+
+    threading.Thread(target=_heed, args=(line,), daemon=True).start()
+    ticket = Ticket(**{**plan["ticket"], "addresses": tuple(plan["ticket"]["addresses"])})
+    return Apart(ticket, world=plan["workers"], strategy=strategy, timeout_seconds=timeout_seconds)
+
+
+def _heed(line: Line) -> None:
+    """What a worker that meets nobody hears of its supervisor: to stop, as if Ctrl-C had been pressed here."""
+    while said := line.hear():
+        if any("stop" in words for words in said):
+            os.kill(os.getpid(), signal.SIGINT)
+    os._exit(1)
 
 
 def work(descriptor: int, recipe: Callable[[dict[str, Any]], None]) -> int:
@@ -72,17 +96,13 @@ def work(descriptor: int, recipe: Callable[[dict[str, Any]], None]) -> int:
         descriptor: of the socket.
         recipe: trains as the supervisor's plan says, once this process is a member of its team.
     """
-    from noctule.launch.team import as_member_of
-
     line = Line(socket.socket(fileno=descriptor))
     said = line.hear()
     if not said:
         return 1
     plan = said[0]
     torch.set_num_threads(plan["threads"])
-    rendezvous = Supervised(line, store=plan["store"], timeout_seconds=plan["timeout_seconds"])
-    team = Together(rendezvous, member=plan["member"], strategy=Strategy(**plan["strategy"]))
-    with as_member_of(team):
+    with as_member_of(_team(line, plan)):
         try:
             recipe(plan)
         except KeyboardInterrupt:

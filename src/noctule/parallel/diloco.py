@@ -48,8 +48,8 @@ class DiLoCo(Method):
         if every < 1:
             raise ValueError(f"workers meet after at least one step, got every={every}")
         self.exchange, self.every, self.outer = exchange, every, outer
-        self.steps = 0
-        """Since the last meeting."""
+        self.steps = self.met = 0
+        """How many are done, and how many were when the workers last met."""
 
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Note where the worker begins."""
@@ -61,8 +61,12 @@ class DiLoCo(Method):
     def after_step(self) -> None:
         """Meet, when it is time."""
         self.steps += 1
-        if self.steps >= self.every:
-            self.now()
+        if self.steps % self.every == 0:
+            try:
+                self.now()
+            except BaseException:
+                self.steps -= 1  # whoever goes on from here does the step again
+                raise
 
     def now(self) -> None:
         """Meet, whether it is time or not; all workers must.
@@ -85,11 +89,11 @@ class DiLoCo(Method):
             self.optimizer.zero_grad(set_to_none=True)
             for name, p in parameters.items():
                 p.copy_(self.anchors[name])
-        self.steps = 0
+        self.met = self.steps
 
     def settle(self) -> None:
-        """Meet, where there were steps since the last time."""
-        if self.steps:
+        """Meet, where there were steps since the last time; the later meetings come when they would have come."""
+        if self.steps > self.met:
             self.now()
 
     def remapped(self, layer: nn.Module, remap: Remap) -> None:
@@ -109,6 +113,7 @@ class DiLoCo(Method):
         """The last meeting point, the outer optimizer's and the exchange's states."""
         return {
             "steps": self.steps,
+            "met": self.met,
             "anchors": {name: anchor.detach() for name, anchor in self.anchors.items()},
             "outer": self.optimizer.state_dict(),
             "exchange": self.exchange.state_dict(),
@@ -130,7 +135,7 @@ class DiLoCo(Method):
                 anchor.copy_(found[name])
         self.optimizer.load_state_dict(state["outer"])
         self.exchange.load_state_dict(state["exchange"])
-        self.steps = int(state["steps"])
+        self.steps, self.met = int(state["steps"]), int(state["met"])
         self._agreed = False
 
     def _parameters(self) -> dict[str, nn.Parameter]:

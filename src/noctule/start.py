@@ -1,0 +1,182 @@
+"""What ``noctule run`` does once its words are understood: a folder, and the recipe in this process or in several."""
+
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from noctule.allocator import keep_freed_memory
+from noctule.errors import NoctuleError, UsageError
+from noctule.kernels import native
+from noctule.launch import Strategy, Supervisor, as_member_of
+from noctule.launch.together import Together
+from noctule.launch.torchrun import Torchrun
+from noctule.report import RunFolder, compare_table, write_report
+from noctule.signature import from_json
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line said."""
+
+    name: str
+    recipe: Callable[..., Any]
+    given: dict[str, Any]
+    """Options of the recipe."""
+    _: KW_ONLY
+    threads: int | None
+    together: dict[str, Any]
+    """Options of several workers, and how many they are."""
+    command: list[str]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All options of the recipe."""
+        parameters = inspect.signature(self.recipe).parameters.items()
+        return {name: p.default for name, p in parameters if p.kind is p.KEYWORD_ONLY} | self.given
+
+
+def start(asked: Asked, out: Path | None) -> int:
+    """A new run."""
+    workers, strategy = _several(asked.together)
+    here = _prepare(asked.threads, workers or 1)
+    path = out or Path("runs") / f"{Path(asked.name).stem.replace(':', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
+    return _run(asked, _create(asked, path, here), asked.options, workers, strategy)
+
+
+def start_again(asked: Asked, resume: Path, *, out: Path | None) -> int:
+    """A run that was stopped goes on."""
+    folder = RunFolder(resume)
+    about = folder.about()
+    options = from_json(asked.recipe, about["options"])
+    changed = sorted(k for k, v in asked.given.items() if k not in options or options[k] != v)
+    if changed or out is not None or asked.together:
+        words = [*changed, *asked.together] or ["out"]
+        raise UsageError(f"--resume goes on with the options of that run; leave out {', '.join(words)}")
+    workers, strategy = _several(about.get("together") or {})
+    _compare(about, _prepare(asked.threads or about.get("threads"), 1))
+    return _run(asked, folder, options, workers, strategy)
+
+
+def start_under_torchrun(asked: Asked, out: Path) -> int:
+    """This worker's part of a run, which is new or goes on."""
+    strategy = Strategy(**{k: v for k, v in asked.together.items() if k != "workers"})
+    if "workers" in asked.together or strategy.served:
+        what = f"--strategy {strategy.strategy}" if strategy.served else "--workers"
+        raise UsageError(f"{what} is for the workers that noctule starts itself: leave it out under torchrun")
+    rendezvous = Torchrun()
+    here = _prepare(asked.threads, 1)
+    team = Together(rendezvous, member=rendezvous.member, strategy=strategy)
+    path = rendezvous.folder(out)
+    with as_member_of(team):
+        team.form()
+        if rendezvous.member:
+            dist.barrier()  # worker 0 makes the run's folder first
+        if (path / "run.json").is_file():
+            folder = RunFolder(path)
+            about = folder.about()
+            if about["recipe"] != asked.name or from_json(asked.recipe, about["options"]) != asked.options:
+                raise UsageError(
+                    f"{path} is another run, of {about['recipe']}: give the same command again, or another --out"
+                )
+            _compare(about, here)
+        else:
+            folder = _create(asked, path, here)
+        if not rendezvous.member:
+            dist.barrier()
+            print(f"run: {folder.path}", flush=True)
+        with folder:
+            result = asked.recipe(folder, **asked.options)
+        if not rendezvous.member:
+            _print_outcome(folder, result)
+        dist.destroy_process_group()
+    return 0
+
+
+def _several(together: dict[str, Any]) -> tuple[int | None, Strategy]:
+    """How many workers, None for this process alone, and how they train together."""
+    workers = together.get("workers")
+    options = {k: v for k, v in together.items() if k != "workers"}
+    if workers is None and options:
+        raise UsageError(f"{', '.join(f'--{k}' for k in options)} needs --workers, how many train together")
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers must be at least 1, got {workers}")
+    try:
+        return workers, Strategy(**options)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _prepare(threads: int | None, workers: int) -> dict[str, Any]:
+    """Set this process up; what a run is bit for bit the same with."""
+    keep_freed_memory()
+    if threads is None and workers > 1:
+        threads = max(1, torch.get_num_threads() // workers)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return {"threads": torch.get_num_threads(), "instruction_set": native.instruction_set()}
+
+
+def _compare(about: dict[str, Any], here: dict[str, Any]) -> None:
+    differ = [f"{k} {about.get(k)} -> {v}" for k, v in here.items() if about.get(k) != v]
+    if differ:
+        warnings.warn(f"the run goes on, but not bit for bit as it began: {', '.join(differ)}", stacklevel=1)
+
+
+def _create(asked: Asked, path: Path, here: dict[str, Any]) -> RunFolder:
+    options = asked.options
+    return RunFolder.create(
+        path,
+        recipe=asked.name,
+        options=options,
+        seed=options.get("seed", 0),
+        command=asked.command,
+        together=asked.together or None,
+        **here,
+    )
+
+
+def _run(asked: Asked, folder: RunFolder, options: dict[str, Any], workers: int | None, strategy: Strategy) -> int:
+    print(f"run: {folder.path}", flush=True)
+    with folder, _explaining(asked.name, folder):
+        if workers is None:
+            result = asked.recipe(folder, **options)
+        else:
+            Supervisor(folder.path, workers=workers, strategy=strategy, threads=torch.get_num_threads()).run()
+            if result := folder.summary():
+                write_report(folder)  # once more: all workers' records are there now
+    _print_outcome(folder, result)
+    return 0
+
+
+@contextmanager
+def _explaining(name: str, folder: RunFolder) -> Iterator[None]:
+    """After a stop say how to go on, or, where nothing was trained yet, leave no trace of it."""
+    try:
+        yield
+    except (KeyboardInterrupt, NoctuleError, OSError, ValueError) as error:
+        if (folder.path / "checkpoints").exists():
+            write_report(folder)
+            print(f"stopped; to go on: noctule run {name} --resume {folder.path}", file=sys.stderr)
+        elif [entry.name for entry in folder.path.iterdir()] == ["run.json"]:
+            (folder.path / "run.json").unlink()
+            folder.path.rmdir()
+        if isinstance(error, ValueError) and not isinstance(error, NoctuleError):
+            raise UsageError(str(error)) from error
+        raise
+
+
+def _print_outcome(folder: RunFolder, result: Any) -> None:
+    if isinstance(result, dict) and folder.summary():
+        print(compare_table([folder]))
+    page = folder.path / "report.html"
+    if page.exists():
+        print(f"report: {page}")

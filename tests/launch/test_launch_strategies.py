@@ -1,0 +1,59 @@
+"""What does not go together is refused before anything starts."""
+
+import pytest
+
+from noctule.cli import main
+from noctule.exchange import EverySync
+from noctule.launch import Strategy
+from noctule.launch.strategies import codec
+from noctule.parallel import DiLoCo
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"meet": 0}, "at least one step"),
+        ({"strategy": "sync", "meet": 5}, "use diloco or local"),
+        ({"strategy": "ssp", "codec": "powersgd"}, "use bf16, natural or topk"),
+        ({"strategy": "ssp", "bound": -1}, "bound is at least 0"),
+        ({"strategy": "downpour", "server_rate": 0.0}, "server_rate above 0"),
+        ({"strategy": "downpour", "shards": 0}, "shards at least 1"),
+    ],
+)
+def test_refused(options, text):
+    with pytest.raises(ValueError, match=text):
+        Strategy(**options)
+
+
+def test_what_workers_attach():
+    assert isinstance(Strategy().method(None), EverySync)
+    local = Strategy(strategy="local", meet=7).method(None)
+    assert isinstance(local, DiLoCo)
+    assert local.every == Strategy(strategy="local", meet=7).meet_every == 7
+    assert Strategy(strategy="diloco").meet_every == 100
+    assert [Strategy(strategy=name, bound=5).staleness_bound for name in ("downpour", "ssp", "bsp")] == [None, 5, 0]
+    assert codec("none") is codec("powersgd") is None
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--codec", "natural"], "--codec needs --workers"),
+        (["--workers", "0"], "--workers must be at least 1"),
+        (["--workers", "2", "--meet", "3"], "use diloco or local"),
+        (["--workers", "2", "--strategy", "asynchronous"], "invalid choice"),
+    ],
+)
+def test_a_wrong_command_line_leaves_no_trace(words, text, capsys, tmp_path):
+    assert main(["run", "sparse_mlp", "--out", str(tmp_path / "run"), *words]) == 2
+    assert text in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_under_torchrun_a_run_is_named(monkeypatch, capsys, tmp_path):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["run", "sparse_mlp"]) == 2
+    assert "under torchrun say --out" in capsys.readouterr().err
+    assert main(["run", "sparse_mlp", "--out", str(tmp_path / "run"), "--workers", "2"]) == 2
+    assert "leave it out under torchrun" in capsys.readouterr().err
