@@ -48,7 +48,8 @@ class MostAlike:
         patience: scores without a new best after which *seq* becomes random.
         exact: look at all places of a layer in O(O I B) time, or at random candidates in O(N B); None: at all in layers of at
             most `EXACT_PLACES`.
-        candidates: random missing places looked at for each weight, where not exact.
+        candidates: random missing places looked at for each weight, where not exact. With half of all places the result is that of
+            the exact form; with few of them new connections spread over more neurons, which was better on extremely sparse networks.
         activation: what becomes of a layer's output before it is another one's input, where `FuseEpilogue` did not fold that
             into the layer: ``lambda layer, y: y.relu()``. None: nothing, so the last layer is judged by its logits; with
             ``lambda layer, y: y.softmax(0) if layer is last else y`` by its probabilities, as in the authors' code.
