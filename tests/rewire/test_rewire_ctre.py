@@ -19,7 +19,11 @@ from noctule.optim import param_groups
 from noctule.rewire import MostAlike, Rewire, ctre, set_
 from noctule.topology import Topology
 
-FORMS = {"exact": {"exact": True}, "all sampled": {"exact": False, "candidates": 1000.0}, "sampled": {"exact": False}}
+FORMS = {
+    "exact": {"exact": True},
+    "all sampled": {"exact": False, "candidates": 1000.0},
+    "sampled": {"exact": False, "candidates": 1.0},
+}
 modes = pytest.mark.parametrize("mode", ["seq", "sim"])
 forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 
@@ -93,14 +97,11 @@ def test_the_most_alike_of_what_is_looked_at_are_chosen(form, dtype, count):
     chosen = sight.choose(count, taken, dropped)
     assert len(keys(chosen)) == count
     assert not keys(chosen) & keys(stays)
-    seen = (
-        keys(sight.places.keys) if isinstance(form.get("candidates"), type(None)) and "sampled" in str(form) else None
-    )
     others = set(range(120)) - keys(stays) - keys(chosen)
     if form["exact"] is False:
         seen = keys(sight.places.keys)
         assert keys(taken) <= seen
-        assert len(seen) == (60 if "candidates" not in form else 120)
+        assert len(seen) == (60 if form["candidates"] == 1.0 else 120)
         assert keys(chosen) <= seen
         others &= seen
     if count:
@@ -153,7 +154,11 @@ def test_layers_larger_than_the_threshold_are_sampled_and_nothing_dense_is_made(
     layer = SparseLinear(100_000, 100_000, weights=1000, generator=seeded())
     sight = looked(MostAlike(), layer, torch.randn(3, 100_000, generator=seeded()))
     taken, dropped, _ = split(layer, 100)
-    assert sight.places.keys.numel() == 2000
+    assert sight.places.keys.numel() == 257_000
+    monkeypatch.setattr(sys.modules["noctule.rewire.ctre"], "CANDIDATES", 5000)
+    assert MostAlike()(layer, seeded()).places.keys.numel() == 6000
+    monkeypatch.setattr(sys.modules["noctule.rewire.ctre"], "CANDIDATES", 10)
+    assert MostAlike()(layer, seeded()).places.keys.numel() == 2000
     assert len(keys(sight.choose(100, taken, dropped))) == 100
     small = hidden()
     assert not hasattr(MostAlike()(small, seeded()).places, "keys")

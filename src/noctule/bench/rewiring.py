@@ -78,12 +78,11 @@ METHODS: dict[str, Callable[[Schedule], Rewire]] = {
     "ctre-sim-sampled": lambda s: s.ctre(mode="sim", exact=False),
     "ctre-seq-sampled-64": lambda s: s.ctre(mode="seq", exact=False, candidates=64.0),
     "ctre-sim-sampled-64": lambda s: s.ctre(mode="sim", exact=False, candidates=64.0),
-    "ctre-seq-sampled-256": lambda s: s.ctre(mode="seq", exact=False, candidates=256.0),
-    "ctre-sim-sampled-256": lambda s: s.ctre(mode="sim", exact=False, candidates=256.0),
+    "ctre-seq-sampled-1": lambda s: s.ctre(mode="seq", exact=False, candidates=1.0),
+    "ctre-sim-sampled-1": lambda s: s.ctre(mode="sim", exact=False, candidates=1.0),
 }
-FORMS = tuple((f"ctre-{mode}", f"ctre-{mode}-sampled{many}") for many in ("", "-64", "-256") for mode in ("seq", "sim"))
-"""The exact and the sampled form of the same growth: one candidate for each weight, 64 and 256, which is half of all places of
-a layer of 1000 at epsilon 1."""
+FORMS = tuple((f"ctre-{mode}", f"ctre-{mode}-sampled{many}") for many in ("", "-64", "-1") for mode in ("seq", "sim"))
+"""The exact and the sampled form of the same growth, which looks at 256 candidates for each weight, or at 64 or one."""
 
 
 def rewiring(
@@ -112,7 +111,7 @@ def rewiring(
         densities: shares of all places, each a network.
         epsilons: in epsilon (O + I) weights for each layer, each a network too.
         methods: set, rigl, rigl-own-schedule, gse, ctre-seq, ctre-sim, ctre-seq-sampled, ctre-sim-sampled,
-            and these with -64 and -256: candidates for each weight (default: all).
+            and these with -64 and -1: candidates for each weight (default: all).
         seeds: one training of each method for each.
         epochs: of each training (default: 500 on Madelon, 30 on Fashion-MNIST, 100 on others).
         patience: epochs without a better validation score after which ctre-seq is random (default: 8 % of the epochs).

@@ -23,6 +23,9 @@ from noctule.topology import Topology
 EXACT_PLACES = 1 << 24
 """Layers of at most so many places (4096 x 4096) are looked at as a whole, unless told otherwise."""
 
+CANDIDATES = 1 << 22
+"""Of a layer that is too large to be looked at as a whole."""
+
 Mode = Literal["seq", "sim"]
 Activation = Callable[[SparseLayer, Tensor], Tensor]
 """A layer and what it gives (O, B) -> the activations of its neurons (O, B)."""
@@ -48,8 +51,9 @@ class MostAlike:
         patience: scores without a new best after which *seq* becomes random.
         exact: look at all places of a layer in O(O I B) time, or at random candidates in O(N B); None: at all in layers of at
             most `EXACT_PLACES`.
-        candidates: random missing places looked at for each weight, where not exact. With half of all places the result is that of
-            the exact form; with few of them new connections spread over more neurons, which was better on extremely sparse networks.
+        candidates: random missing places looked at for each weight, where not exact (default: 256, but no more than `CANDIDATES` in
+            a layer, and at least one). The more, the nearer to the exact form; with few of them new connections spread over more
+            neurons, which was better on extremely sparse networks.
         activation: what becomes of a layer's output before it is another one's input, where `FuseEpilogue` did not fold that
             into the layer: ``lambda layer, y: y.relu()``. None: nothing, so the last layer is judged by its logits; with
             ``lambda layer, y: y.softmax(0) if layer is last else y`` by its probabilities, as in the authors' code.
@@ -61,7 +65,7 @@ class MostAlike:
         mode: Mode = "seq",
         patience: int = 40,
         exact: bool | None = None,
-        candidates: float = 1.0,
+        candidates: float | None = None,
         activation: Activation | None = None,
     ) -> None:
         """Check the options."""
@@ -69,7 +73,7 @@ class MostAlike:
             raise ValueError(f"mode must be 'seq' or 'sim', got {mode!r}")
         if patience < 1:
             raise ValueError(f"patience must be at least 1 score, got {patience}")
-        if not candidates > 0.0:
+        if candidates is not None and not candidates > 0.0:
             raise ValueError(f"candidates must be above 0 for each weight, got {candidates}")
         self.mode, self.patience, self.exact, self.candidates = mode, patience, exact, candidates
         self.activation = activation
@@ -132,7 +136,7 @@ def ctre(
     mode: Mode = "seq",
     patience: int = 40,
     exact: bool | None = None,
-    candidates: float = 1.0,
+    candidates: float | None = None,
     activation: Activation | None = None,
     fraction: float = 0.2,
     **options: Any,
@@ -214,9 +218,10 @@ class _Everywhere:
 class _Somewhere:
     """Random candidates and the layer's own places (some of which will be dropped, and compete): sums are added up at once."""
 
-    def __init__(self, layer: SparseLayer, candidates: float, generator: torch.Generator) -> None:
+    def __init__(self, layer: SparseLayer, candidates: float | None, generator: torch.Generator) -> None:
         topology = layer.topology
-        missing = topology.missing(math.ceil(candidates * topology.size), generator=generator)
+        count = candidates * topology.size if candidates else max(topology.size, min(256 * topology.size, CANDIDATES))
+        missing = topology.missing(math.ceil(count), generator=generator)
         self.layer, self.keys = layer, torch.cat([topology.keys(), missing.to(topology.device)]).sort().values
         self.places = Topology.from_keys(topology.shape, self.keys)
         self.sums: Tensor | None = None
