@@ -126,7 +126,7 @@ def test_workers_of_a_parameter_server_and_the_server_may_be_killed(noctule_comm
     words = ["run", "sparse_mlp", *OPTIONS, "--epochs", 40, "--rewire", "none", "--strategy", "ssp", "--workers", 2]
     process = noctule_command(*words, "--server-rate", 0.05, "--out", "run", "--checkpoint-seconds", 0.2)
     until(lambda: len(records(tmp_path / "run")) > 3, process)
-    server, first, second = workers_of(process)
+    server, _, second = workers_of(process)
     os.kill(server, signal.SIGKILL)
     until(lambda: len(records(tmp_path / "run")) > 12, process)
     os.kill(second, signal.SIGKILL)

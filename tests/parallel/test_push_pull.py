@@ -12,7 +12,6 @@ from push_pull_jobs import ADAGRAD, ADAM, MOMENTUM, PLAIN, batch, network, toget
 from torch import nn
 
 from exchange_cases import Half
-from noctule import ToSparse, convert_, set_
 from noctule.codecs import NaturalCompression
 from noctule.errors import NonFiniteError
 from noctule.method import attach
@@ -204,26 +203,6 @@ def test_two_workers_without_a_bound_learn():
     untrained = loss()
     model.load_state_dict({name: p for shard in server.shards for name, p in shard.parameters.items()})
     assert loss() < 0.15 * untrained
-
-
-def test_sparse_layers_take_part_as_long_as_nothing_moves():
-    def sparse():
-        torch.manual_seed(0)
-        return convert_(network(), ToSparse(density=0.4)).model
-
-    plain = sparse()
-    expected = train(plain, MOMENTUM(plain.parameters()), [batch(0, n) for n in range(4)])
-    model = sparse()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with serve(MOMENTUM) as server, attach(model, optimizer, PushPull(server.ticket(0))):
-        found = train(model, optimizer, [batch(0, n) for n in range(4)])
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    with (
-        serve(MOMENTUM) as server,
-        pytest.raises(ValueError, match="cannot follow: leave moving methods out"),
-        attach(model, optimizer, PushPull(server.ticket(0)), set_(every=2, seed=1)),
-    ):
-        train(model, optimizer, [batch(0, n) for n in range(4)])
 
 
 def test_a_gradient_that_is_not_finite_stops_the_step_and_is_not_sent():

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from push_pull_jobs import ADAGRAD, MOMENTUM, PLAIN
 
 from noctule.errors import ExchangeError
+from noctule.parallel.deal import deal
 from noctule.parallel.desk import Desk
 from noctule.parallel.messages import read, write
-from noctule.parallel.push_pull import deal
 from noctule.parallel.server import Shard
 
 FACTS = {"codec": "Exact()"}
@@ -196,7 +196,7 @@ def test_a_push_is_applied_once_however_often_it_is_sent_and_a_gap_is_noticed():
     talker.push()
     for _ in range(3):
         assert header(talker.push(number=1))["version"] == 1
-    assert header(talker.push(number=3)) == {"protocol": 1, "serial": 5, "lost": True}
+    assert header(talker.push(number=3)) == {"protocol": 2, "serial": 5, "lost": True}
     assert made.parameters["x"].tolist() == [-1.0, 0.0, 0.0]
     assert made.staleness == {0: 1}
 
@@ -257,8 +257,8 @@ def test_a_worker_that_joins_again_replaces_its_former_self():
         ([b"[" * 100_000], "header in JSON"),
         ([b"[1, 2]"], "a JSON object"),
         ([b"{" + b" " * (1 << 22) + b"}"], "at most 4,194,304 bytes"),
-        ([b'{"protocol": 99}'], "version 1 of the protocol and the other 99"),
-        ([b'{"protocol": 1}'], "must say 'kind'"),
+        ([b'{"protocol": 99}'], "version 2 of the protocol and the other 99"),
+        ([b'{"protocol": 2}'], "must say 'kind'"),
         (write({"kind": "dance", "serial": 1, "session": "session 0"}), "no request 'dance'"),
         (write({"kind": "pull", "serial": "1", "session": "session 0"}), "must say 'serial', int"),
         (write({"kind": "push", "serial": 1, "session": "session 0"}), "must say 'number'"),
@@ -307,7 +307,7 @@ FIELDS = st.sampled_from(["number", "names", "pull", "facts", "shapes", "bound",
 def test_no_message_breaks_a_shard(seeded, kind, fields, frames):
     made = joined(1) if seeded else Shard(PLAIN)
     desk = Desk(made)
-    message = {"protocol": 1, "session": "session 0", "serial": 7, **fields, "kind": kind}
+    message = {"protocol": 2, "session": "session 0", "serial": 7, **fields, "kind": kind}
     letters = desk.handle(0, b"0", [json.dumps(message).encode(), *frames])
     desk.tick()
     assert len(letters) <= 1

@@ -32,7 +32,8 @@ class Local:
 
     def share(self, message: bytes) -> list[bytes]:
         """See `noctule.channel.Path`."""
-        wires = self._room.meet(self.rank, torch.tensor(list(message), dtype=torch.uint8))
+        wire = torch.frombuffer(bytearray(message + b"\0"), dtype=torch.uint8)[:-1]  # which takes no empty one
+        wires = self._room.meet(self.rank, wire)
         return [bytes(wire.numpy()) for wire in wires]
 
     def rehearse(self, tensors: Sequence[Tensor], codec: Codec | None) -> Work:

@@ -11,7 +11,9 @@ from noctule.codecs import Codec
 from noctule.codecs.exact import Exact
 from noctule.errors import CheckpointError, ExchangeError
 from noctule.parallel.messages import field, read, to_bytes, to_tensor, write
+from noctule.parallel.places import Move, from_frame, to_frame
 from noctule.parallel.server import Shard
+from noctule.topology import MOST_FEATURES, Topology
 
 Letter = tuple[bytes, list[bytes]]
 """The route to a worker, and the frames of an answer to it."""
@@ -131,46 +133,66 @@ class Desk:
 
     def _seed(self, worker: int, header: dict[str, Any], tensors: list[bytes]) -> Any:
         shapes, facts = field(header, "shapes", dict), field(header, "facts", dict)
+        matrices = field(header, "places", dict, default={})
         bound, warm = field(header, "bound", int, default=None), field(header, "warm_start", int)
         if worker != 0:
             raise ExchangeError(f"the first weights come from worker 0, and this is worker {worker}")
         if warm < 0 or (bound is not None and bound < 0):
             raise ExchangeError(f"a bound and a warm start are numbers of pushes, got {bound} and {warm}")
-        if not shapes or len(shapes) != len(tensors):
+        if not shapes or len(shapes) + len(matrices) != len(tensors):
             raise ExchangeError(f"{len(tensors)} tensors came for {len(shapes)} parameters")
-        for name, shape in shapes.items():
+        for name, shape in [*shapes.items(), *matrices.items()]:
             if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
                 raise ExchangeError(f"{name!r:.100} cannot have the shape {shape!r:.100}")
+        for name, shape in shapes.items():
             if 4 * math.prod(shape) > self.max_bytes:
                 raise ExchangeError(f"{name!r:.100} of shape {shape} is more than {self.max_bytes:,} bytes")
         if not self.shard.parameters:
-            weights = {n: to_tensor(Exact(), x, shapes[n], n) for n, x in zip(shapes, tensors, strict=True)}
-            self.shard.seed(weights, facts=facts, bound=bound, warm_start=warm)
+            first, rest = tensors[: len(shapes)], tensors[len(shapes) :]
+            weights = {n: to_tensor(Exact(), x, shapes[n], n) for n, x in zip(shapes, first, strict=True)}
+            places = {n: _topology(x, matrices[n], shapes.get(n), n) for n, x in zip(matrices, rest, strict=True)}
+            self.shard.seed(weights, facts=facts, bound=bound, warm_start=warm, places=places)
             self._save()
         return {}, []
 
     def _push(self, worker: int, header: dict[str, Any], tensors: list[bytes]) -> Any:
         shard, number = self.shard, field(header, "number", int)
-        pull, names = field(header, "pull", bool), field(header, "names", list)
+        pull, names, versions = field(header, "pull", bool), field(header, "names", list), self._versions(header)
         if not shard.knows(worker, header["session"]) or number > shard.seats[worker].seen + 1:
             return {"lost": True}, []
         seat = shard.seats[worker]
         if number > seat.seen:
             if not shard.may_run(worker):
                 return None
-            shard.push(worker, number, self._gradients(names, tensors))
+            shard.push(worker, number, self._gradients(names, tensors), versions)
             self._unsaved += 1
         if not shard.may_run(worker):
             return None
-        weights = self._weights(worker) if pull else []
-        return {"version": shard.version, "staleness": seat.staleness, "saved": self._safe(worker)}, weights
+        said, weights = self._weights(worker, versions) if pull else ({}, [])
+        return {**said, "version": shard.version, "staleness": seat.staleness, "saved": self._safe(worker)}, weights
+
+    def _move(self, worker: int, header: dict[str, Any], tensors: list[bytes]) -> Any:
+        shard, number, versions = self.shard, field(header, "number", int), self._versions(header)
+        if worker != 0:
+            raise ExchangeError(f"connections are moved by worker 0, and this is worker {worker}")
+        if not shard.knows(worker, header["session"]) or number > shard.seats[worker].seen + 1:
+            return {"lost": True}, []
+        if number > shard.seats[worker].seen:
+            shard.move(worker, number, self._moves(field(header, "names", list), versions, tensors))
+            self._save()  # others will have seen it: a shard that comes back must not be behind them
+        return {"saved": self._safe(worker)}, []
 
     def _pull(self, worker: int, header: dict[str, Any], tensors: list[bytes]) -> Any:
+        key, versions = field(header, "kept", str, default=""), self._versions(header)
         if not self.shard.knows(worker, header["session"]):
             return {"lost": True}, []
         if not self.shard.may_run(worker):
             return None
-        return {"version": self.shard.version, "saved": self._safe(worker)}, self._weights(worker)
+        said, frames = self._weights(worker, versions)
+        assert self.shard.weights is not None
+        kept = self.shard.weights.kept(key)
+        frames += [to_bytes(Exact().encode(x.float())) for x in kept.values()]
+        return {**said, "kept": list(kept), "version": self.shard.version, "saved": self._safe(worker)}, frames
 
     def _leave(self, worker: int, header: dict[str, Any], tensors: list[bytes]) -> Any:
         number = field(header, "number", int)
@@ -181,7 +203,7 @@ class Desk:
             self._save()  # the worker does not keep its pushes any longer
         return {"saved": self._safe(worker)}, []
 
-    _KINDS = {"join": _join, "seed": _seed, "push": _push, "pull": _pull, "leave": _leave}  # noqa: RUF012 nobody changes it
+    _KINDS = {"join": _join, "seed": _seed, "push": _push, "move": _move, "pull": _pull, "leave": _leave}  # noqa: RUF012 nobody changes it
 
     # Inside.
 
@@ -197,8 +219,44 @@ class Desk:
             raise ExchangeError(f"a push of {len(names)} gradients came with {len(tensors)} frames: it is torn")
         return {n: to_tensor(self.codec, x, parameters[n].shape, n) for n, x in zip(names, tensors, strict=True)}
 
-    def _weights(self, worker: int) -> list[bytes]:
-        return [to_bytes(Exact().encode(x)) for x in self.shard.pull(worker).values()]
+    def _moves(self, names: list[Any], versions: dict[str, int], tensors: list[bytes]) -> dict[str, Any]:
+        """What moves in which layer, and the first values of what comes."""
+        if len(set(names)) != len(names) or 3 * len(names) != len(tensors):
+            raise ExchangeError(f"a move of {len(names)} layers came with {len(tensors)} frames: it is torn")
+        found = {}
+        for place, name in enumerate(names):
+            ledger = self.shard.ledgers.get(name)
+            if ledger is None or versions[name] != ledger.version:
+                raise ExchangeError(
+                    f"worker 0 moves connections of version {versions.get(name)} of {name!r:.100}, where this shard has "
+                    f"{'none' if ledger is None else ledger.version}: begin again from a checkpoint"
+                )
+            dropped, grown, values = tensors[3 * place : 3 * place + 3]
+            move = Move.read([dropped, grown], ledger.topology)
+            found[name] = move, to_tensor(Exact(), values, move.grown.shape, name)
+        return found
+
+    def _versions(self, header: dict[str, Any]) -> dict[str, int]:
+        """Of the connections that a worker has, for every layer of this shard."""
+        versions = field(header, "versions", dict, default={})
+        for name in self.shard.ledgers:
+            if type(versions.get(name)) is not int:
+                raise ExchangeError(f"a message must say which version of the connections of {name!r} its sender has")
+        return versions
+
+    def _weights(self, worker: int, versions: dict[str, int]) -> tuple[dict[str, Any], list[bytes]]:
+        """The weights, then what their connections are, where the worker does not know it."""
+        frames = [to_bytes(Exact().encode(x)) for x in self.shard.pull(worker).values()]
+        places: list[tuple[str, int, int | None]] = []
+        for name, ledger in self.shard.ledgers.items():
+            moves, topology = ledger.missed(versions[name]), ledger.topology
+            if moves is None:
+                frames.append(to_frame(topology.keys(), topology.places))
+                places.append((name, ledger.version, None))
+            elif moves:
+                frames += [frame for move in moves for frame in move.write(topology)]
+                places.append((name, ledger.version, len(moves)))
+        return {"places": places}, frames
 
     def _safe(self, worker: int) -> int:
         """The last push of this worker that need not be kept for being sent again."""
@@ -212,6 +270,16 @@ class Desk:
             except CheckpointError as error:  # workers keep their pushes until it succeeds
                 warnings.warn(f"{error}; the shard goes on without a new snapshot", stacklevel=2)
         self._unsaved = 0
+
+
+def _topology(frame: bytes, shape: list[int], weights: Any, name: str) -> Topology:
+    """The first places of a sparse layer's values."""
+    if len(shape) != 2 or max(shape) > MOST_FEATURES:
+        raise ExchangeError(f"{name!r:.100} cannot have the places of a matrix of shape {shape}")
+    keys = from_frame(frame, shape[0] * shape[1])
+    if weights != [keys.numel()]:
+        raise ExchangeError(f"{name!r:.100} has {keys.numel()} places, and the shape {weights!r:.100}")
+    return Topology.from_keys((shape[0], shape[1]), keys)
 
 
 def _said(error: Exception) -> str:

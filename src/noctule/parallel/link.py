@@ -40,9 +40,9 @@ class _Line:
     todo: deque[_Request] = field(default_factory=deque)
     """The first of them is under way."""
     kept: deque[_Request] = field(default_factory=deque)
-    """Pushes that the shard would not have if it ended now."""
+    """Pushes and moves that the shard would not have if it ended now."""
     number: int = 0
-    """Of the last push."""
+    """Of the last push or move."""
     counted: int = 0
     """The last push whose staleness is known."""
     serial: int = 0
@@ -50,7 +50,8 @@ class _Line:
     under_way: int = -1
     """The serial of the first of `todo`."""
     limit: int = 1 << 62
-    weights: list[bytes] = field(default_factory=list)
+    answer: tuple[Mapping[str, Any], list[bytes]] = field(default_factory=lambda: ({}, []))
+    """To the last request; it may have brought weights."""
     losses: int = 0
     """How many times in a row the shard did not know where this worker is."""
     why: str = ""
@@ -89,7 +90,8 @@ class Links:
             for n, (address, seed) in enumerate(zip(ticket.addresses, seeds, strict=True))
         ]
         self._wires = Wires(ticket)
-        self._failed = False
+        self.failed = False
+        """Whether it is of no use to say anything more."""
         try:
             for line in self.lines:
                 self._begin(line, self._joining(line))
@@ -98,26 +100,39 @@ class Links:
             self._wires.close()
             raise
 
-    def push(self, gradients: Sequence[Mapping[str, bytes]], *, pull: bool) -> None:
-        """Send to each shard its gradients; with ``pull`` the answers bring the weights."""
+    def push(
+        self, gradients: Sequence[Mapping[str, bytes]], *, pull: bool, versions: Sequence[Mapping[str, int]]
+    ) -> None:
+        """Send to each shard its gradients and the versions of its places here; with ``pull`` the answers bring the weights."""
         self.wait()
-        for line, mine in zip(self.lines, gradients, strict=True):
-            line.number += 1
-            header = {"kind": "push", "number": line.number, "names": list(mine), "pull": pull}
-            request = _Request(header, list(mine.values()))
-            line.kept.append(request)
-            self._begin(line, request)
+        for line, mine, places in zip(self.lines, gradients, versions, strict=True):
+            header = {"kind": "push", "names": list(mine), "pull": pull, "versions": places}
+            self._log(line, header, list(mine.values()))
 
-    def pull(self) -> list[list[bytes]]:
-        """The weights of each shard: those that the last push brought, or what it has now."""
+    def move(self, moves: Sequence[tuple[Mapping[str, Any], Sequence[bytes]]]) -> None:
+        """Tell each shard which connections have moved; one of which none have hears nothing."""
         self.wait()
-        if not all(line.weights for line in self.lines):
-            for line in self.lines:
-                self._begin(line, _Request({"kind": "pull"}))
+        for line, (header, frames) in zip(self.lines, moves, strict=True):
+            if frames:
+                self._log(line, {"kind": "move", **header}, frames)
+
+    def pull(
+        self, versions: Sequence[Mapping[str, int]], *, kept: str = ""
+    ) -> list[tuple[Mapping[str, Any], list[bytes]]]:
+        """The answer of each shard with its weights: that to the last push, or what it has now.
+
+        Args:
+            versions: of the places here.
+            kept: what its optimizer keeps under this key is to come too, as it is now.
+        """
+        self.wait()
+        if kept or not all(line.answer[1] for line in self.lines):
+            for line, places in zip(self.lines, versions, strict=True):
+                self._begin(line, _Request({"kind": "pull", "versions": places, "kept": kept}))
             self.wait()
-        found = [line.weights for line in self.lines]
+        found = [line.answer for line in self.lines]
         for line in self.lines:
-            line.weights = []
+            line.answer = ({}, [])
         return found
 
     def wait(self) -> None:
@@ -142,13 +157,13 @@ class Links:
                     if self._hear(self.lines[shard], frames):
                         deadline = time.monotonic() + self.timeout_seconds
         except BaseException:
-            self._failed = True
+            self.failed = True
             raise
 
     def close(self) -> None:
         """Leave, so that nobody waits for this worker, unless something failed before."""
         try:
-            if not self._failed:
+            if not self.failed:
                 self.wait()
                 for line in self.lines:
                     self._begin(line, _Request({"kind": "leave", "number": line.number}))
@@ -161,6 +176,13 @@ class Links:
     def _joining(self, line: _Line) -> _Request:
         return _Request({"kind": "join", "facts": line.facts})
 
+    def _log(self, line: _Line, header: Mapping[str, Any], frames: Sequence[bytes]) -> None:
+        """Send what must be done once, in its order, and may have to be sent again."""
+        line.number += 1
+        request = _Request({**header, "number": line.number}, frames)
+        line.kept.append(request)
+        self._begin(line, request)
+
     def _begin(self, line: _Line, request: _Request) -> None:
         line.todo.append(request)
         self._go_on(line)
@@ -170,7 +192,7 @@ class Links:
         if line.todo:
             request = line.todo[0]
             if (size := sum(map(len, request.tensors))) > line.limit:
-                self._failed = True
+                self.failed = True
                 raise ExchangeError(
                     f"{request.header['kind']} of {size:,} bytes to shard {line.shard} at {line.address}, which takes "
                     f"{line.limit:,}: use more shards, or a server with a larger max_bytes"
@@ -217,7 +239,7 @@ class Links:
             saved = messages.field(header, "saved", int, default=-1)
             while line.kept and line.kept[0].header["number"] <= saved:
                 line.kept.popleft()
-            line.weights = tensors
+            line.answer = header, tensors
         self._go_on(line)
         return True
 

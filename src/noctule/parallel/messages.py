@@ -10,7 +10,7 @@ from torch import Tensor
 from noctule.codecs.base import Codec, Payload, pack, unpack
 from noctule.errors import ExchangeError
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Changes when what is said changes."""
 HEADER_BYTES = 1 << 22
 """A longer header is no header: it would take a hundred thousand parameters."""
@@ -28,7 +28,7 @@ def read(frames: Sequence[bytes]) -> tuple[dict[str, Any], list[bytes]]:
         ExchangeError: it is no message, or one of another protocol.
 
     >>> read(write({"kind": "pull"}))
-    ({'protocol': 1, 'kind': 'pull'}, [])
+    ({'protocol': 2, 'kind': 'pull'}, [])
     """
     if not frames or len(frames[0]) > HEADER_BYTES:
         found = f"{len(frames[0]):,} bytes" if frames else "nothing"

@@ -2,11 +2,13 @@
 
 Dean et al. 2012, "Large scale distributed deep networks" (Downpour SGD), NIPS; Ho et al. 2013, "More effective distributed ML via a
 stale synchronous parallel parameter server", NIPS.
-Differs from the papers: gradients may be compressed, with error feedback; a bound of 0 averages the pushes of one clock.
+Differs from the papers: gradients may be compressed, with error feedback; bound 0 averages the pushes of one clock; a layer's
+connections may move.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,12 +19,14 @@ from noctule.codecs import Codec
 from noctule.codecs.exact import Exact
 from noctule.errors import NonFiniteError
 from noctule.exchange.compress import Compress
-from noctule.exchange.handshake import described_places
 from noctule.method import Method
+from noctule.parallel.deal import deal
+from noctule.parallel.followed import Followed
 from noctule.parallel.link import Links
-from noctule.parallel.messages import to_bytes, to_tensor
+from noctule.parallel.messages import field, to_bytes, to_tensor
 from noctule.parallel.ticket import Ticket
-from noctule.topology import Remap
+from noctule.parallel.weights import is_finite
+from noctule.topology import Remap, Topology
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,6 +38,9 @@ class PushPull(Method):
     of the gradients since the last one; what the end of a session finds accrued is in `state_dict`, and `now` pushes it. With one
     worker that pushes and pulls at every step this is plain training with the server's optimizer, bit for bit. Buffers, such as the
     running statistics of batch norms, stay each worker's own.
+
+    Worker 0, and no other, may move connections: give its session a `Rewire` before this method. The server and the other workers
+    follow, each at its next pull; what they push for connections that are gone is left out.
 
     A push is applied once, also where it is sent again after a time-out or a restart of the server: the worker keeps its pushes
     until they are in a snapshot. One is lost only if its worker and the server both end before that; a worker that leaves makes the
@@ -87,6 +94,7 @@ class PushPull(Method):
         self.steps = 0
         self.accrued: dict[str, Tensor] = {}
         """The gradients since the last push."""
+        self._places: dict[str, Topology] = {}  # of them, and of what is owed
 
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Join, and take the server's weights.
@@ -100,25 +108,16 @@ class PushPull(Method):
             if p.dtype not in _FLOATS:
                 raise ValueError(f"the server keeps float32, and {name!r} is {p.dtype}: use model.float()")
         self.dealt = deal({name: p.numel() for name, p in self.parameters.items()}, len(self.server.addresses))
-        facts = {
-            "shards": str(len(self.dealt)),
-            "bound": str(self.bound),
-            "warm_start": str(self.warm_start),
-            "codec": str(self.codec),
-            **{n: f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}" for n, p in self.parameters.items()},
-            **described_places(model),
-        }
-        self.links = Links(
-            self.server,
-            facts=facts,
-            seeds=[self._seed(names) if self.server.worker == 0 else None for names in self.dealt],
-            timeout_seconds=self.timeout_seconds,
-        )
-        try:
+        with ExitStack() as undo:
+            self.followed = Followed(model, self._carry)
+            undo.callback(self.followed.close)
+            self._lay(self._places)
+            self._places = self.followed.places
+            seeds = [self._seed(names) if self.server.worker == 0 else None for names in self.dealt]
+            self.links = Links(self.server, facts=self._facts(), seeds=seeds, timeout_seconds=self.timeout_seconds)
+            undo.callback(self.links.close)
             self._take()
-        except BaseException:
-            self.links.close()
-            raise
+            undo.pop_all()
 
     @property
     def staleness(self) -> Counter[int]:
@@ -130,12 +129,14 @@ class PushPull(Method):
 
         Raises:
             NonFiniteError: it is NaN or infinite; nothing is sent.
+            ValueError: connections have moved here, and this is not worker 0.
         """
+        self._tell()
         for name, p in self.parameters.items():
             if p.grad is not None:
                 before, gradient = self.accrued.get(name), p.grad.detach().float()
                 total = gradient.clone() if before is None else before + gradient
-                if not bool(torch.isfinite(total).all()):
+                if not is_finite(total):
                     raise NonFiniteError(
                         f"the gradient of {name} is NaN or infinite, and is not pushed: lower the learning rate or clip"
                     )
@@ -143,6 +144,7 @@ class PushPull(Method):
 
     def after_step(self) -> None:
         """Push and pull, when it is time."""
+        self._tell()
         self.steps += 1
         pull = self.steps % self.pull_every == 0
         if self.steps % self.push_every == 0:
@@ -152,33 +154,55 @@ class PushPull(Method):
 
     def now(self) -> None:
         """Push and pull, whether it is time or not."""
+        self._tell()
         if self.accrued:
             self._give(pull=True)
         self._take()
 
+    def settle(self) -> None:
+        """Push what is accrued and pull, where it is not just done."""
+        if self.accrued or self.steps % self.pull_every:
+            self.now()
+
+    def fetch(self, key: str) -> dict[str, Tensor]:
+        """Push what is accrued, take the server's weights, and return what its optimizer keeps under a key, by parameter."""
+        self._tell()
+        if self.accrued:
+            self._give(pull=False)
+        return self._take(kept=key)
+
     def remapped(self, layer: nn.Module, remap: Remap) -> None:
-        """The server's weights cannot follow.
+        """What is kept for a sparse layer has followed.
 
         Raises:
-            ValueError: always, where the layer is trained.
+            ValueError: another layer that is trained has changed its width, which the server cannot follow.
         """
-        if any(p in set(self.parameters.values()) for p in layer.parameters()):
+        trained = {*self.parameters.values()}
+        if layer not in self.followed.layers.values() and not trained.isdisjoint(layer.parameters()):
             raise ValueError(
-                "a layer changed its places or width, and the weights at the parameter server cannot follow: leave moving methods "
-                "out of this session and move connections between sessions, with a server of a new folder for each; or "
-                "train with EverySync or DiLoCo, which follow"
+                "a layer changed its width, and the weights at the parameter server cannot follow: remove neurons between "
+                "sessions, with a server of a new folder for each, or train with EverySync or DiLoCo, which follow"
             )
 
     def end(self) -> None:
         """Leave: nobody waits for this worker any longer."""
-        self.links.close()
+        try:
+            if self.server.worker == 0 and not self.links.failed:
+                self._tell()
+        finally:
+            self.followed.close()
+            self.links.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What is accrued and owed; the weights are the server's."""
-        return {"steps": self.steps, "accrued": dict(self.accrued), "compress": self.compress.state_dict()}
+        """What is accrued and owed, and of which connections it is; the weights are the server's."""
+        if self.server.worker == 0:
+            self._tell()  # or what has moved would be lost with this worker
+        places = {name: topology.state_dict() for name, topology in self._places.items()}
+        kept = {"accrued": dict(self.accrued), "compress": self.compress.state_dict()}
+        return {"steps": self.steps, "places": places, **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave, and the server's weights as they are now.
+        """Take back what `state_dict` gave, and the server's weights and connections as they are now.
 
         Raises:
             ValueError: it is of another model.
@@ -186,20 +210,53 @@ class PushPull(Method):
         found: dict[str, Tensor] = state["accrued"]
         if any(n not in self.parameters or x.shape != self.parameters[n].shape for n, x in found.items()):
             raise ValueError("this state is of a model with other parameters or shapes: load that of this model")
+        self.followed.go_back()
         self.accrued = {name: x.to(self.parameters[name].device) for name, x in found.items()}
         self.steps = int(state["steps"])
         self.compress.load_state_dict(state["compress"])
+        self._lay({name: Topology.from_state_dict(places) for name, places in state["places"].items()})
         self._take()
+
+    def _lay(self, places: Mapping[str, Topology]) -> None:
+        """What is accrued and owed for these places goes to the slots of today's."""
+        for name, layer in self.followed.layers.items():
+            if name in places and places[name] != layer.topology:
+                self._carry(name, Remap.between(places[name].to(layer.topology.device), layer.topology))
+
+    def _carry(self, name: str, remap: Remap) -> None:
+        """What is accrued and owed follows its connections."""
+        if name in self.accrued:
+            self.accrued[name] = remap.apply(self.accrued[name])
+        self.compress.remapped(name, remap, (remap.new_size,))
+
+    def _tell(self) -> None:
+        """Tell the server what has moved here."""
+        elsewhere = self.followed.elsewhere()
+        if elsewhere and self.server.worker != 0:
+            raise ValueError(
+                f"the connections of {', '.join(elsewhere)} have moved at worker {self.server.worker}, and only worker 0 moves "
+                "them while all push to one server: leave Rewire out of this worker's session, it follows worker 0's"
+            )
+        if elsewhere:
+            self.links.move(self.followed.tell(self.dealt))
+
+    def _facts(self) -> dict[str, str]:
+        """What all workers must have alike."""
+        options = {"shards": len(self.dealt), "bound": self.bound, "warm_start": self.warm_start, "codec": self.codec}
+        shapes = {n: f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}" for n, p in self.parameters.items()}
+        return {name: str(fact) for name, fact in options.items()} | shapes | self.followed.facts()
 
     def _seed(self, names: list[str]) -> tuple[dict[str, Any], list[bytes]]:
         """The first weights for one shard."""
         weights = {name: self.parameters[name].detach().float() for name in names}
+        matrices, places = self.followed.seed(names)
         header = {
+            "places": matrices,
             "shapes": {name: list(x.shape) for name, x in weights.items()},
             "bound": self.bound,
             "warm_start": self.warm_start,
         }
-        return header, [to_bytes(Exact().encode(x)) for x in weights.values()]
+        return header, [*(to_bytes(Exact().encode(x)) for x in weights.values()), *places]
 
     def _give(self, *, pull: bool) -> None:
         """Push what is accrued; with a bound, go on only when that is allowed."""
@@ -209,7 +266,7 @@ class PushPull(Method):
             {name: self._encode(name, generator) for name in names if name in self.accrued} for names in self.dealt
         ]
         self.accrued = {}
-        self.links.push(gradients, pull=pull)
+        self.links.push(gradients, pull=pull, versions=self._versions())
         if self.bound is not None:
             self.links.wait()
 
@@ -219,30 +276,24 @@ class PushPull(Method):
         self.compress.arrived(sent, self.codec.decode(payload), name)
         return to_bytes(payload)
 
+    def _versions(self) -> list[dict[str, int]]:
+        """Of the connections here, for each shard."""
+        return [self.followed.versions(names) for names in self.dealt]
+
     @torch.no_grad()
-    def _take(self) -> None:
-        """The server's weights; those that a push has just brought, or what it has now."""
-        for names, frames in zip(self.dealt, self.links.pull(), strict=True):
-            for name, frame in zip(names, frames, strict=True):
+    def _take(self, *, kept: str = "") -> dict[str, Tensor]:
+        """The server's connections and weights, those that a push has just brought or what it has now.
+
+        Returns what its optimizer keeps under a key, by parameter.
+        """
+        found: dict[str, Tensor] = {}
+        for names, (header, frames) in zip(self.dealt, self.links.pull(self._versions(), kept=kept), strict=True):
+            brought = field(header, "kept", list, default=[])
+            first, last = len(names), len(frames) - len(brought)
+            self.followed.take(header, frames[first:last])
+            for name, frame in zip(names, frames[:first], strict=True):
                 p = self.parameters[name]
                 p.copy_(to_tensor(Exact(), frame, p.shape, name))
-
-
-def deal(sizes: Mapping[str, int], shards: int) -> list[list[str]]:
-    """Which parameters each shard keeps: the largest first, each to the shard with the fewest numbers; the same everywhere.
-
-    Raises:
-        ValueError: a shard would have none.
-
-    >>> deal({"a": 10, "b": 6, "c": 5}, 2)
-    [['a'], ['b', 'c']]
-    """
-    if not 1 <= shards <= len(sizes):
-        raise ValueError(f"{len(sizes)} parameters cannot be dealt to {shards} shards: each must have one")
-    dealt: list[list[str]] = [[] for _ in range(shards)]
-    loads = [0] * shards
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        least = min(range(shards), key=lambda shard: (loads[shard], len(dealt[shard])))
-        dealt[least].append(name)
-        loads[least] += sizes[name]
-    return dealt
+            for name, frame in zip(brought, frames[last:], strict=True):
+                found[name] = to_tensor(Exact(), frame, self.parameters[name].shape, name)
+        return found

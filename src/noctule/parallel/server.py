@@ -13,13 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from noctule.checkpoint import Checkpoints
 from noctule.errors import ExchangeError
+from noctule.parallel.places import Ledger, Move
 from noctule.parallel.seat import Seat
+from noctule.parallel.weights import Weights, is_finite
+from noctule.topology import Topology
 
 _REMEMBERED = 16
 """Sessions of one worker that were replaced by later ones."""
@@ -48,7 +50,7 @@ class Shard:
             raise ValueError(f"a server has at least one worker, got workers={workers}")
         self.make_optimizer, self.workers = optimizer, workers
         self.patience_seconds, self.now = patience_seconds, clock
-        self.parameters: dict[str, nn.Parameter] = {}
+        self.weights: Weights | None = None
         self.seats: dict[int, Seat] = {}
         self.facts: dict[str, str] = {}
         """What all workers must have alike."""
@@ -60,17 +62,31 @@ class Shard:
         """How many pushes were how stale."""
         self._held: dict[int, dict[str, Tensor]] = {}  # with bound 0: the pushes of the clock that is not complete
 
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The weights; none until the first worker gives them."""
+        return {} if self.weights is None else self.weights.parameters
+
+    @property
+    def ledgers(self) -> dict[str, Ledger]:
+        """The connections of those that are a sparse layer's values."""
+        return {} if self.weights is None else self.weights.ledgers
+
     # Joining and leaving.
 
     def seed(
-        self, weights: Mapping[str, Tensor], *, facts: Mapping[str, str], bound: int | None = None, warm_start: int = 0
+        self,
+        weights: Mapping[str, Tensor],
+        *,
+        facts: Mapping[str, str],
+        bound: int | None = None,
+        warm_start: int = 0,
+        places: Mapping[str, Topology] | None = None,
     ) -> None:
-        """Take the first weights, and what is agreed on; later ones are ignored."""
-        if self.parameters:
-            return
-        parameters = {name: nn.Parameter(x.detach().clone()) for name, x in weights.items()}
-        self.optimizer = self.make_optimizer(list(parameters.values()))
-        self.parameters, self.facts, self.bound, self.warm_start = parameters, dict(facts), bound, warm_start
+        """Take the first weights, the places of those that are sparse, and what is agreed on; later ones are ignored."""
+        if self.weights is None:
+            self.weights = Weights(self.make_optimizer, weights, places or {})
+            self.facts, self.bound, self.warm_start = dict(facts), bound, warm_start
 
     def join(self, worker: int, session: str, facts: Mapping[str, str]) -> bool:
         """Give a worker its place; False where it must wait, for the first weights or for the end of the warm start.
@@ -149,25 +165,44 @@ class Shard:
         behind = self.seats[worker].clock - self.seats[slowest].clock
         return f"worker {slowest} is {behind} pushes behind and the bound is {self.bound}"
 
-    def push(self, worker: int, number: int, gradients: Mapping[str, Tensor]) -> None:
+    def push(
+        self, worker: int, number: int, gradients: Mapping[str, Tensor], versions: Mapping[str, int] | None = None
+    ) -> None:
         """Take the next push of a worker that may run.
+
+        Args:
+            versions: of the connections that the gradients of sparse layers are of (default: those that there are now).
 
         Raises:
             ExchangeError: a gradient is not finite: nobody else's weights are to suffer, and nothing is applied.
         """
         for name, gradient in gradients.items():
-            if not bool(torch.isfinite(gradient).all()):
+            if not is_finite(gradient):
                 raise ExchangeError(
                     f"push {number} of worker {worker} holds a gradient of {name!r} that is NaN or infinite; nothing of it is "
                     "applied. Lower the learning rate, clip, or look at the batch"
                 )
-        seat = self.seats[worker]
+        assert self.weights is not None
+        laid, seat = self.weights.laid(gradients, versions or {}), self.seats[worker]
         seat.seen, seat.clock = number, seat.clock + 1
         if self.bound == 0:
-            self._held[worker] = dict(gradients)
+            self._held[worker] = laid
             self._finish_rounds()
         else:
-            self._apply({worker: gradients})
+            self._apply({worker: laid})
+
+    def move(self, worker: int, number: int, moves: Mapping[str, tuple[Move, Tensor]]) -> None:
+        """Move connections of some layers, given the first values of those that come: weights, state and held gradients follow.
+
+        Raises:
+            ExchangeError: that is no move of the connections there are; nothing is changed.
+        """
+        assert self.weights is not None
+        for name, remap in self.weights.move(moves).items():
+            for gradients in self._held.values():
+                if name in gradients:
+                    gradients[name] = remap.apply(gradients[name])
+        self.seats[worker].seen = number
 
     def pull(self, worker: int) -> dict[str, Tensor]:
         """The weights, which a worker goes on from."""
@@ -192,16 +227,15 @@ class Shard:
             "version": self.version,
             "staleness": dict(self.staleness),
             "seats": {worker: asdict(seat) for worker, seat in self.seats.items()},
-            "weights": {name: p.detach() for name, p in self.parameters.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "weights": None if self.weights is None else self.weights.state_dict(),
             "held": self._held,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave; nobody is taken for silent because of the time between."""
-        self.parameters = {}
-        self.seed(state["weights"], facts=state["facts"], bound=state["bound"], warm_start=state["warm_start"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        kept = state["weights"]
+        self.weights = None if kept is None else Weights.from_state_dict(self.make_optimizer, kept)
+        self.facts, self.bound, self.warm_start = state["facts"], state["bound"], state["warm_start"]
         self.version, self.staleness = state["version"], Counter(state["staleness"])
         self.seats = {
             worker: Seat(**{**seat, "saved": seat["seen"], "heard": self.now()})
@@ -237,15 +271,8 @@ class Shard:
 
     def _apply(self, pushes: Mapping[int, Mapping[str, Tensor]]) -> None:
         """One step with the mean of some workers' gradients."""
-        for name, p in self.parameters.items():
-            given = [gradients[name] for gradients in pushes.values() if name in gradients]
-            if given:
-                total = given[0].clone()
-                for other in given[1:]:
-                    total += other
-                p.grad = total / len(pushes) if len(pushes) > 1 else total
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        assert self.weights is not None
+        self.weights.step(pushes.values())
         for worker in pushes:
             seat = self.seats[worker]
             seat.staleness = max(0, self.version - seat.applied - seat.others)

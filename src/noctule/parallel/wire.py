@@ -110,6 +110,11 @@ class Server:
         """How many pushes are in each shard."""
         return [shard.version for shard in self.shards]
 
+    @property
+    def outdated(self) -> int:
+        """How many gradients of a layer were left out because its connections had changed too often since."""
+        return sum(shard.weights.outdated for shard in self.shards if shard.weights is not None)
+
     def close(self) -> None:
         """Keep everything, and end; a second call does nothing."""
         for thread in self._threads:

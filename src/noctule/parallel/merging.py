@@ -1,0 +1,205 @@
+"""Several workers' networks made one: each connection has the mean of those who hold it, and the largest stay.
+
+The merge of WASAP-SGD (Curci, Mocanu and Pechenizkiy 2021, arXiv 2102.01732). Differs from the authors' code: the sum of a
+connection's weights is divided by those who hold it, not by all workers, which shrinks what one of them found; optimizer state is
+merged too; as many connections stay as each worker had, where the code cuts at a quantile of each sign.
+
+Shapes: N weights of a layer, K connections that any worker holds.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from noctule.channel import Exchange
+from noctule.errors import ExchangeError
+from noctule.method import Method
+from noctule.optim import sparse_layers
+from noctule.topology import Remap, Topology, merge
+
+
+@torch.no_grad()
+def merge_workers(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer], exchange: Exchange) -> None:
+    """Leave the same places, weights, buffers and optimizer state on all workers, bit for bit; all must call it.
+
+    A connection's weight, and what optimizers keep for it, is the mean over the workers that hold it; of each layer as many stay as
+    it had, the largest. Dense parameters, biases, buffers and their state become plain means; what counts, such as steps, the
+    largest. What is frozen is left alone.
+
+    Raises:
+        ExchangeError: the workers' models or optimizers differ in more than numbers and places; nothing is changed.
+    """
+    several = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
+    layers = {f"{name}.values" if name else "values": layer for name, layer in sparse_layers(model).items()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    buffers = {name: f"{x.dtype} {tuple(x.shape)}" for name, x in model.named_buffers()}
+    _agree(exchange, {name: _described(name, p, several, layers) for name, p in trained.items()} | buffers)
+    for name in trained:
+        if name in layers:
+            _merge_layer(layers[name], several, exchange, name)
+    dense = [x for name, p in trained.items() if name not in layers for x in (p, *_state(several, p).values())]
+    counts = [x for p in trained.values() for x in _counters(several, p)]
+    _mean([*dense, *(x for x in model.buffers() if x.is_floating_point())], exchange)
+    _count([*counts, *(x for x in model.buffers() if not x.is_floating_point())], exchange)
+
+
+class Merge(Method):
+    """Merges the workers' networks (see `merge_workers`) from time to time; in between each trains, and moves connections, alone.
+
+    Give it to `attach` before a `Rewire`: connections that move after the same step have then moved when networks are merged.
+
+    Args:
+        exchange: between the workers, such as a `Channel`.
+        every: steps from one time to the next; None: whenever the session settles, as before `fit` judges the weights.
+
+    >>> from noctule.channel import Channel
+    >>> from noctule.exchange import Local
+    >>> method = Merge(Channel(path=Local.together(1)[0]), every=1000)
+    """
+
+    def __init__(self, exchange: Exchange, *, every: int | None = None) -> None:
+        """Nothing is sent yet."""
+        if every is not None and every < 1:
+            raise ValueError(f"networks are merged after at least one step, got every={every}")
+        self.exchange, self.every = exchange, every
+        self.steps = 0
+        """Since the last time."""
+
+    def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Note what is to be merged."""
+        self.model, self.optimizers = model, optimizers
+
+    def after_step(self) -> None:
+        """Merge, when it is time."""
+        self.steps += 1
+        if self.steps == self.every:
+            self.now()
+
+    def settle(self) -> None:
+        """Merge, if that is when it is to be done."""
+        if self.every is None and self.steps:
+            self.now()
+
+    def now(self) -> None:
+        """Merge, whether it is time or not; all workers must."""
+        merge_workers(self.model, self.optimizers, self.exchange)
+        self.steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps since the last time, and what the exchange keeps."""
+        return {"steps": self.steps, "exchange": self.exchange.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.steps = int(state["steps"])
+        self.exchange.load_state_dict(state["exchange"])
+
+
+def largest(topology: Topology, values: Tensor, count: int) -> tuple[Topology, Tensor]:
+    """The places (N,) of the largest of K values, and which of the K they are; of equals the first.
+
+    >>> places = Topology.from_keys((1, 4), torch.arange(4))
+    >>> largest(places, torch.tensor([1.0, -3.0, 2.0, 1.0]), 3)[1].tolist()
+    [0, 1, 2]
+    """
+    kept = values.abs().argsort(descending=True, stable=True)[:count].sort().values
+    return Topology.from_keys(topology.shape, topology.keys()[kept]), kept
+
+
+def _merge_layer(layer: Any, optimizers: Sequence[Optimizer], exchange: Exchange, name: str) -> None:
+    """One sparse layer and its state."""
+    old, p = layer.topology, layer.values
+    mine = {"": p, **_state(optimizers, p)}
+    arrived = _share(exchange, [old.keys(), *mine.values()], name)
+    places = [Topology.from_keys(old.shape, _checked(keys, old, name)) for keys, *_ in arrived]
+    united, means = old, []
+    for several in zip(*(tensors for _, *tensors in arrived), strict=True):
+        united, mean = merge(places, [x.double() for x in several])
+        means.append(mean)
+    topology, kept = largest(united, means[0], old.size)
+    if topology != old:
+        topology = topology.to(old.device)
+        layer.remap_(topology, Remap.between(old, topology))
+    for x, mean in zip([layer.values, *_state(optimizers, layer.values).values()], means, strict=True):
+        x.copy_(mean[kept])
+
+
+def _mean(tensors: Sequence[Tensor], exchange: Exchange) -> None:
+    """Each tensor becomes the mean over all workers."""
+    for x, *several in zip(tensors, *_share(exchange, tensors, "what is dense"), strict=True):
+        x.copy_(torch.stack([each.double() for each in several]).mean(0))
+
+
+def _count(counters: Sequence[Tensor], exchange: Exchange) -> None:
+    """Each counter becomes the largest of all workers'."""
+    for x, *several in zip(counters, *_share(exchange, counters, "counters"), strict=True):
+        x.copy_(torch.stack(several).amax(0))
+
+
+def _state(optimizers: Sequence[Optimizer], p: Tensor) -> dict[str, Tensor]:
+    """What optimizers keep for each weight of a parameter."""
+    return {key: x for key, x in _kept(optimizers, p) if x.shape == p.shape and not key.endswith(".step")}
+
+
+def _counters(optimizers: Sequence[Optimizer], p: Tensor) -> list[Tensor]:
+    """The other tensors that they keep for it."""
+    state = _state(optimizers, p)
+    return [x for key, x in _kept(optimizers, p) if key not in state]
+
+
+def _kept(optimizers: Sequence[Optimizer], p: Tensor) -> list[tuple[str, Tensor]]:
+    return [
+        (f"{place}.{key}", x)
+        for place, optimizer in enumerate(optimizers)
+        for key, x in sorted(optimizer.state.get(p, {}).items())
+        if isinstance(x, Tensor)
+    ]
+
+
+def _described(name: str, p: Tensor, optimizers: Sequence[Optimizer], layers: Mapping[str, Any]) -> str:
+    """What must be alike."""
+    matrix = f" of {layers[name].topology.shape}" if name in layers else ""
+    state = [f"{key} {x.dtype} {tuple(x.shape)}" for key, x in _kept(optimizers, p)]
+    return f"{p.dtype} {tuple(p.shape)}{matrix} with {', '.join(state) or 'no state'}".replace("torch.", "")
+
+
+def _agree(exchange: Exchange, mine: Mapping[str, str]) -> None:
+    for worker, message in enumerate(exchange.share(json.dumps(mine).encode())):
+        try:
+            other = dict(json.loads(message))
+        except (ValueError, TypeError) as error:
+            raise ExchangeError(f"worker {worker} said something that is not a handshake: {error}") from error
+        for name in [*mine, *other]:
+            if mine.get(name) != other.get(name):
+                raise ExchangeError(
+                    f"worker {worker} differs in {name!r}: {other.get(name, 'not there')}, and here it is "
+                    f"{mine.get(name, 'not there')}. Networks that are merged must be made in the same way, with as many "
+                    "connections in each layer, and their optimizers too"
+                )
+
+
+def _share(exchange: Exchange, tensors: Sequence[Tensor], name: str) -> list[list[Tensor]]:
+    """The tensors of every worker, of the shapes that they have here, on the CPU."""
+    flat = [x.detach().cpu().contiguous().flatten() for x in tensors]
+    sizes, arrived = [x.nbytes for x in flat], list[list[Tensor]]()
+    for worker, message in enumerate(exchange.share(b"".join(x.view(torch.uint8).numpy().tobytes() for x in flat))):
+        if len(message) != sum(sizes):
+            raise ExchangeError(
+                f"worker {worker} sent {len(message)} bytes for {name!r}, where {sum(sizes)} are needed: do all merge at once?"
+            )
+        wire, at = torch.frombuffer(bytearray(message + b"\0"), dtype=torch.uint8), 0  # which must not be empty
+        arrived.append([])
+        for x, size in zip(tensors, sizes, strict=True):
+            arrived[-1].append(wire[at : at + size].clone().view(x.dtype).view(x.shape))
+            at += size
+    return arrived
+
+
+def _checked(keys: Tensor, topology: Topology, name: str) -> Tensor:
+    if keys.numel() and (int(keys[0]) < 0 or int(keys[-1]) >= topology.places or bool((keys.diff() <= 0).any())):
+        raise ExchangeError(f"a worker sent connections of {name!r} that are not sorted places of it")
+    return keys

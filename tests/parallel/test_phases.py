@@ -1,0 +1,200 @@
+"""Methods that follow one another: what each phase sees, and resuming in each of them."""
+
+import copy
+
+import pytest
+import torch
+from moving_jobs import places, sparse
+from push_pull_jobs import MOMENTUM, batch, network, train
+
+from noctule import set_
+from noctule.channel import Channel
+from noctule.data import Dataset
+from noctule.errors import ExchangeError
+from noctule.exchange import Local
+from noctule.loop import evaluate
+from noctule.method import Method, attach
+from noctule.parallel import DiLoCo, PushPull
+from noctule.parallel.phases import Phases
+from noctule.parallel.wire import serve
+from noctule.topology import exchange
+
+
+class Noted(Method):
+    """Writes down what it hears."""
+
+    def __init__(self, name, log, fails=""):
+        self.name, self.log, self.fails, self.steps = name, log, fails, 0
+
+    def _note(self, what):
+        self.log.append(f"{self.name} {what}")
+        if what == self.fails:
+            raise RuntimeError(f"{self.name} failed")
+
+    def begin(self, model, optimizers):
+        self._note("begin")
+
+    def before_step(self):
+        self._note("before")
+
+    def after_step(self):
+        self.steps += 1
+        self._note("after")
+
+    def remapped(self, layer, remap):
+        self._note("remapped")
+
+    def observe(self, **metrics):
+        self._note(f"observe {metrics['loss']}")
+
+    def settle(self):
+        self._note("settle")
+
+    def end(self):
+        self._note("end")
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
+def run(phases, steps, start=0, model=None):
+    model = network() if model is None else model
+    optimizer = MOMENTUM(model.parameters())
+    with attach(model, optimizer, phases):
+        train(model, optimizer, [batch(0, n) for n in range(start, start + steps)])
+    return model
+
+
+def test_each_phase_sees_its_own_steps_in_the_order_of_attach():
+    log: list[str] = []
+    a, b, c = (Noted(name, log) for name in "abc")
+    run(Phases([a, b], [c], until=[2]), 3)
+    step = ["a before", "b before", "b after", "a after"]
+    assert log == ["a begin", "b begin", *step, *step, "b end", "a end", "c begin", "c before", "c after", "c end"]
+
+
+def test_an_empty_phase_and_one_that_is_never_reached():
+    log: list[str] = []
+    run(Phases([], [Noted("a", log)], [Noted("b", log)], until=[2, 5]), 4)
+    assert log == ["a begin", *["a before", "a after"] * 2, "a end"]
+
+
+def test_what_is_said_goes_to_the_phase_that_runs():
+    log: list[str] = []
+    model = sparse()
+    optimizer = MOMENTUM(model.parameters())
+    phases = Phases([Noted("a", log)], [Noted("b", log)], until=[1])
+    with attach(model, optimizer, phases) as session:
+        session.observe(loss=0)  # nobody is there yet
+        for n in range(2):
+            train(model, optimizer, [batch(0, n)])
+            log.clear()
+            session.observe(loss=n)
+            session.settle()
+            old = model[0].topology
+            model[0].remap_(*exchange(old, torch.tensor([0]), old.missing(1)))
+            assert log == [f"b observe {n}", "b settle", "b remapped"]
+
+
+def test_the_first_phase_begins_with_the_first_forward_pass():
+    log: list[str] = []
+    model = network()
+    with attach(model, MOMENTUM(model.parameters()), Phases([Noted("a", log)], [], until=[1])):
+        assert log == []
+        evaluate(model, Dataset(torch.zeros(2, 6), torch.zeros(2, dtype=torch.int64), name="none", classes=3))
+        model(torch.zeros(2, 6))
+        assert log == ["a begin"]
+    log.clear()
+    inner = torch.nn.Sequential(model)  # a model that is not called itself, but what is in it
+    optimizer = MOMENTUM(inner.parameters())
+    with attach(inner, optimizer, Phases([Noted("a", log)], [], until=[1])):
+        train(model, optimizer, [batch(0, 0)])
+        assert log == ["a begin", "a before", "a after", "a end"]
+    assert not model._forward_pre_hooks
+    assert not inner._forward_pre_hooks
+
+
+@pytest.mark.parametrize("fails", ["begin", "end"])
+def test_whoever_has_begun_ends_whatever_happens(fails):
+    log: list[str] = []
+    several = [Noted("a", log), Noted("b", log, fails=fails), Noted("c", log)]
+    with pytest.raises(RuntimeError, match="b failed"):
+        run(Phases(several, [Noted("d", log)], until=[1]), 2)
+    begun = ["a begin", "b begin"] if fails == "begin" else ["a begin", "b begin", "c begin"]
+    ended = ["a end"] if fails == "begin" else ["c end", "b end", "a end"]
+    assert [line for line in log if "begin" in line or "end" in line] == begun + ended
+
+
+@pytest.mark.parametrize("stop", range(1, 9))
+def test_resuming_is_never_having_stopped_in_every_phase(stop):
+    """Stopped before, at and after the changes, with moving connections and a strategy that keeps much."""
+
+    def phases():
+        path = Local.together(1)[0]
+        return Phases(
+            [set_(every=2, seed=1)],
+            [set_(every=3, seed=2), DiLoCo(Channel(path=path), every=2)],
+            [set_(every=2, seed=3)],
+            until=[3, 6],
+        )
+
+    whole = run(phases(), 9, model=sparse())
+    model = sparse()
+    optimizer = MOMENTUM(model.parameters())
+    with attach(model, optimizer, phases()) as session:
+        train(model, optimizer, [batch(0, n) for n in range(stop)])
+        saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), session.state_dict()])
+    again = sparse(seed=5)
+    optimizer = MOMENTUM(again.parameters())
+    with attach(again, optimizer, phases()) as session:
+        again.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        session.load_state_dict(saved[2])
+        waiting = session.state_dict()
+        assert str(waiting) == str(saved[2])  # what was loaded and has not begun is kept
+        train(again, optimizer, [batch(0, n) for n in range(stop, 9)])
+    assert places(again) == places(whole)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
+
+
+def test_a_later_phase_is_resumed_without_what_the_earlier_ones_need():
+    with serve(MOMENTUM) as server:
+        ticket = server.ticket(0)
+    phases = Phases([PushPull(ticket, timeout_seconds=0.3)], [set_(every=3)], until=[2])
+    model = sparse()
+    before = copy.deepcopy(model.state_dict())
+    with attach(model, MOMENTUM(model.parameters()), phases) as session:
+        state = {"steps": 4, "methods": [{"name": "Rewire", "state": {"steps": 2, "moved": {}}}]}
+        session.load_state_dict({"steps": 4, "methods": [{"name": "Phases", "state": state}]})
+        model(torch.zeros(1, 6))
+        assert phases.phase == 1
+        assert torch.equal(model.state_dict()["0.values"], before["0.values"])
+    phases = Phases([PushPull(ticket, timeout_seconds=0.3)], [], until=[2])
+    model = network()
+    with pytest.raises(ExchangeError, match="not answered a join"), attach(model, MOMENTUM(model.parameters()), phases):
+        model(torch.zeros(1, 6))
+
+
+def test_what_cannot_be_is_refused():
+    for several, until in (([[]], [1]), ([[], []], []), ([[], []], [0]), ([[], [], []], [3, 3])):
+        with pytest.raises(ValueError, match=r"phases need|increase"):
+            Phases(*several, until=until)
+    again = Noted("a", [])
+    with pytest.raises(ValueError, match="the same method twice"):
+        Phases([again], [], [again], until=[1, 2])
+    model = network()
+    phases = Phases([Noted("a", [])], [Noted("b", [])], until=[2])
+    with attach(model, MOMENTUM(model.parameters()), phases):
+        for state in ({"steps": 0, "methods": [{"name": "Rewire", "state": {}}]}, {"steps": 3, "methods": []}):
+            with pytest.raises(ValueError, match="belongs to the methods"):
+                phases.load_state_dict(state)
+        assert phases.steps == 0
+        model(torch.zeros(1, 6))
+        state = {"steps": 3, "methods": [{"name": "Noted", "state": {"steps": 1}}]}
+        with pytest.raises(ValueError, match="phase 0 has begun, and this state is of phase 1: load it before"):
+            phases.load_state_dict(state)
+        phases.load_state_dict({**state, "steps": 1})
+        assert phases.phases[0][0].state_dict() == {"steps": 1}
