@@ -25,6 +25,7 @@ BENCHMARKS = (
     "shrinking",
     "bat_brain",
     "transformer",
+    "together",
     "link",
 )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
@@ -35,7 +36,7 @@ class Rendezvous(Protocol):
     """Whether the training is to stop, where all are at the same step."""
 
     def form(self) -> None:
-        """Be in a new group of `torch.distributed` with all who are there."""
+        """Leave the group of `torch.distributed` there was, if any, and be in a new one with all who are there."""
         ...
 
     def again(self) -> bool:
@@ -64,13 +65,12 @@ class Together(Team):
         self._sights = Elastic(self, lambda: Channel(path=AllReduce()))
         self.broken = False
         self._link: LinkEstimate | None = None
+        self._apart = False
 
     def form(self) -> None:
         """Leave the group there was, and be in the next one."""
         for elastic in (self.exchange, self._sights):
             elastic.forget()
-        if dist.is_initialized():
-            dist.destroy_process_group()
         self.rendezvous.form()
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.generation += 1
@@ -110,6 +110,9 @@ class Together(Team):
             try:
                 if not self.generation or self.broken:
                     self.form()
+                if not self._apart:
+                    self._apart = True  # draws of its own, as for dropout: the workers' models are made by now, and alike
+                    torch.manual_seed(torch.initial_seed() + self.member * 0x9E3779B9)
                 return training()
             except LostWorkerError:
                 if not self.rendezvous.again():

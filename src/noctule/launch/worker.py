@@ -35,6 +35,8 @@ class Supervised:
     def form(self) -> None:
         """See `noctule.launch.together.Rendezvous`."""
         while True:
+            if dist.is_initialized():
+                dist.destroy_process_group()
             self._line.tell(join=True)
             words = self._sent_off.get()
             self.stopped = self.stopped or words["stopped"]
@@ -47,10 +49,8 @@ class Supervised:
                     timeout_seconds=self._timeout_seconds,
                 )
             except RuntimeError:  # one of them died on its way: with those who are left
-                if dist.is_initialized():
-                    dist.destroy_process_group()
-            else:
-                return
+                continue
+            return
 
     def again(self) -> bool:
         """Always: the supervisor replaces who is lost."""
