@@ -46,6 +46,7 @@ def together(
     epochs: int = 10,
     batch: int = 128,
     reach: float = 0.88,
+    look_every: int = 100,
     link: tuple[str, ...] = ("diloco", "local", "topk"),
     megabits: float = 20.0,
     delay_ms: float = 25.0,
@@ -65,15 +66,16 @@ def together(
         epochs: of each training.
         batch: samples of all workers together.
         reach: the validation accuracy whose time is measured.
+        look_every: steps from one look at it to the next.
         link: methods that are timed on the shaped link, with two workers (none: no shaped link).
         megabits: of that link, per second.
         delay_ms: of that link, one way.
         out: a file that the lines are appended to.
     """
-    program.at_least_one(workers=workers, epochs=epochs, batch=batch, seeds=len(seeds))
+    program.at_least_one(workers=workers, epochs=epochs, batch=batch, look_every=look_every, seeds=len(seeds))
     chosen, kinds = program.chosen(methods, list(METHODS)), tuple(program.chosen(kinds, ["dense", "sparse"]))
     lines, found = program.Lines(out), {_key(line): line for line in program.read(out, "together")}
-    common = {"data": data, "epochs": epochs, "batch": batch, "reach": reach, "look_every": 100}
+    common = {"data": data, "epochs": epochs, "batch": batch, "reach": reach, "look_every": look_every}
     plan = {**common, "data_dir": data_dir and str(data_dir)}
     torch.set_num_threads(1)  # as in the workers
     with Workers(workers) as group:
