@@ -31,6 +31,9 @@ class Work:
 class Exchange(ABC):
     """What I have -> what everyone has; all workers call it with the same keys and shapes, in the same order."""
 
+    at_once = False
+    """Whether it takes rounds rather than bytes, so that all tensors should come in one call, not each as soon as it is there."""
+
     @abstractmethod
     def __call__(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> list[Tensor]:
         """The aggregates; ``keys`` name the tensors for whatever is kept of them from one call to the next."""
@@ -187,7 +190,7 @@ class Channel(Exchange):
         for stage in self.stages:
             weight *= stage.weight()
             sent.append([stage.send(x, key) for x, key in zip(sent[-1], keys, strict=True)])
-        turn = float(self.calls % 1024)  # small, so that sums of its squares are exact
+        turn = float(self.calls % 64)  # small, so that sums of its squares are exact even in float32
         found = self.path(sent[-1], keys, self._codec, self.aggregate, (weight, turn, turn * turn), self._generator())
         weights, turns, squares = found.numbers
         if self.path.world * squares != turns * turns:

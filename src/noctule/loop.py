@@ -125,8 +125,8 @@ def fit(
 
     A checkpoint is written after every epoch and, in long ones, every ``checkpoint_seconds``. Ctrl-C writes one more and
     then raises KeyboardInterrupt; an `ExchangeError`, which leaves the worker where it was before the step, leaves one too. A loss
-    that is not finite raises `NonFiniteError` before it reaches the weights, and the last checkpoint stays. Where seed, threads and instruction set are the same, a resumed training ends bit for bit as one that was
-    never stopped.
+    that is not finite raises `NonFiniteError` before it reaches the weights, and the last checkpoint stays. Where seed, threads and
+    instruction set are the same, a resumed training ends bit for bit as one that was never stopped.
 
     Args:
         scheduler: of the learning rate, stepped once after every optimizer step.

@@ -16,9 +16,12 @@ from noctule.errors import ExchangeError
 from noctule.exchange import (
     AllGather,
     AllReduce,
+    Auto,
     Compress,
     EverySync,
     Group,
+    LinkEstimate,
+    PowerSGD,
     TwoPhase,
     Weigh,
     ddp_hook,
@@ -34,6 +37,19 @@ CODECS = {"half": Half(), "bfloat16": Cast(torch.bfloat16), "natural": NaturalCo
 
 def averaged(rank: int, world: int, path: str) -> list[Tensor]:
     return Channel(path=PATHS[path]())(given(rank), KEYS)
+
+
+def of_a_size(rank: int, world: int, path: str, numbers: int) -> dict[str, Any]:
+    """A mean, the bytes that it took, and how many rounds it was said to take."""
+    way, x = PATHS[path](), torch.full((numbers,), float(rank + 1))
+    (mean,) = Channel(path=way)([x], ["x"])
+    price = way.rehearse([x], None)
+    return {
+        "same": bool((mean == 1.5).all()),
+        "sent": way.group.sent_bytes,
+        "price": price.sent_bytes,
+        "rounds": price.rounds,
+    }
 
 
 def weighed(rank: int, world: int, path: str) -> list[Tensor]:
@@ -107,7 +123,7 @@ def trained(rank: int, world: int, how: str, path: str, sparse: bool) -> dict[st
                 _step(model, optimizer, x[rows], y[rows])
     else:
         wrapped = DistributedDataParallel(copy.deepcopy(model), bucket_cap_mb=0.001)
-        wrapped.register_comm_hook(None, ddp_hook(Channel(path=PATHS[path](own_group())), wrapped))
+        wrapped.register_comm_hook(None, ddp_hook(Channel(path=PATHS[path](own_group())), wrapped, megabytes=0.0))
         optimizer = _sgd(wrapped)
         for x, y in _data():
             _step(wrapped, optimizer, x[rows], y[rows])
@@ -121,7 +137,7 @@ def trained(rank: int, world: int, how: str, path: str, sparse: bool) -> dict[st
 def compressed_in_ddp(rank: int, world: int) -> dict[str, Any]:
     model = DistributedDataParallel(_network(sparse=False), bucket_cap_mb=0.001)
     compress = Compress(CODECS["natural"], error_feedback=True)
-    model.register_comm_hook(None, ddp_hook(Channel(compress, path=TwoPhase(own_group())), model))
+    model.register_comm_hook(None, ddp_hook(Channel(compress, path=TwoPhase(own_group())), model, megabytes=0.003))
     optimizer, losses = _sgd(model), []
     for x, y in _data() * 10:
         optimizer.zero_grad()
@@ -133,13 +149,56 @@ def compressed_in_ddp(rank: int, world: int) -> dict[str, Any]:
             "weights": _weights(model)}  # fmt: skip
 
 
-def one_group_for_both(rank: int, world: int) -> str:
-    model = DistributedDataParallel(nn.Linear(2, 2))
-    try:
-        ddp_hook(Channel(path=TwoPhase()), model)
-    except ValueError as error:
-        return str(error)
-    return "taken"
+def chosen_in_ddp(rank: int, world: int, megabytes: float, steps: int) -> dict[str, Any]:
+    """Known gradients through candidates that take turns."""
+    model = DistributedDataParallel(_network(sparse=False), bucket_cap_mb=0.001)
+    candidates = {
+        "plain": Channel(path=AllReduce(own_group())),
+        "half": Channel(Compress(Half()), path=TwoPhase(own_group())),
+        "low rank": PowerSGD(1, over=Channel(path=AllReduce(own_group()))),
+    }
+    link = [LinkEstimate(1e-3, 1e5)]
+    auto = Auto(candidates, probe=lambda: link[0], turns=2)
+    model.register_comm_hook(None, ddp_hook(auto, model, megabytes=megabytes))
+    generator = torch.Generator().manual_seed(rank)
+    slopes = {name: torch.randn(p.shape, generator=generator) for name, p in model.module.named_parameters()}
+    got: dict[str, Tensor] = {name: torch.zeros(x.shape) for name, x in slopes.items()}
+    tried = []
+    for step in range(steps):
+        if step == steps - 1:  # by the price of a fast link: the last step pays what was owed
+            link[0], auto.link, auto.turns = LinkEstimate(0.0, 1e15), None, 0
+        model.zero_grad()
+        out = model(torch.zeros(1, 6)).sum() * 0.0
+        (out + sum((p * slopes[name]).sum() for name, p in model.module.named_parameters())).backward()
+        tried.append(auto.choice)
+        for name, p in model.module.named_parameters():
+            assert p.grad is not None
+            got[name] += p.grad
+    return {
+        "given": slopes,
+        "got": got,
+        "owed": len(auto.release()),
+        "tried": tried,
+        "settled": auto.settled,
+        "calls": auto.calls,
+    }
+
+
+def one_group_for_both(rank: int, world: int) -> list[str]:
+    model, said = DistributedDataParallel(nn.Linear(2, 2)), []
+    mine, models = (Channel(path=TwoPhase(group)) for group in (own_group(), None))
+    for exchange in (
+        mine,
+        models,
+        PowerSGD(1, over=models),
+        Auto({"a": mine, "b": models}, probe=lambda: LinkEstimate(0, 1)),
+    ):
+        try:
+            ddp_hook(exchange, model)
+            said.append("taken")
+        except ValueError as error:
+            said.append(str(error))
+    return said
 
 
 def an_error_in_the_hook(rank: int, world: int) -> str:

@@ -36,7 +36,7 @@ def test_a_fast_link_takes_the_plain_way_and_a_slow_one_the_smallest():
     def work(path):
         x, found = [torch.randn(10_000, generator=torch.Generator().manual_seed(path.rank))], []
         for link in (FAST, SLOW):
-            auto = Auto(candidates(path), probe=lambda link=link: link)
+            auto = Auto(candidates(path), probe=lambda link=link: link, turns=0)
             assert auto.why() == "nothing was exchanged yet"
             auto(x, ["x"])
             found.append((auto.choice, auto.works, auto.why()))
@@ -80,7 +80,7 @@ def test_a_link_that_changes_is_noticed_and_nothing_is_lost():
     def work(path):
         link = [SLOW]
         ways = {name: Slowed(way) for name, way in candidates(path).items() if name != "natural"}
-        auto = Auto(ways, probe=lambda: link[0], every=4)
+        auto = Auto(ways, probe=lambda: link[0], every=4, turns=0)
         got, choices = [], []
         for call in range(36):
             if call == 12:
@@ -97,16 +97,46 @@ def test_a_link_that_changes_is_noticed_and_nothing_is_lost():
     choices = everyone[0][1]
     assert choices[:12] == ["half"] * 12
     assert choices[-8:] == ["plain"] * 8
+    check_conserved(everyone, 36)
+
+
+@pytest.mark.parametrize(
+    ("plain", "half", "choice"), [(0.0, 0.03, "plain"), (0.102, 0.1, "plain"), (0.1, 0.03, "half")]
+)
+def test_those_whose_prices_are_near_show_what_they_take(plain, half, choice):
+    """The price says that the half is cheapest, and that the others are near enough."""
+
+    def work(path):
+        ways = {name: Slowed(way) for name, way in candidates(path).items()}
+        ways["plain"].seconds, ways["half"].seconds, ways["natural"].seconds = plain, half, 0.3
+        auto = Auto(ways, probe=lambda: SLOW, every=1000, turns=3)
+        got, choices = [], []
+        for call in range(30):
+            got.append(auto(given(path.rank, call), KEYS))
+            choices.append(auto.choice)
+        return got, choices, auto.release(), {name: len(turns) for name, turns in auto.seconds.items()}, auto.settled
+
+    everyone = together(2, work)
+    _, choices, _, turns, settled = everyone[0]
+    assert all(each[1] == choices and each[3] == turns and each[4] for each in everyone)
+    assert choices[-8:] == [choice] * 8
+    assert set(choices) == {"plain", "half", "natural"}
+    assert turns["natural"] == 1  # so slow that it got no other
+    assert settled
+    check_conserved(everyone, 30)
+
+
+def check_conserved(everyone, calls):
     for at, key in enumerate(KEYS):
-        sent = sum(given(rank, call)[at].double() for rank in range(2) for call in range(36))
+        sent = sum(given(rank, call)[at].double() for rank in range(2) for call in range(calls))
         delivered = sum(got[at].double() for got in everyone[0][0]) * 2
-        owed = sum(owed[key].double() for _, _, owed in everyone if key in owed)
+        owed = sum(each[2][key].double() for each in everyone if key in each[2])
         torch.testing.assert_close(delivered + owed, sent, atol=1e-4, rtol=1e-4)
 
 
 def test_a_state_is_taken_back_with_what_is_owed():
     def work(path):
-        first, second = (Auto(candidates(path), probe=lambda: SLOW) for _ in range(2))
+        first, second = (Auto(candidates(path), probe=lambda: SLOW, turns=0) for _ in range(2))
         first(given(path.rank), KEYS)
         second.load_state_dict(first.state_dict())
         assert second.choice == first.choice == "natural"

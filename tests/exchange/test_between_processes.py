@@ -34,10 +34,11 @@ def test_weights_count(workers, path):
 
 
 def check_conserved(found, calls):
+    world = len(found)
     for at in range(len(given(0))):
-        sent = sum(given(rank, call)[at].double() for rank in range(WORLD) for call in range(calls))
+        sent = sum(given(rank, call)[at].double() for rank in range(world) for call in range(calls))
         owed = sum(each["owed"][at].double() for each in found)
-        delivered = sum(got[at].double() for got in found[0]["got"]) * WORLD
+        delivered = sum(got[at].double() for got in found[0]["got"]) * world
         torch.testing.assert_close(delivered + owed, sent, atol=1e-5 * calls, rtol=1e-5)
 
 
@@ -93,6 +94,23 @@ def test_compressed_training_in_ddp(workers):
         assert all(torch.equal(a, b) for a, b in zip(each["weights"], everyone[0]["weights"], strict=True))
 
 
+@pytest.mark.parametrize("megabytes", [0.0, 25.0])
+def test_candidates_take_turns_in_ddp_and_nothing_is_lost(workers, megabytes):
+    steps = 24
+    everyone = workers.call(jobs.chosen_in_ddp, megabytes, steps)
+    for each in everyone:
+        assert each["settled"]
+        assert each["calls"] == steps
+        assert set(each["tried"]) == {"plain", "half", "low rank"}
+        assert each["tried"] == everyone[0]["tried"]
+        assert each["tried"][-1] == "plain"
+        assert each["owed"] == 0
+        for name, got in each["got"].items():
+            assert torch.equal(got, everyone[0]["got"][name])
+            sent = steps * sum(other["given"][name] for other in everyone)
+            torch.testing.assert_close(WORLD * got, sent, atol=1e-3, rtol=1e-4)
+
+
 def test_sharded_workers_are_one_on_the_union(workers):
     for each in workers.call(jobs.sharded, "exact", 1):
         assert each["parts"] == ["", "0", "2", "4"]
@@ -113,7 +131,9 @@ def test_a_model_that_is_not_sharded_is_refused(workers):
 
 
 def test_one_process_group_for_ddp_and_the_exchange_is_refused(workers):
-    assert all("one of its own" in text for text in workers.call(jobs.one_group_for_both))
+    for own, *shared in workers.call(jobs.one_group_for_both):
+        assert own == "taken"
+        assert all("one of its own" in text for text in shared)
 
 
 def test_an_error_in_the_hook_comes_out_of_backward(workers):
@@ -125,8 +145,16 @@ def test_tensors_of_other_shapes_are_told(workers):
     assert all("worker" in text and "bytes" in text for text in found), found
 
 
-def test_a_worker_that_dies_is_told_to_the_others():
+def test_two_workers_send_once_and_one_that_dies_is_told_to_the_other():
     with Workers(2, group_timeout_seconds=20.0) as pair:
+        for path in jobs.PATHS:
+            for numbers in (1000, 300_000):  # as one small message, and as a large one
+                for found in pair.call(jobs.of_a_size, path, numbers):
+                    assert found["same"]
+                    assert found["sent"] == pytest.approx(found["price"], abs=40)
+                    assert found["price"] == 4 * numbers
+                    assert found["rounds"] == 1 + (path == "AllReduce" and numbers > 1000)
+        check_conserved(pair.call(jobs.conserved, "TwoPhase", "half", 4), 4)
         running = pair.begin(jobs.a_peer_that_is_gone)
         pair.kill(1)
         survivor = running.outcomes()[0]

@@ -5,7 +5,8 @@ import torch
 
 from exchange_cases import together
 from noctule.channel import Channel
-from noctule.exchange import PowerSGD
+from noctule.codecs import Cast
+from noctule.exchange import Compress, PowerSGD
 from noctule.topology import Remap
 
 KEYS = ["w", "conv", "bias", "small"]
@@ -113,3 +114,18 @@ def test_a_matrix_that_becomes_narrower():
 def test_a_rank_below_one_is_refused():
     with pytest.raises(ValueError, match="at least rank 1"):
         PowerSGD(0, over=None)
+
+
+def test_factors_of_sixteen_bits_lose_nothing():
+    def work(path):
+        over = Channel(Compress(Cast(torch.bfloat16), error_feedback=False), path=path)
+        power = PowerSGD(2, over=over)
+        assert power.rehearse(gradients(0), KEYS).sent_bytes == 2 * (2 * 20 + 2 * 8 + 30 + 4 + 2 * 30 + 2 * 36)
+        return [power(gradients(path.rank, call), KEYS) for call in range(5)], power.owed
+
+    everyone = together(2, work)
+    for at, key in enumerate(KEYS[:2]):
+        sent = sum(gradients(rank, call)[at].flatten(1) for rank in range(2) for call in range(5))
+        owed = sum(owed[key].flatten(1) for _, owed in everyone)
+        delivered = sum(got[at].flatten(1) for got in everyone[0][0]) * 2
+        torch.testing.assert_close(delivered + owed, sent, atol=1e-4, rtol=1e-4)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from noctule.channel import Channel, Exchange
-from noctule.codecs import NaturalCompression, TopK
+from noctule.codecs import Cast, NaturalCompression, TopK
 from noctule.exchange import (
     AllGather,
     AllReduce,
@@ -30,22 +31,33 @@ from noctule.models import mlp
 EXCHANGES: dict[str, Callable[[], Exchange]] = {
     "all-reduce": lambda: Channel(path=AllReduce(own_group())),
     "natural": lambda: Channel(Compress(NaturalCompression()), path=TwoPhase(own_group())),
-    "natural, all-gather": lambda: Channel(Compress(NaturalCompression()), path=AllGather(own_group())),
     "top 1 %": lambda: Channel(Compress(TopK(0.01)), path=AllGather(own_group())),
     "top 1.56 %, natural": lambda: Channel(
         Compress(TopK(0.0156, values=NaturalCompression())), path=AllGather(own_group())
     ),
     "PowerSGD 4": lambda: PowerSGD(4, over=Channel(path=AllReduce(own_group()))),
+    "PowerSGD 4, bfloat16": lambda: PowerSGD(
+        4, over=Channel(Compress(Cast(torch.bfloat16), error_feedback=False), path=AllGather(own_group()))
+    ),
 }
 ROWS: dict[str, Callable[[], Exchange] | None] = {
     "ddp fp32": None,
     "ddp fp16": None,
     **EXCHANGES,
+    "natural, all-gather": lambda: Channel(Compress(NaturalCompression()), path=AllGather(own_group())),
     "auto": lambda: Auto({name: make() for name, make in EXCHANGES.items()}, probe=_probe),
 }
 """Plain DDP, torch's own hook, and Noctule's exchanges."""
 
-_steps: dict[str, tuple[Callable[[], Tensor], Exchange | None]] = {}
+
+@dataclass
+class _Row:
+    step: Callable[[], Tensor]
+    exchange: Exchange | None
+    parameters: dict[str, nn.Parameter]
+
+
+_rows: dict[str, _Row] = {}
 
 
 def _probe() -> LinkEstimate:
@@ -54,7 +66,7 @@ def _probe() -> LinkEstimate:
 
 def why(rank: int, world: int) -> str:
     """What the automatic choice says."""
-    _, exchange = _steps["auto"]
+    exchange = _rows["auto"].exchange
     return exchange.why() if isinstance(exchange, Auto) else ""
 
 
@@ -81,25 +93,51 @@ def prepare(rank: int, world: int, row: str, megabytes: float, batch: int) -> in
         optimizer.step()
         return loss
 
-    _steps[row] = (step, exchange)
+    _rows[row] = _Row(step, exchange, dict(model.named_parameters()))
     return sum(p.nbytes for p in model.parameters())
+
+
+def warm(rank: int, world: int, row: str) -> float:
+    """Seconds of a step, after the first ones: DDP cuts its buckets anew, and the automatic choice tries its candidates."""
+    found = _rows[row]
+    found.step()
+    while isinstance(found.exchange, Auto) and not found.exchange.settled:
+        found.step()
+    return timed(rank, world, row, 1)["seconds"]
+
+
+def price(rank: int, world: int, row: str) -> dict[str, float]:
+    """What one exchange of the row should send, and in how many messages."""
+    found = _rows[row]
+    exchange = found.exchange.candidates[found.exchange.choice] if isinstance(found.exchange, Auto) else found.exchange
+    if exchange is None:
+        return {"bytes": 0.0, "messages": 0}
+    with torch.no_grad():
+        work = exchange.rehearse(list(found.parameters.values()), list(found.parameters))
+    messages_a_round = (world - 1) / Group().rounds
+    return {"bytes": work.sent_bytes, "messages": work.rounds * messages_a_round}
+
+
+def step(rank: int, world: int, row: str) -> None:
+    """One that is not timed: TCP begins anew to find out how fast a line is after others have used it."""
+    _rows[row].step()
 
 
 def timed(rank: int, world: int, row: str, steps: int) -> dict[str, Any]:
     """Seconds of so many steps, begun together, and the bytes that the exchange says it sent."""
-    step, exchange = _steps[row]
-    before = sent_bytes(exchange)
+    found = _rows[row]
+    before = sent_bytes(found.exchange)
     dist.barrier()
     started = time.perf_counter()
     for _ in range(steps):
-        step()
+        found.step()
     seconds = time.perf_counter() - started
-    return {"seconds": seconds / steps, "bytes": (sent_bytes(exchange) - before) / steps}
+    return {"seconds": seconds / steps, "bytes": (sent_bytes(found.exchange) - before) / steps}
 
 
 def forget(rank: int, world: int) -> None:
     """Drop all models, before the next link."""
-    _steps.clear()
+    _rows.clear()
 
 
 def sent_bytes(exchange: Exchange | None) -> int:

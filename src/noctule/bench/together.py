@@ -123,7 +123,8 @@ def _race(lines: program.Lines, plan: dict[str, Any], shape: Link, methods: Sequ
             first, *_ = group.call(trained, asked, timeout_seconds=SECONDS)
             count, seconds = first["reached"] or (None, None)
             ratio = plain / seconds if seconds else None
-            lines.write("together.race", method=method, **where, steps=count, seconds=seconds, ratio=ratio, **first)
+            found = {"steps": count, "seconds": seconds, "ratio": ratio}
+            lines.write("together.race", method=method, **where, **{**first, **found})
             shown = ("not reached", "") if seconds is None else (f"{seconds:.1f} s", f"{ratio:.1f}x")
             rows.append((method, str(count), *shown))
     title = f"time to {plan['reach']:.0%} on {shape.megabits:g} Mbit/s, {shape.delay_ms:g} ms, two workers, dense MLP"

@@ -7,9 +7,11 @@ from noctule.exchange.clip import Clip
 from noctule.exchange.compress import Compress
 from noctule.exchange.ddp import ddp_hook
 from noctule.exchange.every_sync import EverySync
+from noctule.exchange.framing import on_the_wire
 from noctule.exchange.fsdp import fsdp_hooks
 from noctule.exchange.group import Group, own_group
 from noctule.exchange.handshake import agree
+from noctule.exchange.hierarchical import Hierarchical
 from noctule.exchange.local import Local
 from noctule.exchange.noise_scale import NoiseScale
 from noctule.exchange.power_sgd import PowerSGD
@@ -25,6 +27,7 @@ __all__ = [
     "Compress",
     "EverySync",
     "Group",
+    "Hierarchical",
     "LinkEstimate",
     "Local",
     "NoiseScale",
@@ -34,6 +37,7 @@ __all__ = [
     "agree",
     "ddp_hook",
     "fsdp_hooks",
+    "on_the_wire",
     "own_group",
     "probe_link",
 ]

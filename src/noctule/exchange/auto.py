@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from statistics import median
 from typing import Any
 
@@ -13,19 +12,33 @@ from noctule.channel import Exchange, Work
 from noctule.exchange.probe import LinkEstimate, agreed
 from noctule.topology import Remap
 
+_TURN = 3
+"""Exchanges of a candidate in a turn; the first does not count."""
+_WORTH, _PLAIN_WORTH = 4.0, 20.0
+"""How many times as much as the cheapest a candidate, and the plain one, may cost for a price to be no proof."""
+_SLOW = 1.5, 1.2
+"""How many times as slow as the best a candidate may be, after its first turn and after more, to get another."""
+
+_PLAIN_STAYS = 1.1
+"""How many times as slow as the best the plain one, which leaves nothing out, may be to be chosen all the same."""
+
 
 class Auto(Exchange):
-    """Whichever candidate is the cheapest: encoding and decoding, as timed on the tensors themselves, plus bytes over the measured
-    bandwidth, plus rounds times the latency.
+    """Whichever candidate is the cheapest on the link that is there.
 
-    All workers decide alike, at the first exchange, and again when exchanges have become slower or faster than they were. What the
-    candidate that was left still owed is sent by the next one, so nothing is lost.
+    At the first exchange each gets a price: encoding and decoding, as timed on the tensors themselves, plus bytes over the measured
+    bandwidth, plus rounds times the latency. Those whose price is not far from the lowest, and the first one, then do the next
+    exchanges in turns, and the fastest stays: what hides behind a backward pass, or slows it down, no price knows. All workers
+    decide alike, and again when exchanges have become slower or faster than they were. What a candidate that was left still owed is
+    sent by the next one, so nothing is lost.
 
     Args:
-        candidates: by name; the first should be the plain one, which wins where prices are equal.
+        candidates: by name; the first should be the plain one, which is tried where it is anywhere near, and stays where others are
+            hardly faster.
         probe: measures the link, such as ``lambda: probe_link(Group())``.
         every: exchanges from one look at the times to the next.
         change: how many times as slow, or as fast, the link must have become.
+        turns: of each candidate that is tried; 0 to go by the price.
 
     Raises:
         ValueError: there is nothing to choose from.
@@ -38,35 +51,63 @@ class Auto(Exchange):
         probe: Callable[[], LinkEstimate],
         every: int = 50,
         change: float = 1.5,
+        turns: int = 5,
     ) -> None:
         """Nothing is measured yet."""
-        if not candidates or every < 1 or not change > 1.0:
+        if not candidates or every < 1 or not change > 1.0 or turns < 0:
             raise ValueError(
-                f"choosing needs candidates, a look at least at every exchange and a change above 1, got {list(candidates)}, "
-                f"every={every} and change={change}"
+                f"choosing needs candidates, a look at least at every exchange, a change above 1 and no turns or more, got "
+                f"{list(candidates)}, every={every}, change={change} and turns={turns}"
             )
-        self.candidates, self.probe, self.every, self.change = dict(candidates), probe, every, change
+        self.candidates, self.probe = dict(candidates), probe
+        self.every, self.change, self.turns = every, change, turns
         self.choice = next(iter(self.candidates))
         self.link: LinkEstimate | None = None
         self.works: dict[str, Work] = {}
-        """What each candidate takes, by name; the seconds are those of the slowest worker."""
+        """What each candidate takes, by name; of the worker that it takes most."""
+        self.seconds: dict[str, list[float]] = {}
+        """What the exchanges of those that were tried took the slowest worker, one number a turn."""
         self.calls = 0
+        self._tries: list[str] = []  # whose turns they are, from this one on
         self._taken: list[float] = []
         self._usual: float | None = None
         self._owed: dict[str, Tensor] = {}
 
     def __call__(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> list[Tensor]:
-        """As the cheapest candidate does it."""
-        if self.link is None or (len(self._taken) >= self.every and self._changed()):
-            self._decide(tensors, keys)
-        mine = [
+        """As the cheapest candidate does it, or the one whose turn it is."""
+        candidate = self.turn(tensors, keys)
+        started = time.perf_counter()
+        totals = candidate(self.paid(tensors, keys), keys)
+        self.took(time.perf_counter() - started)
+        return totals
+
+    # The three parts of a call, for whoever makes the exchange in another way, such as in pieces while backward goes on.
+
+    def turn(self, likes: Sequence[Tensor], keys: Sequence[str]) -> Exchange:
+        """Who does the next exchange, of tensors like these."""
+        if self.link is None:
+            self._price(likes, keys)
+        elif self._tries and len(self._taken) >= _TURN:
+            self._next_turn()
+        elif not self._tries and len(self._taken) >= self.every and self._changed():
+            self._price(likes, keys)
+        return self.candidates[self.choice]
+
+    def paid(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> list[Tensor]:
+        """The tensors, and what candidates that were left owed of them."""
+        return [
             x + self._owed.pop(key).view_as(x) if key in self._owed else x for x, key in zip(tensors, keys, strict=True)
         ]
-        started = time.perf_counter()
-        totals = self.candidates[self.choice](mine, keys)
-        self._taken.append(time.perf_counter() - started)
+
+    def took(self, seconds: float) -> None:
+        """An exchange is done: so much later than if there had been none."""
+        self._taken.append(seconds)
         self.calls += 1
-        return totals
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is a choice, and nobody is being tried."""
+        return self.link is not None and not self._tries
 
     def prices(self) -> dict[str, float]:
         """Seconds that an exchange should take each candidate."""
@@ -82,10 +123,9 @@ class Auto(Exchange):
         lines = [f"{self.choice}, because the link has {self.link}:"]
         for name, seconds in sorted(self.prices().items(), key=lambda item: item[1]):
             work = self.works[name]
-            lines.append(
-                f"  {name}: {seconds * 1e3:.2f} ms = {work.seconds * 1e3:.2f} ms of work, {work.sent_bytes / 1e6:.3f} MB, "
-                f"{work.rounds} rounds"
-            )
+            line = f"  {name}: {seconds * 1e3:.2f} ms = {work.seconds * 1e3:.2f} ms of work, {work.sent_bytes / 1e6:.3f} MB, "
+            tried = f"; took {median(self.seconds[name]) * 1e3:.2f} ms" if self.seconds.get(name) else ""
+            lines.append(f"{line}{work.rounds} rounds{tried}")
         return "\n".join(lines)
 
     def share(self, message: bytes) -> list[bytes]:
@@ -127,26 +167,50 @@ class Auto(Exchange):
             )
         for name, part in state["candidates"].items():
             self.candidates[name].load_state_dict(part)
-        self.choice, self.calls, self._owed, self.link = state["choice"], int(state["calls"]), dict(state["owed"]), None
+        self.choice, self.calls, self._owed = state["choice"], int(state["calls"]), dict(state["owed"])
+        self.link, self._tries = None, []
 
     def __repr__(self) -> str:
         """What must be alike on all workers."""
-        return f"Auto({self.candidates!r}, every={self.every}, change={self.change:g})"
+        return f"Auto({self.candidates!r}, every={self.every}, change={self.change:g}, turns={self.turns})"
 
-    def _decide(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> None:
-        self.link, before = self.probe(), self.choice
+    def _price(self, likes: Sequence[Tensor], keys: Sequence[str]) -> None:
+        self.link = self.probe()
         with torch.no_grad():
-            works = {name: candidate.rehearse(tensors, keys) for name, candidate in self.candidates.items()}
-        seconds = agreed(self.share, [work.seconds for work in works.values()])
-        self.works = {
-            name: Work(**{**asdict(work), "seconds": slowest})
-            for (name, work), slowest in zip(works.items(), seconds, strict=True)
-        }
+            for _ in range(2):  # the first time also touches memory
+                works = [candidate.rehearse(likes, keys) for candidate in self.candidates.values()]
+        numbers = [number for work in works for number in (work.seconds, work.sent_bytes, work.rounds)]
+        most = iter(agreed(self.share, numbers))
+        self.works = {name: Work(next(most), next(most), round(next(most))) for name in self.candidates}
+        self._taken, self._usual, self.seconds = [], None, {}
         prices = self.prices()
-        self.choice = min(prices, key=lambda name: prices[name])
-        if self.choice != before:
-            self._owed = self.candidates[before].release()
-        self._taken, self._usual = [], None
+        first, *others = sorted(prices, key=lambda name: prices[name])
+        plain = next(iter(self.candidates))
+        worth = [name for name in others if prices[name] < (_PLAIN_WORTH if name == plain else _WORTH) * prices[first]]
+        self._tries = [first, *worth] * self.turns if worth else []
+        self._choose(first)
+
+    def _next_turn(self) -> None:
+        """Note how the one whose turn it was did, and go on to the next, or to the fastest where nobody is left to beat it."""
+        (seconds,) = agreed(self.share, [min(self._taken[1:])])  # the first has much to catch up on, and to send
+        self.seconds.setdefault(self.choice, []).append(seconds)
+        fastest = min(self.seconds, key=lambda name: median(self.seconds[name]))
+        limit = median(self.seconds[fastest])
+        slow = {name for name, several in self.seconds.items() if min(several) > _SLOW[len(several) > 1] * limit}
+        self._tries = [name for name in self._tries[1:] if name not in slow]
+        if set(self._tries) <= {fastest}:
+            self._tries = []
+        self._taken = []
+        plain = next(iter(self.candidates))
+        if plain in self.seconds and median(self.seconds[plain]) <= _PLAIN_STAYS * limit:
+            fastest = plain
+        self._choose(self._tries[0] if self._tries else fastest)
+
+    def _choose(self, name: str) -> None:
+        if name != self.choice:
+            for key, owed in self.candidates[self.choice].release().items():
+                self._owed[key] = self._owed[key] + owed.view_as(self._owed[key]) if key in self._owed else owed
+            self.choice = name
 
     def _changed(self) -> bool:
         """Whether exchanges take another time than they did; asked of all workers, so all say the same."""

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from noctule.channel import Stage
 from noctule.codecs import Codec
+from noctule.codecs.steps import all_finite
 from noctule.topology import Remap
 
 
@@ -51,7 +51,7 @@ class Compress(Stage):
         """The rest is owed; where anything is not finite, as after an overflow, nothing is taken to be sent."""
         if self.error_feedback:
             rest = sent - delivered
-            if bool(torch.isfinite(rest).all()):
+            if all_finite(rest):
                 self.owed[key] = rest
 
     def release(self) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Exchanges inside `DistributedDataParallel`: its buckets, overlapped with backward."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -9,49 +10,133 @@ from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from noctule.channel import Exchange
+from noctule.aggregate import mean
+from noctule.channel import Channel, Exchange
+from noctule.exchange.all_reduce import AllReduce
+from noctule.exchange.auto import Auto
+from noctule.exchange.power_sgd import PowerSGD
 
 Hook = Callable[[object, GradBucket], Future[Tensor]]
 
 
-def ddp_hook(exchange: Exchange, model: DistributedDataParallel) -> Hook:
+def ddp_hook(exchange: Exchange, model: DistributedDataParallel, *, megabytes: float = 25.0) -> Hook:
     """For ``model.register_comm_hook(None, ddp_hook(channel, model))``.
 
-    Buckets are exchanged in their order by a thread of their own while backward goes on. What is kept of a gradient goes by the
-    name of its parameter, so DDP may cut its buckets anew, and a checkpoint of the exchange's state resumes.
+    Buckets are exchanged in their order by a thread of their own while backward goes on, several small ones together; by an
+    exchange that wants them `at_once`, when the last is there. A plain all-reduce is torch's own, bucket by bucket, without a
+    thread or a copy. What is kept of a gradient goes by the name of its parameter, so DDP may cut its buckets anew, and a
+    checkpoint of the exchange's state resumes.
 
     Args:
         exchange: over a process group of its own (``TwoPhase(own_group())``), since DDP speaks on its group meanwhile.
         model: the wrapped model.
+        megabytes: of gradients to wait for before an exchange, since each takes rounds; what is left at the end goes then.
 
     Raises:
         ValueError: the exchange uses the process group of the model.
     """
-    path = getattr(exchange, "path", None)
-    if path is not None and getattr(getattr(path, "group", None), "group", None) is model.process_group:
+    if any(group is model.process_group for group in _groups(exchange)):
         raise ValueError(
             "the exchange and DistributedDataParallel would speak on one process group at the same time: give the path one of "
             "its own, such as TwoPhase(own_group())"
         )
-    names = {id(p): name for name, p in model.module.named_parameters()}
-    thread = ThreadPoolExecutor(1, thread_name_prefix="noctule-exchange")
+    buckets = _Buckets(exchange, model, megabytes)
 
     def hook(state: object, bucket: GradBucket) -> Future[Tensor]:
-        buffer, gradients = bucket.buffer(), bucket.gradients()
-        keys = [names[id(p)] for p in bucket.parameters()]
-        done: Future[Tensor] = Future()
-
-        def work() -> None:
-            try:
-                with torch.no_grad():
-                    for gradient, total in zip(gradients, exchange(gradients, keys), strict=True):
-                        gradient.copy_(total)
-            except BaseException as error:  # shown where backward waits
-                done.set_exception(error)  # type: ignore[arg-type]
-            else:
-                done.set_result(buffer)
-
-        thread.submit(work)
-        return done
+        return buckets.ready(bucket)
 
     return hook
+
+
+class _Bucket:
+    """What is needed of one after the hook has returned."""
+
+    def __init__(self, bucket: GradBucket, names: Mapping[int, str]) -> None:
+        self.buffer, self.gradients, self.last = bucket.buffer(), bucket.gradients(), bucket.is_last()
+        self.keys = [names[id(p)] for p in bucket.parameters()]
+        self.done: Future[Tensor] = Future()
+
+
+class _Buckets:
+    """Those of one backward pass after the other."""
+
+    def __init__(self, exchange: Exchange, model: DistributedDataParallel, megabytes: float) -> None:
+        self.exchange = self.now = exchange
+        self.parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+        self.names = {id(p): name for name, p in self.parameters.items()}
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="noctule-exchange")
+        self.waiting: list[_Bucket] = []
+        self.least_bytes = megabytes * 1e6
+        self.started = 0.0
+
+    def ready(self, found: GradBucket) -> Future[Tensor]:
+        if found.index() == 0:
+            self._begin()
+        bucket = _Bucket(found, self.names)
+        if (plain := _all_reduce(self.now)) is not None:
+            self._pay(bucket)
+            done = plain.begin(bucket.buffer)
+            return done.then(self._took) if bucket.last else done
+        self.waiting.append(bucket)
+        enough = not self.now.at_once and sum(b.buffer.nbytes for b in self.waiting) >= self.least_bytes
+        if bucket.last or enough:
+            self.thread.submit(self._exchange, self.now, self.waiting)
+            self.waiting = []
+        return bucket.done
+
+    def _begin(self) -> None:
+        self.waiting = []  # of a pass that did not end
+        if isinstance(self.exchange, Auto):
+            with torch.no_grad():
+                self.now = self.exchange.turn(list(self.parameters.values()), list(self.parameters))
+        self.started = time.perf_counter()
+
+    def _pay(self, bucket: _Bucket) -> None:
+        """What a candidate owed that was left goes with the gradients."""
+        if isinstance(self.exchange, Auto):
+            with torch.no_grad():
+                for x, sum_ in zip(bucket.gradients, self.exchange.paid(bucket.gradients, bucket.keys), strict=True):
+                    if sum_ is not x:
+                        x.copy_(sum_)
+
+    def _took(self, done: Future[Tensor]) -> Tensor:
+        if isinstance(self.exchange, Auto):
+            self.exchange.took(time.perf_counter() - self.started)
+        return done.value()
+
+    def _exchange(self, exchange: Exchange, buckets: Sequence[_Bucket]) -> None:
+        """On the thread."""
+        try:
+            with torch.no_grad():
+                for bucket in buckets:
+                    self._pay(bucket)
+                gradients = [x for bucket in buckets for x in bucket.gradients]
+                keys = [key for bucket in buckets for key in bucket.keys]
+                for gradient, total in zip(gradients, exchange(gradients, keys), strict=True):
+                    gradient.copy_(total)
+            if buckets[-1].last and isinstance(self.exchange, Auto):
+                self.exchange.took(time.perf_counter() - self.started)
+        except BaseException as error:  # shown where backward waits
+            for bucket in buckets:
+                bucket.done.set_exception(error)  # type: ignore[arg-type]
+        else:
+            for bucket in buckets:
+                bucket.done.set_result(bucket.buffer)
+
+
+def _groups(exchange: Exchange) -> Iterator[object]:
+    """The process groups of all that an exchange is made of."""
+    if isinstance(exchange, Auto):
+        for candidate in exchange.candidates.values():
+            yield from _groups(candidate)
+    elif isinstance(exchange, PowerSGD):
+        yield from _groups(exchange.over)
+    elif isinstance(exchange, Channel):
+        yield getattr(getattr(exchange.path, "group", None), "group", None)
+
+
+def _all_reduce(exchange: Exchange) -> AllReduce | None:
+    """The path of an exchange that is nothing but an all-reduce."""
+    if type(exchange) is Channel and not exchange.stages and exchange.aggregate is mean:
+        return exchange.path if isinstance(exchange.path, AllReduce) else None
+    return None

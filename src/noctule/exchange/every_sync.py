@@ -19,8 +19,8 @@ class EverySync(Method):
     """Each backward pass ends with an exchange, so unscaling, clipping and the step see the gradient of all workers.
 
     An overflow on one worker is one on all, since what is not finite reaches everyone. Not in `before_step`: a step that one worker
-    skips would pair different steps. A parameter that had no gradient here sends zeros, and gets what the others have. Before the first
-    exchange, and the first one after a state was loaded, the workers compare their models.
+    skips would pair different steps. A parameter that had no gradient here sends zeros, and gets what the others have. Before
+    the first exchange, and the first one after a state was loaded, the workers compare their models.
 
     Args:
         exchange: such as a `Channel`.

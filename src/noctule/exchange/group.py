@@ -1,7 +1,7 @@
 """Bytes between the processes of a `torch.distributed` group, with errors that say which worker and what to do."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +16,10 @@ from noctule.errors import LostWorkerError
 _all_gather = getattr(
     dist, "all_gather_single", dist.all_gather_into_tensor
 )  # the older name, which newer torch warns of
+
+
+_AT_A_TIME = 3
+"""Messages under way from each worker: one would leave the line idle for its delay, all would meet in queues that are too short."""
 
 
 @dataclass
@@ -69,13 +73,17 @@ class Group:
         """The message (uint8) of every worker, on the CPU; ``fixed`` says that all are of one length."""
         with self._speaking("all_gather"):
             sizes = [wire.numel()] * self.world if fixed else self._sizes(wire.numel())
+            if self._directly:
+                found = self._dealt([wire] * self.world, sizes)
+                self.count((self.world - 1) * wire.numel())
+                return found
             longest = max(sizes)
             padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
             padded[: wire.numel()] = wire
-            found = torch.empty(self.world * longest, dtype=torch.uint8, device=self.device)
-            _all_gather(found, padded, group=self.group)
+            gathered = torch.empty(self.world * longest, dtype=torch.uint8, device=self.device)
+            _all_gather(gathered, padded, group=self.group)
         self.count((self.world - 1) * longest)
-        return [each[:size] for each, size in zip(found.cpu().view(self.world, longest), sizes, strict=True)]
+        return [each[:size] for each, size in zip(gathered.cpu().view(self.world, longest), sizes, strict=True)]
 
     def trade(self, wires: Sequence[Tensor], *, sizes: Sequence[int] | None) -> list[Tensor]:
         """One message to each worker, and from each one, on the CPU; ``sizes`` of those that come, where they are known."""
@@ -86,10 +94,34 @@ class Group:
                 found_counts = torch.empty_like(counts)
                 dist.all_to_all_single(found_counts, counts, group=self.group)
                 sizes = found_counts.tolist()
-            found = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
-            dist.all_to_all_single(found, torch.cat(list(wires)).to(self.device), list(sizes), sent, group=self.group)
+            if self._directly:
+                found = self._dealt(wires, sizes)
+            else:
+                together = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
+                wire = torch.cat(list(wires)).to(self.device)
+                dist.all_to_all_single(together, wire, list(sizes), sent, group=self.group)
+                found = list(together.cpu().split(list(sizes)))
         self.count(sum(sent) - sent[self.rank])
-        return list(found.cpu().split(list(sizes)))
+        return found
+
+    def trade_each(self, wire_to: Callable[[int], Tensor], *, size: int | None) -> Iterator[tuple[int, Tensor]]:
+        """A `trade` with all others, piece by piece: each message is made when it is to go, and is there as soon as it has come.
+
+        What is done with one hides behind the sending of the next.
+
+        Args:
+            wire_to: makes the message to a worker.
+            size: of every message, where it is known.
+        """
+        if size is None or not self._directly:
+            none = torch.empty(0, dtype=torch.uint8)
+            wires = [none if peer == self.rank else wire_to(peer) for peer in range(self.world)]
+            sizes = None if size is None else [0 if peer == self.rank else size for peer in range(self.world)]
+            yield from (each for each in enumerate(self.trade(wires, sizes=sizes)) if each[0] != self.rank)
+            return
+        with self._speaking("all_to_all"):
+            yield from self._in_turns(wire_to, [size] * self.world)
+        self.count((self.world - 1) * size)
 
     def add_(self, x: Tensor) -> Tensor:
         """The sum over all workers, in the place of ``x`` where that is on the right device."""
@@ -132,13 +164,48 @@ class Group:
         works = [dist.irecv(x, group=self.group, group_src=peer) for x, peer in zip(found, neighbours, strict=True)]
         works += [dist.isend(mine, group=self.group, group_dst=peer) for peer in neighbours]
         for work in works:
-            assert work is not None  # it is for processes outside the group
-            work.wait()
+            _wait(work)
         return found
+
+    @property
+    def rounds(self) -> int:
+        """How many messages wait for one another in a `gather` or a `trade`."""
+        return -(-(self.world - 1) // _AT_A_TIME) if self._directly else self.world - 1
+
+    @property
+    def _directly(self) -> bool:
+        """Whether to send each message straight to its worker.
+
+        Gloo's collectives hand it round, which takes a delay for each worker on the way, or have everybody send everything at once,
+        which overflows the queues before the receivers.
+        """
+        return self.world > 2 and self.device.type == "cpu"
+
+    def _dealt(self, wires: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        found = [torch.empty(0, dtype=torch.uint8)] * self.world
+        found[self.rank] = wires[self.rank].cpu().clone()
+        for sender, wire in self._in_turns(wires.__getitem__, sizes):
+            found[sender] = wire
+        return found
+
+    def _in_turns(self, wire_to: Callable[[int], Tensor], sizes: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Send to the next worker, to the one after it, and so on, so that few at a time send to each; yield what comes."""
+        to, of = ([(self.rank + way * far) % self.world for far in range(1, self.world)] for way in (1, -1))
+        found = [torch.empty(sizes[peer], dtype=torch.uint8) for peer in of]
+        coming = [dist.irecv(x, group=self.group, group_src=peer) for x, peer in zip(found, of, strict=True)]
+        going = []
+        for at in range(len(to) + _AT_A_TIME):
+            if at < len(to):
+                going.append(dist.isend(wire_to(to[at]).cpu(), group=self.group, group_dst=to[at]))
+            if 0 <= (due := at + 1 - _AT_A_TIME) < len(of):
+                _wait(coming[due])
+                yield of[due], found[due]
+        for work in going:
+            _wait(work)
 
     def share(self, message: bytes) -> list[bytes]:
         """The messages of all workers, of any lengths, in their order."""
-        wire = torch.tensor(list(message), dtype=torch.uint8)
+        wire = torch.frombuffer(bytearray(message + b"\0"), dtype=torch.uint8)[:-1]  # which takes no empty one
         return [bytes(each.numpy()) for each in self.gather(wire.to(self.device), fixed=False)]
 
     def _sizes(self, size: int) -> list[int]:
@@ -163,6 +230,11 @@ class Group:
             ) from error
         finally:
             TRAFFIC.seconds += time.perf_counter() - started
+
+
+def _wait(work: dist.Work | None) -> None:
+    assert work is not None  # it is for processes outside the group
+    work.wait()
 
 
 def _patience() -> timedelta | None:

@@ -84,6 +84,24 @@ def coding(tensors: Sequence[Tensor], codec: Codec | None) -> tuple[float, float
     return written - started, time.perf_counter() - written, wire.numel()
 
 
+def bundled(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """All numbers of each dtype as one vector, so that a collective adds them up at once."""
+    return [torch.cat([x.flatten() for x in tensors if x.dtype is dtype]) for dtype in _dtypes(tensors)]
+
+
+def unbundled(vectors: Sequence[Tensor], likes: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of `bundled`, for tensors of these shapes and dtypes."""
+    pieces = {
+        dtype: iter(vector.split([x.numel() for x in likes if x.dtype is dtype]))
+        for dtype, vector in zip(_dtypes(likes), vectors, strict=True)
+    }
+    return [next(pieces[x.dtype]).view(x.shape) for x in likes]
+
+
+def _dtypes(tensors: Sequence[Tensor]) -> list[torch.dtype]:
+    return sorted({x.dtype for x in tensors}, key=str)
+
+
 def _torn(sender: int, key: str, found: int, needed: int) -> ExchangeError:
     return ExchangeError(
         f"a message of worker {sender} has {found} bytes where {needed} are needed for {key!r}: it is torn, or its model or "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from noctule.channel import Exchange, Work
+from noctule.codecs.steps import all_finite
 from noctule.topology import Remap
 
 
@@ -26,9 +27,12 @@ class PowerSGD(Exchange):
 
     Args:
         rank: R.
-        over: what averages the thin matrices, such as ``Channel(path=AllReduce())``.
+        over: what averages the thin matrices, such as ``Channel(path=AllReduce())``; rounded to 16 bits with a
+            ``Compress(Cast(torch.bfloat16), error_feedback=False)`` and ``path=AllGather()``: what that leaves out is owed too.
         seed: of the first Q; the same on all workers.
     """
+
+    at_once = True
 
     def __init__(self, rank: int, *, over: Exchange, seed: int = 0) -> None:
         """Nothing is sent yet."""
@@ -56,9 +60,7 @@ class PowerSGD(Exchange):
         right = self.over([_times(m.t(), bases[key]) for key, m in matrices.items()], [f"{key} Q" for key in matrices])
         for (key, m), q in zip(matrices.items(), right, strict=True):
             mean = bases[key] @ q.t()
-            if bool(torch.isfinite(mean).all()) and bool(
-                torch.isfinite(m).all()
-            ):  # else an overflow, which must not stay
+            if all_finite(q):  # else somebody's matrix was not, which must not stay
                 self.basis[key] = q
                 self.owed[key] = (m - mean).view(shapes[key])
             means[key] = mean
@@ -135,6 +137,6 @@ def _times(m: Tensor, thin: Tensor) -> Tensor:
 
 def _orthonormal(p: Tensor) -> Tensor:
     """Columns that span the same; of a matrix that is not finite, NaN."""
-    if not bool(torch.isfinite(p).all()):
+    if not all_finite(p):
         return torch.full_like(p, torch.nan)
     return torch.linalg.qr(p).Q

@@ -16,12 +16,12 @@ class LinkEstimate:
     """The slowest of what the workers see of the link between them."""
 
     latency_seconds: float
-    """Of one message to the next worker, however small."""
+    """Of one message to another worker, however small."""
     bytes_per_second: float
     """That a worker can send while all do."""
 
     def seconds(self, sent_bytes: float, rounds: int) -> float:
-        """What it takes to send so much in so many messages, one after the other."""
+        """What it takes to send so much in so many rounds, one after the other."""
         return rounds * self.latency_seconds + sent_bytes / self.bytes_per_second
 
     def __str__(self) -> str:
@@ -39,14 +39,14 @@ def probe_link(group: Group, *, repeats: int = 5, seconds: float = 0.2, most_byt
     """
     if group.world == 1:
         return LinkEstimate(0.0, float("inf"))
-    messages, size = group.world - 1, 1 << 12
+    size = 1 << 12
     (small,) = agreed(group.share, [_gathered(group, 1, repeats)])
     taken = small
     while size < most_bytes and taken - small < seconds / 4:
         size *= 4
         (taken,) = agreed(group.share, [_gathered(group, size, 1)])
     (taken,) = agreed(group.share, [_gathered(group, size, repeats)])
-    return LinkEstimate(small / messages, messages * size / max(taken - small, 1e-9))
+    return LinkEstimate(small / group.rounds, (group.world - 1) * size / max(taken - small, 1e-9))
 
 
 def agreed(share: Callable[[bytes], list[bytes]], numbers: Sequence[float]) -> list[float]:

@@ -84,7 +84,7 @@ def _densities(records: Records, of: list[str]) -> str:
             note = f"{percent(weights / places)} · {count(weights)} of {count(places)}"
             bars.append(Bar(_layer(name), weights / places, note, place))
     some = [f"the first {MOST_LAYERS} of {len(bars)} layers"] if len(bars) > MOST_LAYERS else []
-    return bar_chart(bars[:MOST_LAYERS], title=_titled("Layer densities: weights of possible places", of + some))
+    return bar_chart(bars[:MOST_LAYERS], title=titled("Layer densities: weights of possible places", of + some))
 
 
 def _moved(records: Records, of: list[str]) -> str:
@@ -94,14 +94,15 @@ def _moved(records: Records, of: list[str]) -> str:
         lines.append(Line(_layer(name), points, place, place // len(COLORS)))
     some = [f"the {MOST_LAYERS} busiest of {len(lines)} layers"] if len(lines) > MOST_LAYERS else []
     busiest = sorted(lines, key=lambda line: -sum(moved or 0 for _, moved in line.points))[:MOST_LAYERS]
-    return EPOCHS.chart([line for line in lines if line in busiest], _titled("Connections moved", of + some))
+    return EPOCHS.chart([line for line in lines if line in busiest], titled("Connections moved", of + some))
 
 
 def _layer(name: str) -> str:
     return f"layer {name}" if name.isdigit() else name
 
 
-def _titled(what: str, notes: list[str]) -> str:
+def titled(what: str, notes: list[str]) -> str:
+    """A title and, in brackets, what is to be said of it."""
     return f"{what} ({', '.join(notes)})" if notes else what
 
 

@@ -6,26 +6,39 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from noctule.errors import DataError
 from noctule.report import files
 from noctule.report.curves import learning, structure
-from noctule.report.facts import mapping, number
+from noctule.report.facts import mapping, number, outcomes
 from noctule.report.folder import RunFolder
 from noctule.report.footprint import footprint
 from noctule.report.headline import headline
 from noctule.report.markup import text
 from noctule.report.provenance import provenance
 from noctule.report.style import SCRIPT, STYLE
+from noctule.report.together import Workers, everyone, how, how_many, together
+from noctule.report.units import count
 
 
 def write_report(folder: RunFolder) -> Path:
     """Write `report.html` into the run's folder, in one step, from whatever the run has recorded by now."""
     path = folder.path / "report.html"
-    files.replace(path, page(folder.about(), folder.metrics(), folder.summary()).encode())
+    files.replace(path, page(folder.about(), folder.metrics(), folder.summary(), others=_others(folder)).encode())
     return path
 
 
-def page(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
-    """The whole page: it is complete without its script, and its policy forbids the browser any request."""
+def page(
+    about: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    *,
+    others: Workers | None = None,
+) -> str:
+    """The whole page: it is complete without its script, and its policy forbids the browser any request.
+
+    Args:
+        others: records of the other workers of a run, by their numbers.
+    """
     recipe, name = str(about.get("recipe") or "run"), mapping(summary, "data").get("name")
     title = f"{recipe} on {name}" if name else recipe
     script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
@@ -44,13 +57,14 @@ def page(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]], summary
 <header>
 <p class="kind">{text(title)}</p>
 <h1>{text(headline(summary, records))}</h1>
-<p class="facts">{_facts(about)}</p>
+<p class="facts">{_facts(about, records)}</p>
 </header>
 <main>
-{_learning(records)}
+{_learning(about, records)}
+{_together(everyone(about, records, others or {}))}
 {_structure(records)}
-<section><h2>Footprint</h2>{footprint(summary)}</section>
-<section><h2>How this was measured</h2>{provenance(about, summary)}</section>
+<section><h2>Footprint</h2>{footprint(summary)}{_each(about, records, summary)}</section>
+<section><h2>How this was measured</h2>{provenance(about, summary, records)}</section>
 </main>
 <footer>Written by Noctule from run.json, metrics.jsonl and summary.json beside this page.</footer>
 <script>{SCRIPT}</script>
@@ -59,28 +73,63 @@ def page(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]], summary
 """
 
 
-def _facts(about: Mapping[str, Any]) -> str:
+def _others(folder: RunFolder) -> dict[int, list[dict[str, Any]]]:
+    """What the workers in the folder wrote; one whose records cannot be read is as one that has none."""
+    found = {}
+    for other in folder.workers()[1:]:
+        try:
+            found[int(other.path.name)] = other.metrics()
+        except (DataError, OSError):
+            found[int(other.path.name)] = []
+    return found
+
+
+def _facts(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
     seed, threads, cpu = about.get("seed"), number(about, "threads"), mapping(about, "machine").get("cpu")
+    worker = number(about, "worker")
+    team = ", ".join(how(about, records)) or None
     facts = [
+        f"worker {worker:.0f} of {team}" if team and worker is not None else team,
         f"seed {seed}" if seed is not None else None,
-        f"{threads} thread{'' if threads == 1 else 's'}" if threads is not None else None,
+        f"{threads} thread{'' if threads == 1 else 's'}{' each' if team else ''}" if threads is not None else None,
         cpu,
         str(about.get("started") or "")[:10] or None,
     ]
     return "".join(f"<span>{text(fact)}</span>" for fact in facts if fact)
 
 
-def _learning(records: Sequence[Mapping[str, Any]]) -> str:
+def _learning(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
     if not records:
         return "<section><h2>Learning</h2><p>No epoch finished yet, so there is nothing to draw.</p></section>"
     lost = sum(
         key in record and number(record, key) is None for record in records for key in ("train_loss", "validation_loss")
     )
     notes = ["Time is the time spent training; validation is not in it."]
+    if how_many(about, records) > 1:
+        notes = [
+            f"What worker {number(about, 'worker') or 0:.0f} saw; its losses of training are those of its own part of the batches. "
+            "Time is the time spent training, waiting for others included; validation and forming a new group are not in it."
+        ]
     if lost:
         notes.append(f"{lost} recorded losses were not finite: the curves have gaps there.")
     charts = "\n".join(learning(records))
     return f'<section><h2>Learning</h2><div class="grid2">{charts}</div><p class="note">{" ".join(notes)}</p></section>'
+
+
+def _together(workers: Workers) -> str:
+    found = together(workers)
+    return f"<section><h2>Workers</h2>{found}</section>" if found else ""
+
+
+def _each(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
+    """What a table of one process does not say of several."""
+    workers = how_many(about, records)
+    if workers < 2 or not outcomes(summary):
+        return ""
+    return (
+        f'<p class="note">Memory is that of one of the {count(workers)} workers, of which each needs as much. Multiply-adds are those of '
+        "one sample, which one worker takes. Times are those of all workers together, energy that of this machine.</p>"
+    )
 
 
 def _structure(records: Sequence[Mapping[str, Any]]) -> str:

@@ -1,15 +1,16 @@
 """How a run was measured and how to repeat it, as its page tells it."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from noctule.report.facts import mapping, number
 from noctule.report.markup import text
+from noctule.report.together import how, how_many
 from noctule.report.units import count
 
 
-def provenance(about: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+def provenance(about: Mapping[str, Any], summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]] = ()) -> str:
     """The command and the list of everything that was recorded about the run, as HTML."""
     machine, versions = mapping(about, "machine"), mapping(about, "versions")
     options = "".join(f"<code>{text(f'{k} = {_value(v)}')}</code>" for k, v in mapping(about, "options").items())
@@ -17,6 +18,7 @@ def provenance(about: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
         "Recipe": about.get("recipe"),
         "Data": data(summary),
         "Seed": about.get("seed"),
+        **({"Workers": ", ".join(team)} if (team := how(about, records)) else {}),
         "Threads": about.get("threads"),
         "Instruction set": about.get("instruction_set"),
         "Processor": machine.get("cpu"),
@@ -28,7 +30,9 @@ def provenance(about: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     rows = {name: "not recorded" if value is None else text(value) for name, value in entries.items()}
     items = "".join(f"<dt>{name}</dt><dd>{row}</dd>" for name, row in (rows | {"Options": options or "none"}).items())
     words = " ".join(f"<span>{text(shlex.quote(word))}</span>" for word in command(about))
-    return f"<p>To repeat it:</p><pre><code>{words}</code></pre><dl>{items}</dl>"
+    several = how_many(about, records)
+    under = f", by torchrun with {several} workers" if several and "workers" not in mapping(about, "together") else ""
+    return f"<p>To repeat it{under}:</p><pre><code>{words}</code></pre><dl>{items}</dl>"
 
 
 def command(about: Mapping[str, Any]) -> list[str]:
@@ -44,7 +48,7 @@ def command(about: Mapping[str, Any]) -> list[str]:
     options = mapping(about, "options")
     if about.get("seed") is not None:
         options.setdefault("seed", about["seed"])
-    for name, value in options.items():
+    for name, value in (options | mapping(about, "together")).items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")

@@ -46,6 +46,7 @@ circle{{fill:var(--c)}}
 background:var(--page);font-size:.8125rem;line-height:1.45;pointer-events:none;width:max-content;
 font-variant-numeric:tabular-nums}}
 .scroll{{overflow-x:auto}}
+.scroll+.scroll,.note+.grid2{{margin-top:2rem}}
 table{{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;overflow-wrap:normal}}
 th,td{{padding:.45rem 0 .45rem 1rem;text-align:right;vertical-align:baseline;border-bottom:1px solid var(--line)}}
 th:first-child{{padding-left:0;text-align:left;font-weight:400}}

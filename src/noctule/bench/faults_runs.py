@@ -1,0 +1,199 @@
+"""A training in processes of its own that are killed: who they are, and what they have done, step by step."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from noctule.bench import faults_recipe
+from noctule.bench.faults_recipe import TRACE, Step
+from noctule.errors import NoctuleError
+
+START_SECONDS = 180.0
+"""For processes to import torch on a busy machine, and to take part."""
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "{workers}", "--max-restarts", "{restarts}", "-m")
+_LOOK_SECONDS = 0.01
+
+
+class Stuck(NoctuleError):
+    """A training does not do what it has to in a time in which it should have; the text says what, and its last words."""
+
+
+class Running:
+    """A training by `noctule run`; at the end of the block nothing of it is left.
+
+    Args:
+        folder: where it writes; the run is in ``run`` inside.
+        words: options of the recipe.
+        workers: how many.
+        together: options of the supervisor's; None for torchrun.
+        restarts: that torchrun allows.
+        again: of several trainings in a folder, whose lines then stand one behind the other.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        words: Sequence[str],
+        *,
+        workers: int,
+        together: Sequence[str] | None = (),
+        restarts: int = 0,
+    ) -> None:
+        """Start it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.run, self.log, self.workers = folder / "run", folder / "log", workers
+        launcher = [] if together is not None else [w.format(workers=workers, restarts=restarts) for w in TORCHRUN]
+        several = [] if together is None else ["--workers", str(workers), *together]
+        recipe = f"{faults_recipe.__file__}:{faults_recipe.training.__name__}"
+        command = [*launcher, "noctule.cli", "run", recipe, "--out", str(self.run), "--threads", "1", *words, *several]
+        environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._seen: set[int] = set()
+        self._traces = [Trace(self._folder(worker) / TRACE) for worker in range(workers)]
+
+    def _folder(self, worker: int) -> Path:
+        return self.run if worker == 0 else self.run / "workers" / str(worker)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self._seen |= set(self.children())
+        for process in [self.process.pid, *self._seen]:
+            end(process)
+        self.process.wait()
+
+    def children(self) -> list[int]:
+        """Its processes, oldest first."""
+        found: list[int] = []
+        for path in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+            found += map(int, path.read_text().split())
+        self._seen |= set(found)
+        return sorted(found)
+
+    def server(self) -> int | None:
+        """The process of the parameter server."""
+        for child in self.children():
+            if b"server" in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"):
+                return child
+        return None
+
+    def steps(self, worker: int) -> list[Step]:
+        """What a worker has done so far."""
+        return self._traces[worker].read()
+
+    def last(self) -> dict[int, Step]:
+        """The last step of each worker that has done one."""
+        return {worker: steps[-1] for worker in range(self.workers) if (steps := self.steps(worker))}
+
+    def together(self) -> bool:
+        """Whether all workers have done a step in a group of all."""
+        last = self.last()
+        alive = set(self.children())
+        return len(last) == self.workers and all(s.world == self.workers and s.process in alive for s in last.values())
+
+    def until(self, condition: Callable[[], object], what: str, *, seconds: float = START_SECONDS) -> None:
+        """Wait for something.
+
+        Raises:
+            Stuck: it has not come in so many seconds, or the training has ended.
+        """
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if (code := self.process.poll()) is not None:
+                raise Stuck(f"the training ended with {code} before {what}{self.last_words()}")
+            if time.monotonic() > deadline:
+                raise Stuck(f"after {seconds:.0f} s still not {what}{self.last_words()}")
+            time.sleep(_LOOK_SECONDS)
+
+    def stop(self) -> None:
+        """Have all workers stop at one step, as by Ctrl-C.
+
+        Raises:
+            Stuck: they do not.
+        """
+        self.children()
+        self.process.send_signal(signal.SIGINT)
+        try:
+            code = self.process.wait(START_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise Stuck(f"the training did not stop in {START_SECONDS:.0f} s{self.last_words()}") from None
+        if code != 130:
+            raise Stuck(f"the training was to stop, and ended with {code}{self.last_words()}")
+
+    def last_words(self) -> str:
+        """The end of what it has printed."""
+        text = self.log.read_text(errors="replace").replace("\r", "\n").splitlines()[-20:]
+        return ":\n" + "\n".join(text) if text else ""
+
+
+class Trace:
+    """The lines of a file that grows."""
+
+    def __init__(self, path: Path) -> None:
+        """It may not be there yet."""
+        self._path, self._at, self._steps = path, 0, list[Step]()
+
+    def read(self) -> list[Step]:
+        """All that are whole."""
+        if self._path.exists():
+            with self._path.open("rb") as file:
+                file.seek(self._at)
+                whole = file.read().rpartition(b"\n")[0]
+            if whole:
+                self._at += len(whole) + 1
+                self._steps += [Step(**json.loads(line)) for line in whole.split(b"\n")]
+        return self._steps
+
+
+def end(process: int) -> float:
+    """Kill a process, which may be gone already; the time when."""
+    at = time.monotonic()
+    try:
+        os.kill(process, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    return at
+
+
+def first(steps: Sequence[Step], condition: Callable[[Step], bool]) -> Step | None:
+    """The first step of which something is so."""
+    return next((step for step in steps if condition(step)), None)
+
+
+def off(found: Sequence[Step], undisturbed: Mapping[int, float]) -> float:
+    """How far the weights are from those of a training without faults, at most, relative to these; infinity for a step that lacks."""
+    return max(
+        abs(step.along - undisturbed[step.step]) / (1.0 + abs(undisturbed[step.step]))
+        if step.step in undisturbed
+        else float("inf")
+        for step in found
+    )
+
+
+def differing(traces: Sequence[Sequence[Step]], in_flight: Sequence[tuple[int, int]]) -> int:
+    """At how many steps the workers' weights were not the same, bit for bit.
+
+    Args:
+        in_flight: process and step of what the killed ones had done last, which the others may have done once more.
+    """
+    digests: dict[int, set[str]] = {}
+    for step in (step for trace in traces for step in trace):
+        if step.digest is not None and (step.process, step.step) not in in_flight:
+            digests.setdefault(step.step, set()).add(step.digest)
+    return sum(len(found) > 1 for found in digests.values())

@@ -1,0 +1,279 @@
+"""What several workers had to do with one another: who they were, what they sent, how long they waited."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean, median
+from typing import Any
+
+from noctule.report.curves import EPOCHS, Records, titled
+from noctule.report.facts import baseline_last, by_series, mapping, number
+from noctule.report.markup import text
+from noctule.report.palette import COLORS
+from noctule.report.svg import Bar, Line, bar_chart
+from noctule.report.units import GAP, MISSING, count, digits, percent, size
+
+Workers = Mapping[int, Records]
+"""The records of each worker by its number; none of one whose folder is lost, or who has finished no epoch."""
+
+MOST_WORKERS = 12
+"""That have lines of their own in a chart."""
+MOST_STALE = 10
+"""From so many pushes on they share a bar."""
+_MOST_ROWS = 100
+
+
+def how_many(about: Mapping[str, Any], records: Records) -> int:
+    """How many workers trained; 0 where a process trained by itself."""
+    said = [number(mapping(about, "together"), "workers"), *(number(r, "together", "workers") for r in records)]
+    return max(0, *(int(workers) for workers in said if workers is not None), 0)
+
+
+def how(about: Mapping[str, Any], records: Records) -> list[str]:
+    """How many workers trained, how they met and what they sent, in words; none where a process trained by itself.
+
+    >>> how({"together": {"workers": 3, "strategy": "diloco", "codec": "natural", "meet": 50}}, [])
+    ['3 workers', 'diloco', 'natural', 'meet 50']
+    """
+    workers, options = how_many(about, records), mapping(about, "together")
+    if not workers:
+        return []
+    names = {"strategy": "sync", "codec": "none"} | options
+    others = [f"{name.replace('_', ' ')} {value}" for name, value in names.items() if name not in _SAID_OTHERWISE]
+    codec = [] if names["codec"] == "none" else [str(names["codec"])]
+    return [f"{count(workers)} worker{'' if workers == 1 else 's'}", str(names["strategy"]), *codec, *others]
+
+
+_SAID_OTHERWISE = ("workers", "strategy", "codec")
+
+
+def everyone(about: Mapping[str, Any], records: Records, others: Workers) -> dict[int, Records]:
+    """All workers of a run: those that there should be, and those whose records there are.
+
+    Args:
+        records: of the worker whose page it is.
+        others: of those whose folders are inside of its own.
+    """
+    mine = number(about, "worker") or next((n for r in reversed(records) if (n := number(r, "together", "worker"))), 0)
+    if mine > 0:  # its own page: that of worker 0 tells of all
+        return {int(mine): records}
+    there = {0: records, **others}
+    return {
+        worker: there.get(worker, []) for worker in sorted({*range(min(how_many(about, records), _MOST_ROWS)), *there})
+    }
+
+
+def together(workers: Workers) -> str:
+    """A table for each series, words and charts as HTML; nothing where no worker has a record of what it had to do with others."""
+    own = {worker: by_series([r for r in records if mapping(r, "together")]) for worker, records in workers.items()}
+    names = baseline_last([name for series in own.values() for name in series])
+    if not names:
+        return ""
+    teams = {name: {worker: series.get(name, []) for worker, series in own.items()} for name in names}
+    tables = [_table(team, f"What each worker did{_of(name, names)}") for name, team in teams.items()]
+    charts = [chart for name, team in teams.items() for chart in _charts(team, name if len(names) > 1 else "")]
+    grid = f'<div class="grid2">{"".join(charts)}</div>' if charts else ""
+    return f'{"".join(tables)}<p class="note">{text(" ".join(_notes(list(teams.values()))))}</p>{grid}'
+
+
+def _of(name: str, names: Sequence[str]) -> str:
+    return f" ({name})" if len(names) > 1 else ""
+
+
+# A table: a line for each worker.
+
+
+def _table(workers: Workers, caption: str) -> str:
+    served = _served(workers)
+    last = ("Mean staleness",) if served else ("In a group of", "Groups")
+    heads = ("Worker", "Samples per second", "Sent per step", "Sent in all", "Time in exchanges", *last)
+    head = "".join(f'<th scope="col">{text(name)}</th>' for name in heads)
+    rows = [_row(str(worker), records, served=served) for worker, records in workers.items()]
+    if len(workers) > 1 and all(workers.values()):
+        rows.append(_total(list(workers.values()), len(heads)))
+    return (
+        f'<div class="scroll" role="region" aria-label="{text(caption)}" tabindex="0"><table><caption>{text(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _row(name: str, records: Records, *, served: bool) -> str:
+    if not records:
+        return f'<tr><th scope="row">{name}</th><td class="none" colspan="{5 if served else 6}">no records</td></tr>'
+    shares = [
+        share
+        for r in records
+        if _sent(r) is not None and (share := number(r, "together", "exchange_share")) is not None
+    ]
+    cells = [
+        _whole(_pace(records)),
+        size(_typical(_sent_per_step(records))),
+        size(_sent_in_all(records)),
+        percent(fmean(shares)) if shares else MISSING,
+    ]
+    if served:
+        stale = _staleness(records)
+        pushes = sum(stale.values())
+        cells.append(digits(sum(by * n for by, n in stale.items()) / pushes, 2) if pushes else MISSING)
+    else:
+        cells += [
+            _range([number(r, "together", "workers") for r in records]),
+            count(number(records[-1], "together", "groups")),
+        ]
+    return f'<tr><th scope="row">{name}</th>{"".join(map(_cell, cells))}</tr>'
+
+
+def _total(everyone: Sequence[Records], columns: int) -> str:
+    sums = [
+        (_whole, [_pace(records) for records in everyone]),
+        (size, [_typical(_sent_per_step(records)) for records in everyone]),
+        (size, [_sent_in_all(records) for records in everyone]),
+    ]
+    cells = [show(None if None in values else sum(v for v in values if v is not None)) for show, values in sums]
+    empty = '<td class="none"></td>' * (columns - 1 - len(cells))
+    return f'<tr class="total"><th scope="row">all</th>{"".join(map(_cell, cells))}{empty}</tr>'
+
+
+def _cell(words: str) -> str:
+    return f"<td{' class=none' if words == MISSING else ''}>{text(words)}</td>"
+
+
+def _whole(value: float | None) -> str:
+    return count(value) if value is None or value >= 100 else digits(value, 3)
+
+
+def _range(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return MISSING
+    low, high = count(min(known)), count(max(known))
+    return low if low == high else f"{low} to {high}"
+
+
+def _notes(teams: Sequence[Workers]) -> list[str]:
+    notes = ["Samples and bytes per step are medians over the epochs."]
+    all_records = [record for team in teams for records in team.values() for record in records]
+    counted = any(_sent(record) is not None for record in all_records)
+    if counted:
+        notes.append(
+            "Bytes are those of all messages, without what the transport adds; an epoch that was cut off counts from where it "
+            "went on. Time in exchanges includes that for which a worker waits for slower ones."
+        )
+    if any(map(_served, teams)):
+        if not counted:
+            notes.append("What went to the parameter server and back was not counted.")
+        notes.append("The staleness of a push is how many pushes of others its weights did not have yet.")
+    else:
+        notes.append(
+            "A new group is formed whenever a worker is lost or joins; one that was started again counts its groups from one."
+        )
+    links = dict.fromkeys(_link(said) for r in all_records if (said := mapping(r, "together").get("link")))
+    if links:
+        notes.append(f"The link between the workers, as measured when they first met: {'; '.join(links)}.")
+    return notes
+
+
+def _link(said: object) -> str:
+    """As recorded, but 4.25e+03 is 4,250."""
+    words = re.sub(r"\d[.\d]*e\+\d+", lambda found: f"{float(found[0]):,.0f}", str(said))
+    return words.replace(" M", f"{GAP}M").replace(" ms", f"{GAP}ms")
+
+
+# Charts over the epochs, and how stale pushes were.
+
+
+def _charts(workers: Workers, series: str) -> list[str]:
+    stale = sum((_staleness(records) for records in workers.values()), Counter[int]())
+    several = {worker: records for worker, records in workers.items() if len(records) > 1}
+    notes = [series] if series else []
+    cut = [f"the first {MOST_WORKERS} of {len(several)} workers"] if len(several) > MOST_WORKERS else []
+    shown = dict(list(several.items())[:MOST_WORKERS])
+    charts = []
+    if shown:
+        paces = _lines(shown, lambda record: number(record, "samples_per_second"))
+        charts.append(EPOCHS.chart(paces, titled("Samples per second", notes + cut)))
+    sent = [value for records in shown.values() for record in records if (value := _sent(record)) is not None]
+    if sent and max(sent) > 1.02 * min(sent):  # else the table says it all
+        per, unit = next(((per, unit) for per, unit in _UNITS if max(sent) >= per), (1, "B"))
+        lines = _lines(shown, lambda record: None if (value := _sent(record)) is None else value / per)
+        if len({tuple(line.points) for line in lines}) == 1:
+            lines = [replace(lines[0], name="each worker")]
+        charts.append(EPOCHS.chart(lines, titled("Sent in an epoch", [*notes, unit, *cut]), f"{GAP}{unit}"))
+    if stale:
+        charts.append(bar_chart(_bars(stale), title=titled("Staleness of pushes", notes)))
+    return charts
+
+
+_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+def _lines(workers: Workers, value: Callable[[Mapping[str, Any]], float | None]) -> list[Line]:
+    lines = []
+    for place, (worker, records) in enumerate(workers.items()):
+        lines.append(Line(f"worker {worker}", EPOCHS.points(records, value), place, place // len(COLORS)))
+    return lines
+
+
+def _bars(stale: Mapping[int, int]) -> list[Bar]:
+    pushes, most = sum(stale.values()), min(max(stale), MOST_STALE)
+    bars = []
+    for by in range(most + 1):
+        those = sum(n for other, n in stale.items() if min(other, most) == by)
+        name = f"{by} or more" if by == most < max(stale) else str(by)
+        bars.append(
+            Bar(name, those / pushes, f"{percent(those / pushes)} · {count(those)} push{'' if those == 1 else 'es'}")
+        )
+    return bars
+
+
+# What records say.
+
+
+def _served(workers: Workers) -> bool:
+    return any(_staleness(records) for records in workers.values())
+
+
+def _sent(record: Mapping[str, Any]) -> float | None:
+    """Bytes of an epoch; of a worker that pushes to a server and has counted none, none are known."""
+    sent = number(record, "together", "sent_bytes")
+    return None if not sent and mapping(record, "together").get("staleness") is not None else sent
+
+
+def _sent_in_all(records: Records) -> float | None:
+    known = [sent for record in records if (sent := _sent(record)) is not None]
+    return sum(known) if known else None
+
+
+def _sent_per_step(records: Records) -> list[float]:
+    found, before = [], 0.0
+    for record in records:
+        step, sent = number(record, "step"), _sent(record)
+        if step is not None and step > before and sent is not None:
+            found.append(sent / (step - before))
+        before = before if step is None else step
+    return found
+
+
+def _pace(records: Records) -> float | None:
+    return _typical([pace for record in records if (pace := number(record, "samples_per_second")) is not None])
+
+
+def _typical(values: Sequence[float]) -> float | None:
+    return median(values) if values else None
+
+
+def _staleness(records: Records) -> Counter[int]:
+    """How many pushes were how stale; a worker that was started again has counted anew."""
+    lives: list[Counter[int]] = []
+    for record in records:
+        said = mapping(mapping(record, "together"), "staleness")
+        counts = Counter({int(by): int(n) for by in said if _is_number(by) and (n := number(said, by)) and n > 0})
+        if lives and counts.total() > lives[-1].total():
+            lives.pop()
+        lives.append(counts)
+    return sum(lives, Counter[int]())
+
+
+def _is_number(by: str) -> bool:
+    return by.isdecimal() and len(by) < 10
