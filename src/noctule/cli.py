@@ -26,6 +26,7 @@ BENCHMARKS = (
     "bat_brain",
     "transformer",
     "together",
+    "asynchronous",
     "link",
 )
 

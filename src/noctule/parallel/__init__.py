@@ -2,10 +2,31 @@
 
 from noctule.parallel.diloco import AVERAGE, NESTEROV, DiLoCo
 from noctule.parallel.gossip import Gossip
+from noctule.parallel.graphs import complete, random, ring, torus
+from noctule.parallel.lbfgs import LBFGS
 from noctule.parallel.merging import Merge, merge_workers
 from noctule.parallel.phases import Phases
 from noctule.parallel.push_pull import PushPull
+from noctule.parallel.sandblaster import Sandblaster, coordinate
 from noctule.parallel.ticket import Ticket
 from noctule.parallel.wasap import wasap
 
-__all__ = ["AVERAGE", "NESTEROV", "DiLoCo", "Gossip", "Merge", "Phases", "PushPull", "Ticket", "merge_workers", "wasap"]
+__all__ = [
+    "AVERAGE",
+    "LBFGS",
+    "NESTEROV",
+    "DiLoCo",
+    "Gossip",
+    "Merge",
+    "Phases",
+    "PushPull",
+    "Sandblaster",
+    "Ticket",
+    "complete",
+    "coordinate",
+    "merge_workers",
+    "random",
+    "ring",
+    "torus",
+    "wasap",
+]
