@@ -58,7 +58,7 @@ def test_a_part_that_cannot_be_is_refused():
 
 def test_a_process_is_alone_but_within_its_team():
     alone, member = team(), Member(1, 2)
-    assert (alone.rank, alone.world, list(alone.methods())) == (0, 1, [])
+    assert (alone.rank, alone.world, list(alone.methods(steps=1))) == (0, 1, [])
     with as_member_of(member):
         assert team() is member
     assert team() is alone

@@ -138,6 +138,19 @@ def test_workers_of_a_parameter_server_and_the_server_may_be_killed(noctule_comm
     assert len(records(tmp_path / "run" / "workers" / "1")) == 40
 
 
+def test_wasap_ends_with_one_network_though_a_worker_was_killed(noctule_command, tmp_path):
+    words = ["run", "sparse_mlp", *OPTIONS[:-2], "--original", "--epochs", 30, "--workers", 2, "--strategy", "wasap"]
+    process = noctule_command(*words, "--server-rate", 0.02, "--out", "run", "--checkpoint-seconds", 0.2)
+    until(lambda: len(records(tmp_path / "run")) > 8, process)
+    os.kill(workers_of(process)[2], signal.SIGKILL)
+    assert finished(process).count("was ended by SIGKILL") == 1
+    mine, other = losses(tmp_path / "run"), losses(tmp_path / "run" / "workers" / "1")
+    assert len(mine) == len(other) == 30
+    assert mine[-1] == other[-1]
+    assert mine[-2] != other[-2]
+    assert records(tmp_path / "run")[-1]["validation_accuracy"] > 0.85
+
+
 @pytest.mark.slow
 def test_torchrun_starts_all_again_from_the_checkpoint(tmp_path):
     words = ["run", "sparse_mlp", *map(str, OPTIONS[:-1]), "0.2", "--epochs", "120", "--out", "run"]

@@ -93,7 +93,7 @@ def trained(rank: int, world: int, plan: dict[str, Any]) -> dict[str, Any]:
             if plan["kind"] == "sparse"
             else ()
         )
-        methods = [reached, *moving, *team.methods()]
+        methods = [reached, *moving, *team.methods(steps=steps)]
         sent, waited, started = TRAFFIC.sent_bytes, TRAFFIC.seconds, time.perf_counter()
         fitted = team.train(
             lambda: fit(

@@ -40,8 +40,12 @@ class Apart(Team):
         """See `Team`."""
         return Share(batches, self, self._weigh)
 
-    def methods(self) -> Sequence[Method]:
+    def methods(self, *, steps: int) -> Sequence[Method]:
         """See `Team`."""
+        return (self.pushing(),)
+
+    def pushing(self) -> PushPull:
+        """What keeps this worker and the server together."""
         self._pushing = PushPull(
             self.ticket,
             push_every=self.strategy.meet_every,
@@ -50,7 +54,7 @@ class Apart(Team):
             codec=codec(self.strategy.codec),
             timeout_seconds=self.timeout_seconds,
         )
-        return (self._pushing,)
+        return self._pushing
 
     def rewire(self, *, every: int, **options: Any) -> Sequence[Rewire]:
         """See `Team`."""

@@ -38,16 +38,22 @@ class Elastic(Exchange):
         self._team, self._make = team, make
         self._inner: Exchange | None = None
         self._generation = -1
+        self._loaded: dict[str, Any] | None = None  # waits for the group
 
     def forget(self) -> None:
         """Let go of the group that there was: as long as somebody holds it, its connections stay open and the others wait."""
-        self._inner = None
+        self._inner = self._loaded = None
 
     @property
     def inner(self) -> Exchange:
         """That of the group as it is."""
         if self._inner is None or self._generation != self._team.generation:
             self._inner, self._generation = self._make(), self._team.generation
+            if self._loaded is not None:
+                self._inner.load_state_dict(self._loaded["kept"])
+                if self._loaded["member"] != self._team.member:
+                    self._inner.release()
+                self._loaded = None
         return self._inner
 
     def __call__(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> list[Tensor]:
@@ -73,14 +79,14 @@ class Elastic(Exchange):
         self.inner.remapped(key, remap, shape)
 
     def state_dict(self) -> dict[str, Any]:
-        """What is kept, and of which worker it is."""
-        return {"member": self._team.member, "kept": self.inner.state_dict()}
+        """What is kept, and of which worker it is; nothing before the first group."""
+        if self._loaded is not None or self._inner is None:
+            return self._loaded or {}
+        return {"member": self._team.member, "kept": self._inner.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back; of another worker's, what that one owes stays with it."""
-        self.inner.load_state_dict(state["kept"])
-        if state["member"] != self._team.member:
-            self.inner.release()
+        self._inner, self._loaded = None, state or None
 
     @contextmanager
     def _noticing(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 import socket
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ def keep_server(descriptor: int) -> int:
     strategy = Strategy(**plan["strategy"])
     torch.set_num_threads(1)
     with serve(
-        partial(torch.optim.Adagrad, lr=strategy.server_rate),
+        strategy.server_optimizer,
         shards=strategy.shards,
         workers=plan["workers"],
         folder=Path(plan["folder"]),

@@ -23,11 +23,11 @@ from noctule.method import Method
 from noctule.parallel import DiLoCo
 from noctule.parallel.diloco import AVERAGE, NESTEROV
 
-Name = Literal["sync", "diloco", "local", "downpour", "ssp", "bsp"]
+Name = Literal["sync", "diloco", "local", "downpour", "ssp", "bsp", "wasap"]
 Coding = Literal["none", "bf16", "natural", "topk", "powersgd", "auto"]
 
-SERVED = ("downpour", "ssp", "bsp")
-"""Those whose workers meet at a parameter server only."""
+SERVED = ("downpour", "ssp", "bsp", "wasap")
+"""Those whose workers meet at a parameter server; of wasap only for the first 70 % of the steps."""
 TOP = 0.0156
 """Of the numbers that `topk` sends, each as one byte of natural compression."""
 RANK = 4
@@ -41,12 +41,13 @@ class Strategy:
     Args:
         strategy: sync (gradients at every step), diloco (weights every ``meet`` steps, with an outer Nesterov optimizer), local
             (the plain mean of the weights every ``meet`` steps), or against a parameter server downpour (nobody waits), ssp (nobody
-            is more than ``bound`` pushes ahead) and bsp (all push before anybody goes on).
+            is more than ``bound`` pushes ahead), bsp (all push before anybody goes on) and wasap (downpour, then each alone, then
+            their networks merged).
         codec: none, bf16, natural (8 bits a number), topk (1.56 % of the numbers, with error feedback), powersgd (rank 4), or auto
             (whatever is fastest on the link as measured).
         meet: steps from one meeting, or push and pull, to the next (default: 100 for diloco and local, 1 for the others).
         bound: of ssp, in pushes.
-        server_rate: the learning rate of Adagrad at the parameter server.
+        server_rate: the learning rate at the parameter server, of Adagrad, or for wasap of SGD with momentum.
         shards: of the parameter server.
 
     Raises:
@@ -92,7 +93,13 @@ class Strategy:
     @property
     def staleness_bound(self) -> int | None:
         """By how many pushes a worker may be ahead at the server."""
-        return {"downpour": None, "ssp": self.bound, "bsp": 0}[self.strategy]
+        return {"ssp": self.bound, "bsp": 0}.get(self.strategy)
+
+    def server_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """What moves the weights at the server."""
+        if self.strategy == "wasap":
+            return torch.optim.SGD(parameters, lr=self.server_rate, momentum=0.9)
+        return torch.optim.Adagrad(parameters, lr=self.server_rate)
 
     def method(self, exchange: Exchange) -> Method:
         """What workers in a process group attach."""

@@ -190,11 +190,9 @@ class Supervisor:
                 raise NoctuleError(f"{member.name}: {words['failed']}")
             if "join" in words:
                 member.become("waiting")
-                for other in self.members:
-                    if other.state == "working":
-                        other.line.tell(called=True)
-            if "working" in words:
-                member.become("working")
+                self._call()
+            if "left" in words:
+                member.become("starting")
             if "done" in words:
                 member.become("done")
 
@@ -208,6 +206,7 @@ class Supervisor:
         futile = self._lost(member, code)
         member.line.close()
         self.members[number] = self._start(number, futile)
+        self._call()  # the others may be on their way to a group that waits for it
 
     def _lost(self, child: Child, code: int) -> int:
         """Note that a process has died; how many times in a row that came to nothing.
@@ -226,11 +225,20 @@ class Supervisor:
         self.lost.append(child.name)
         return futile
 
+    def _call(self) -> None:
+        """Have all who are in a group leave it before their next exchange."""
+        for member in self.members:
+            if member.state == "working" and not self.strategy.served:
+                member.line.tell(called=True)
+
     def _send_off(self) -> None:
-        """A new group of all who wait, once nobody is in the old one; the first group waits for those who are starting."""
+        """A new group of all who wait, once nobody is in the old one; the first one waits for those who are starting, and so does
+        one for a merge, which all take part in.
+        """
         waiting = [member for member in self.members if member.state == "waiting"]
         working = [member for member in self.members if member.state == "working"]
-        if not waiting or (not self.groups and any(member.state == "starting" for member in self.members)):
+        everyone = not self.groups or self.strategy.served
+        if not waiting or (everyone and any(member.state == "starting" for member in self.members)):
             return
         if working:
             if time.monotonic() - max(member.since for member in waiting) > self.timeout_seconds:

@@ -34,8 +34,8 @@ class Team:
         """This worker's part of every batch."""
         return batches
 
-    def methods(self) -> Sequence[Method]:
-        """What keeps the workers together; to be attached after all others."""
+    def methods(self, *, steps: int) -> Sequence[Method]:
+        """What keeps the workers together in a training of so many steps; to be attached after all others, and after `rewire`."""
         return ()
 
     def rewire(self, *, every: int, **options: Any) -> Sequence[Rewire]:

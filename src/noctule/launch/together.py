@@ -75,7 +75,9 @@ class Together(Team):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.generation += 1
         self.broken = False
-        if self.world > 1 and b"" in Group().share(b"" if self._link is None else b"known"):  # to one who has just joined
+        if self.world > 1 and b"" in Group().share(
+            b"" if self._link is None else b"known"
+        ):  # to one who has just joined
             self._link = probe_link(Group(), repeats=3, seconds=0.05, most_bytes=1 << 20)
 
     def check(self) -> None:
@@ -87,7 +89,7 @@ class Together(Team):
         """See `Team`."""
         return Share(batches, self, self.weigh)
 
-    def methods(self) -> Sequence[Method]:
+    def methods(self, *, steps: int) -> Sequence[Method]:
         """See `Team`."""
         return (self.strategy.method(self.exchange),)
 
@@ -111,7 +113,9 @@ class Together(Team):
                 if not self.generation or self.broken:
                     self.form()
                 if not self._apart:
-                    self._apart = True  # draws of its own, as for dropout: the workers' models are made by now, and alike
+                    self._apart = (
+                        True  # draws of its own, as for dropout: the workers' models are made by now, and alike
+                    )
                     torch.manual_seed(torch.initial_seed() + self.member * 0x9E3779B9)
                 return training()
             except LostWorkerError:

@@ -5,6 +5,7 @@ import queue
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -14,19 +15,30 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from noctule.errors import LostWorkerError
+from noctule.launch.apart import Apart
 from noctule.launch.line import Line
+from noctule.launch.merging import Merging
 from noctule.launch.strategies import Strategy
 from noctule.launch.team import Team, as_member_of
 from noctule.launch.together import Together, join_group
 from noctule.parallel.ticket import Ticket
 
+_LOOK_SECONDS = 0.002
+
 
 class Supervised:
     """How a worker finds the others: the supervisor says when, and in which place."""
 
-    def __init__(self, line: Line, *, store: int, timeout_seconds: float) -> None:
-        """Listen from now on; the end of the supervisor is the end of this process."""
-        self._line, self._timeout_seconds = line, timeout_seconds
+    def __init__(self, line: Line, *, store: int, timeout_seconds: float, stops_alone: bool = False) -> None:
+        """Listen from now on; the end of the supervisor is the end of this process.
+
+        Args:
+            line: to the supervisor.
+            store: its port.
+            timeout_seconds: for a silent peer.
+            stops_alone: whether Ctrl-C there is one here at once, since the workers need not be at the same step.
+        """
+        self._line, self._timeout_seconds, self._stops_alone = line, timeout_seconds, stops_alone
         self._store = TCPStore("127.0.0.1", store, is_master=False, timeout=timedelta(seconds=timeout_seconds))
         self._sent_off: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.called = self.stopped = False
@@ -40,17 +52,25 @@ class Supervised:
             self._line.tell(join=True)
             words = self._sent_off.get()
             self.stopped = self.stopped or words["stopped"]
+            name, rank, world = f"group-{words['group']}", words["rank"], words["world"]
             try:
-                join_group(
-                    self._store,
-                    rank=words["rank"],
-                    world=words["world"],
-                    name=f"group-{words['group']}",
-                    timeout_seconds=self._timeout_seconds,
-                )
+                self._await_all(name, rank, world)
+                join_group(self._store, rank=rank, world=world, name=name, timeout_seconds=self._timeout_seconds)
             except RuntimeError:  # one of them died on its way: with those who are left
                 continue
             return
+
+    def _await_all(self, name: str, rank: int, world: int) -> None:
+        """Wait until all who are to be in the group are there; RuntimeError where the supervisor calls them back before.
+
+        gloo would wait for one who has died on its way until the time-out. Who is the first to know says for all whether they go.
+        """
+        self._store.set(f"{name}/here/{rank}", "")
+        here, deadline = [f"{name}/here/{other}" for other in range(world)], time.monotonic() + self._timeout_seconds
+        while not (complete := self._store.check(here)) and not self.called and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
+        if self._store.compare_set(f"{name}/goes", "", "yes" if complete else "no") == b"no":
+            raise RuntimeError("a worker died on its way to the group")
 
     def again(self) -> bool:
         """Always: the supervisor replaces who is lost."""
@@ -62,6 +82,8 @@ class Supervised:
                 if "go" in words:
                     self.called = False  # here, in the order of what was said: another call may come right behind
                     self._sent_off.put(words)
+                elif "stop" in words and self._stops_alone:
+                    os.kill(os.getpid(), signal.SIGINT)
                 elif "stop" in words:
                     self.called = self.stopped = True
                 elif "called" in words:
@@ -74,19 +96,12 @@ def _team(line: Line, plan: dict[str, Any]) -> Team:
     if not strategy.served:
         rendezvous = Supervised(line, store=plan["store"], timeout_seconds=timeout_seconds)
         return Together(rendezvous, member=plan["member"], strategy=strategy)
-    from noctule.launch.apart import Apart  # needs pyzmq
-
-    threading.Thread(target=_heed, args=(line,), daemon=True).start()
     ticket = Ticket(**{**plan["ticket"], "addresses": tuple(plan["ticket"]["addresses"])})
-    return Apart(ticket, world=plan["workers"], strategy=strategy, timeout_seconds=timeout_seconds)
-
-
-def _heed(line: Line) -> None:
-    """What a worker that meets nobody hears of its supervisor: to stop, as if Ctrl-C had been pressed here."""
-    while said := line.hear():
-        if any("stop" in words for words in said):
-            os.kill(os.getpid(), signal.SIGINT)
-    os._exit(1)
+    options: dict[str, Any] = {"world": plan["workers"], "strategy": strategy, "timeout_seconds": timeout_seconds}
+    rendezvous = Supervised(line, store=plan["store"], timeout_seconds=timeout_seconds, stops_alone=True)
+    if strategy.strategy == "wasap":
+        return Merging(rendezvous, ticket=ticket, **options)
+    return Apart(ticket, **options)
 
 
 def work(descriptor: int, recipe: Callable[[dict[str, Any]], None]) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from noctule.errors import ExchangeError
+from noctule.exchange.group import TRAFFIC
 from noctule.parallel import messages
 from noctule.parallel.ticket import Ticket
 
@@ -141,7 +142,8 @@ class Links:
         Raises:
             ExchangeError: one has none after the time-out, or a refusal.
         """
-        asked, pause = time.monotonic(), min(ASK_SECONDS, self.timeout_seconds / 4)
+        begun = asked = time.monotonic()
+        pause = min(ASK_SECONDS, self.timeout_seconds / 4)
         deadline = asked + self.timeout_seconds
         try:
             while busy := [line for line in self.lines if line.todo]:
@@ -159,6 +161,8 @@ class Links:
         except BaseException:
             self.failed = True
             raise
+        finally:
+            TRAFFIC.seconds += time.monotonic() - begun
 
     def close(self) -> None:
         """Leave, so that nobody waits for this worker, unless something failed before."""
@@ -202,9 +206,9 @@ class Links:
 
     def _send(self, line: _Line, header: Mapping[str, Any], tensors: Sequence[bytes] = ()) -> None:
         line.serial += 1
-        self._wires.send(
-            line.shard, messages.write({**header, "session": self.session, "serial": line.serial}, tensors)
-        )
+        frames = messages.write({**header, "session": self.session, "serial": line.serial}, tensors)
+        TRAFFIC.sent_bytes += sum(map(len, frames))
+        self._wires.send(line.shard, frames)
 
     def _hear(self, line: _Line, frames: Sequence[bytes]) -> bool:
         """Whether this was an answer to what is under way."""

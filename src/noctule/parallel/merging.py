@@ -77,7 +77,11 @@ class Merge(Method):
         """Merge, when it is time."""
         self.steps += 1
         if self.steps == self.every:
-            self.now()
+            try:
+                self.now()
+            except BaseException:
+                self.steps -= 1  # whoever goes on from here does the step again
+                raise
 
     def settle(self) -> None:
         """Merge, if that is when it is to be done."""

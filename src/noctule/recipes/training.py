@@ -70,8 +70,9 @@ def train_classifier(
     """Train, read the test set once with the weights that validation chose, and say what it took."""
     here = team()
     with measure() as cost:
-        shared, methods = here.share(train), [*methods, *here.methods()]
-        own = here.journal(journal, steps=epochs * len(train))
+        steps = epochs * len(train)
+        shared, methods = here.share(train), [*methods, *here.methods(steps=steps)]
+        own = here.journal(journal, steps=steps)
         fitted = here.train(
             lambda: fit(
                 model,
