@@ -28,6 +28,7 @@ BENCHMARKS = (
     "together",
     "asynchronous",
     "link",
+    "faults",
 )
 
 

@@ -41,6 +41,22 @@ def test_what_the_test_before_looks_for_would_be_seen():
     assert sum("oh" in line or "nothing" in line for line in seen.console) == 2
 
 
+def team(make_run) -> RunFolder:
+    """A run by eight workers on a parameter server, of whose pushes many are very late."""
+    said = {"workers": 8, "exchange_share": 1 / 3, "link": "1.23e+05 Mbit/s, 0.00123 ms"}
+    found = []
+    for worker in range(8):
+        late = {str(by): 10**6 for by in range(30)}
+        more = {"worker": worker, "sent_bytes": 10**9 * (worker + 1), "staleness": late}
+        found.append([record | {"together": said | more} for record in epochs("sparse", 20)])
+    run = make_run("team", records=found[0], together={"workers": 8, "strategy": "ssp", "server_rate": 0.0123})
+    for worker in range(1, 8):
+        with RunFolder.of_worker(run, worker) as own:
+            for record in found[worker]:
+                own.log(record)
+    return run
+
+
 # Opens each report at each width in a frame, and tells of each: whether it scrolls sideways, which labels of its charts
 # lie on one another or outside of the window, and what the read-outs say when the pointer is at 30 % of each chart.
 INSPECT = """
@@ -102,6 +118,7 @@ def test_nothing_overlaps_or_sticks_out_on_phones_and_desktops(make_run):
         "deep": make_run("deep", records=deep),
         "one": make_run("one", records=epochs("sparse", 1, layers=True), series={"sparse": SPARSE}),
         "none": make_run("none", records=[], series={}),
+        "team": team(make_run),
     }
     pages = {SITE + name: text_of(run) for name, run in runs.items()}
     pages[SITE] = INSPECT.replace("REPORTS", json.dumps(list(runs)))

@@ -1,6 +1,6 @@
 """What `noctule bench faults` trains: a small network of which every step leaves a line, so that none is lost unseen.
 
-    noctule run .../noctule/bench/faults_recipe.py:training --workers 3 --out runs/traced
+noctule run .../noctule/bench/faults_recipe.py:training --workers 3 --out runs/traced
 """
 
 import hashlib
@@ -8,7 +8,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,7 @@ def training(
     here, journal = team(), Journal(run, "traced")
     batches = Batches(splits.train, batch, seed=seed)
     shared = here.share(batches)
-    methods = [Trace(run.path / TRACE, digest_every=digest_every), *here.methods()]
+    methods = [Trace(run.path / TRACE, digest_every=digest_every), *here.methods(steps=epochs * len(batches))]
     own = here.journal(journal, steps=epochs * len(batches))
     here.train(
         lambda: fit(
@@ -155,7 +154,7 @@ def over_link(rank: int, workers: int, folder: str, steps: int, width: int) -> l
     Args:
         rank: of this worker.
         workers: how many there are.
-        folder: where its lines go.
+        folder: where its lines go, in one of its own.
         steps: to make.
         width: of the network's layers.
     """
@@ -164,9 +163,7 @@ def over_link(rank: int, workers: int, folder: str, steps: int, width: int) -> l
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     inputs, targets = torch.randn(workers, steps, 8, width)[rank], torch.randint(10, (workers, steps, 8))[rank]
     path = Path(folder) / str(rank) / TRACE
-    with suppress(FileNotFoundError):
-        path.unlink()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True)
     try:
         with attach(model, optimizer, Trace(path, digest_every=1), EverySync(Channel(path=AllReduce()))):
             for x, y in zip(inputs, targets, strict=True):

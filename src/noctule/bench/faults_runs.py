@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,7 +18,18 @@ from noctule.errors import NoctuleError
 
 START_SECONDS = 180.0
 """For processes to import torch on a busy machine, and to take part."""
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "{workers}", "--max-restarts", "{restarts}", "-m")
+TORCHRUN = (
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "{workers}",
+    "--max-restarts",
+    "{restarts}",
+    "-m",
+)
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+_MARK = "NOCTULE_BENCH_FAULTS"
+"""By which all processes of a training are known."""
 _LOOK_SECONDS = 0.01
 
 
@@ -34,7 +46,6 @@ class Running:
         workers: how many.
         together: options of the supervisor's; None for torchrun.
         restarts: that torchrun allows.
-        again: of several trainings in a folder, whose lines then stand one behind the other.
     """
 
     def __init__(
@@ -53,7 +64,8 @@ class Running:
         several = [] if together is None else ["--workers", str(workers), *together]
         recipe = f"{faults_recipe.__file__}:{faults_recipe.training.__name__}"
         command = [*launcher, "noctule.cli", "run", recipe, "--out", str(self.run), "--threads", "1", *words, *several]
-        environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        self._mark = f"{_MARK}={folder}".encode()
+        environment = {_MARK: str(folder), **_ENVIRONMENT}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *command],
@@ -63,8 +75,7 @@ class Running:
                 stderr=log,
                 start_new_session=True,
             )
-        self._seen: set[int] = set()
-        self._traces = [Trace(self._folder(worker) / TRACE) for worker in range(workers)]
+        self._traces = [Tail(self._folder(worker) / TRACE) for worker in range(workers)]
 
     def _folder(self, worker: int) -> Path:
         return self.run if worker == 0 else self.run / "workers" / str(worker)
@@ -73,17 +84,23 @@ class Running:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self._seen |= set(self.children())
-        for process in [self.process.pid, *self._seen]:
+        end(self.process.pid)
+        for process in self._left():
             end(process)
         self.process.wait()
+
+    def _left(self) -> Iterator[int]:
+        """All its processes, also those that have lost their parents."""
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):  # it has ended, or is not ours
+                if self._mark in path.read_bytes().split(b"\0"):
+                    yield int(path.parent.name)
 
     def children(self) -> list[int]:
         """Its processes, oldest first."""
         found: list[int] = []
         for path in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
             found += map(int, path.read_text().split())
-        self._seen |= set(found)
         return sorted(found)
 
     def server(self) -> int | None:
@@ -127,7 +144,6 @@ class Running:
         Raises:
             Stuck: they do not.
         """
-        self.children()
         self.process.send_signal(signal.SIGINT)
         try:
             code = self.process.wait(START_SECONDS)
@@ -142,7 +158,7 @@ class Running:
         return ":\n" + "\n".join(text) if text else ""
 
 
-class Trace:
+class Tail:
     """The lines of a file that grows."""
 
     def __init__(self, path: Path) -> None:
@@ -164,10 +180,8 @@ class Trace:
 def end(process: int) -> float:
     """Kill a process, which may be gone already; the time when."""
     at = time.monotonic()
-    try:
+    with suppress(ProcessLookupError):
         os.kill(process, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     return at
 
 
@@ -177,7 +191,7 @@ def first(steps: Sequence[Step], condition: Callable[[Step], bool]) -> Step | No
 
 
 def off(found: Sequence[Step], undisturbed: Mapping[int, float]) -> float:
-    """How far the weights are from those of a training without faults, at most, relative to these; infinity for a step that lacks."""
+    """How far the weights are from those of a training without faults at most, relatively; infinity where that lacks a step."""
     return max(
         abs(step.along - undisturbed[step.step]) / (1.0 + abs(undisturbed[step.step]))
         if step.step in undisturbed

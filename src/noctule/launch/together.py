@@ -75,9 +75,8 @@ class Together(Team):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.generation += 1
         self.broken = False
-        if self.world > 1 and b"" in Group().share(
-            b"" if self._link is None else b"known"
-        ):  # to one who has just joined
+        # All or none measure the link: one who has just joined knows nothing of it, and would wait for the others.
+        if self.world > 1 and b"" in Group().share(b"" if self._link is None else b"known"):
             self._link = probe_link(Group(), repeats=3, seconds=0.05, most_bytes=1 << 20)
 
     def check(self) -> None:

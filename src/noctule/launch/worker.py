@@ -72,6 +72,10 @@ class Supervised:
         if self._store.compare_set(f"{name}/goes", "", "yes" if complete else "no") == b"no":
             raise RuntimeError("a worker died on its way to the group")
 
+    def leave(self) -> None:
+        """Be in no group, and go on alone."""
+        self._line.tell(left=True)
+
     def again(self) -> bool:
         """Always: the supervisor replaces who is lost."""
         return True

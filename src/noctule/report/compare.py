@@ -4,13 +4,17 @@ from collections.abc import Sequence
 
 from noctule.report.facts import best_validation, by_series, number, outcomes, training_bytes
 from noctule.report.folder import RunFolder
+from noctule.report.together import how
 from noctule.report.units import GAP, count, duration, percent, size
 
 _HEADS = ("run", "series", "accuracy", "parameters", "training memory", "time per epoch")
 
 
 def compare_table(folders: Sequence[RunFolder]) -> str:
-    """A line per run and series: accuracy on the test set (on validation while unfinished), weights, bytes, seconds."""
+    """A line per run and series: accuracy on the test set (on validation while unfinished), weights, bytes, seconds.
+
+    Of a run by several workers the bytes are those of one of them.
+    """
     rows = [row for folder, name in zip(folders, _names(folders), strict=True) for row in _rows(folder, name)]
     table = [_HEADS, *(tuple(map(_printable, row)) for row in rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(_HEADS))]
@@ -19,8 +23,9 @@ def compare_table(folders: Sequence[RunFolder]) -> str:
 
 
 def _rows(folder: RunFolder, run: str) -> list[tuple[str, ...]]:
-    finished, started = outcomes(folder.summary()), by_series(folder.metrics())
-    rows = []
+    records = folder.metrics()
+    finished, started = outcomes(folder.summary()), by_series(records)
+    run, rows = ", ".join([run, *how(folder.about(), records)]), []
     for name in dict.fromkeys([*started, *finished]):
         own = finished.get(name)
         if own is None:

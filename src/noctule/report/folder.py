@@ -87,7 +87,7 @@ class RunFolder:
 
     def workers(self) -> list[Self]:
         """Of a run by several workers the folder of each, in their order; of any other this one alone."""
-        others = (self.path / "workers").glob("*/run.json")
+        others = [p for p in (self.path / "workers").glob("*/run.json") if p.parent.name.isdecimal()]
         return [self, *(type(self)(path.parent) for path in sorted(others, key=lambda path: int(path.parent.name)))]
 
     def about(self) -> dict[str, Any]:

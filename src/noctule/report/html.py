@@ -127,8 +127,8 @@ def _each(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]], summar
     if workers < 2 or not outcomes(summary):
         return ""
     return (
-        f'<p class="note">Memory is that of one of the {count(workers)} workers, of which each needs as much. Multiply-adds are those of '
-        "one sample, which one worker takes. Times are those of all workers together, energy that of this machine.</p>"
+        f'<p class="note">Memory is that of one of the {count(workers)} workers, of which each needs as much. Multiply-adds are '
+        "those of one sample, which one worker takes. Times are those of all workers together, energy that of this machine.</p>"
     )
 
 

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
@@ -84,71 +84,77 @@ def _of(name: str, names: Sequence[str]) -> str:
 # A table: a line for each worker.
 
 
+@dataclass(frozen=True)
+class _Column:
+    head: str
+    cell: Callable[[Records], str]
+    total: Callable[[Sequence[Records]], str] = lambda _: ""
+
+
 def _table(workers: Workers, caption: str) -> str:
-    served = _served(workers)
-    last = ("Mean staleness",) if served else ("In a group of", "Groups")
-    heads = ("Worker", "Samples per second", "Sent per step", "Sent in all", "Time in exchanges", *last)
-    head = "".join(f'<th scope="col">{text(name)}</th>' for name in heads)
-    rows = [_row(str(worker), records, served=served) for worker, records in workers.items()]
-    if len(workers) > 1 and all(workers.values()):
-        rows.append(_total(list(workers.values()), len(heads)))
+    recorded = [records for records in workers.values() if records]
+    columns = [column for column in _columns() if any(column.cell(records) != MISSING for records in recorded)]
+    head = "".join(f'<th scope="col">{text(name)}</th>' for name in ("Worker", *(column.head for column in columns)))
+    lost = f'<td class="none" colspan="{len(columns)}">no records</td>'
+    rows = []
+    for worker, records in workers.items():
+        cells = "".join(_cell(column.cell(records)) for column in columns) if records else lost
+        rows.append(f'<tr><th scope="row">{worker}</th>{cells}</tr>')
+    if 1 < len(workers) == len(recorded):
+        cells = "".join(_cell(column.total(recorded)) for column in columns)
+        rows.append(f'<tr class="total"><th scope="row">all</th>{cells}</tr>')
     return (
         f'<div class="scroll" role="region" aria-label="{text(caption)}" tabindex="0"><table><caption>{text(caption)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
-def _row(name: str, records: Records, *, served: bool) -> str:
-    if not records:
-        return f'<tr><th scope="row">{name}</th><td class="none" colspan="{5 if served else 6}">no records</td></tr>'
-    shares = [
-        share
-        for r in records
-        if _sent(r) is not None and (share := number(r, "together", "exchange_share")) is not None
-    ]
-    cells = [
-        _whole(_pace(records)),
-        size(_typical(_sent_per_step(records))),
-        size(_sent_in_all(records)),
-        percent(fmean(shares)) if shares else MISSING,
-    ]
-    if served:
-        stale = _staleness(records)
-        pushes = sum(stale.values())
-        cells.append(digits(sum(by * n for by, n in stale.items()) / pushes, 2) if pushes else MISSING)
-    else:
-        cells += [
-            _range([number(r, "together", "workers") for r in records]),
-            count(number(records[-1], "together", "groups")),
-        ]
-    return f'<tr><th scope="row">{name}</th>{"".join(map(_cell, cells))}</tr>'
-
-
-def _total(everyone: Sequence[Records], columns: int) -> str:
-    sums = [
-        (_whole, [_pace(records) for records in everyone]),
-        (size, [_typical(_sent_per_step(records)) for records in everyone]),
-        (size, [_sent_in_all(records) for records in everyone]),
-    ]
-    cells = [show(None if None in values else sum(v for v in values if v is not None)) for show, values in sums]
-    empty = '<td class="none"></td>' * (columns - 1 - len(cells))
-    return f'<tr class="total"><th scope="row">all</th>{"".join(map(_cell, cells))}{empty}</tr>'
-
-
 def _cell(words: str) -> str:
     return f"<td{' class=none' if words == MISSING else ''}>{text(words)}</td>"
 
 
-def _whole(value: float | None) -> str:
+def _adding_up(head: str, value: Callable[[Records], float | None], words: Callable[[float | None], str]) -> _Column:
+    """A column whose numbers make one of all workers, where all are known."""
+
+    def total(everyone: Sequence[Records]) -> str:
+        known = [found for records in everyone if (found := value(records)) is not None]
+        return words(sum(known) if len(known) == len(everyone) else None)
+
+    return _Column(head, lambda records: words(value(records)), total)
+
+
+def _pace_in_words(value: float | None) -> str:
     return count(value) if value is None or value >= 100 else digits(value, 3)
 
 
-def _range(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
+def _share_in_exchanges(records: Records) -> str:
+    shares = [number(record, "together", "exchange_share") for record in records if _sent(record) is not None]
+    known = [share for share in shares if share is not None]
+    return percent(fmean(known)) if known else MISSING
+
+
+def _in_a_group_of(records: Records) -> str:
+    if any(mapping(record, "together").get("groups") is None for record in records):
         return MISSING
-    low, high = count(min(known)), count(max(known))
-    return low if low == high else f"{low} to {high}"
+    known = [workers for record in records if (workers := number(record, "together", "workers")) is not None]
+    return " to ".join(dict.fromkeys([count(min(known)), count(max(known))])) if known else MISSING
+
+
+def _mean_staleness(records: Records) -> str:
+    stale = _staleness(records)
+    return digits(sum(by * pushes for by, pushes in stale.items()) / stale.total(), 2) if stale else MISSING
+
+
+def _columns() -> tuple[_Column, ...]:
+    return (
+        _adding_up("Samples per second", _pace, _pace_in_words),
+        _adding_up("Sent per step", _sent_per_step, size),
+        _adding_up("Sent in all", _sent_in_all, size),
+        _Column("Time in exchanges", _share_in_exchanges),
+        _Column("In a group of", _in_a_group_of),
+        _Column("Groups", lambda records: count(number(records[-1], "together", "groups"))),
+        _Column("Mean staleness", _mean_staleness),
+    )
 
 
 def _notes(teams: Sequence[Workers]) -> list[str]:
@@ -170,7 +176,7 @@ def _notes(teams: Sequence[Workers]) -> list[str]:
         )
     links = dict.fromkeys(_link(said) for r in all_records if (said := mapping(r, "together").get("link")))
     if links:
-        notes.append(f"The link between the workers, as measured when they first met: {'; '.join(links)}.")
+        notes.append(f"The link between the workers, as measured when a group was formed: {'; '.join(links)}.")
     return notes
 
 
@@ -211,7 +217,11 @@ _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 def _lines(workers: Workers, value: Callable[[Mapping[str, Any]], float | None]) -> list[Line]:
     lines = []
     for place, (worker, records) in enumerate(workers.items()):
-        lines.append(Line(f"worker {worker}", EPOCHS.points(records, value), place, place // len(COLORS)))
+        points = EPOCHS.points(records, value)
+        for at in range(len(points) - 1, 0, -1):
+            if points[at][0] > points[at - 1][0] + 1:  # it was away
+                points.insert(at, (points[at][0] - 1, None))
+        lines.append(Line(f"worker {worker}", points, place, place // len(COLORS)))
     return lines
 
 
@@ -220,7 +230,7 @@ def _bars(stale: Mapping[int, int]) -> list[Bar]:
     bars = []
     for by in range(most + 1):
         those = sum(n for other, n in stale.items() if min(other, most) == by)
-        name = f"{by} or more" if by == most < max(stale) else str(by)
+        name = f"{by} or more behind" if by == most < max(stale) else f"{by} behind"
         bars.append(
             Bar(name, those / pushes, f"{percent(those / pushes)} · {count(those)} push{'' if those == 1 else 'es'}")
         )
@@ -245,14 +255,16 @@ def _sent_in_all(records: Records) -> float | None:
     return sum(known) if known else None
 
 
-def _sent_per_step(records: Records) -> list[float]:
+def _sent_per_step(records: Records) -> float | None:
+    """In the typical epoch that came right after another."""
     found, before = [], 0.0
-    for record in records:
+    for at, record in enumerate(records):
         step, sent = number(record, "step"), _sent(record)
-        if step is not None and step > before and sent is not None:
+        follows = number(record, "epoch") == (number(records[at - 1], "epoch") or 0) + 1 if at else True
+        if step is not None and step > before and sent is not None and follows:
             found.append(sent / (step - before))
         before = before if step is None else step
-    return found
+    return _typical(found)
 
 
 def _pace(records: Records) -> float | None:
