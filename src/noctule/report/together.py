@@ -128,7 +128,7 @@ def _pace_in_words(value: float | None) -> str:
 
 
 def _share_in_exchanges(records: Records) -> str:
-    shares = [number(record, "together", "exchange_share") for record in records if _sent(record) is not None]
+    shares = [number(record, "together", "exchange_share") for record in records]
     known = [share for share in shares if share is not None]
     return percent(fmean(known)) if known else MISSING
 
@@ -159,21 +159,17 @@ def _columns() -> tuple[_Column, ...]:
 
 def _notes(teams: Sequence[Workers]) -> list[str]:
     notes = ["Samples and bytes per step are medians over the epochs."]
-    all_records = [record for team in teams for records in team.values() for record in records]
-    counted = any(_sent(record) is not None for record in all_records)
-    if counted:
-        notes.append(
-            "Bytes are those of all messages, without what the transport adds; an epoch that was cut off counts from where it "
-            "went on. Time in exchanges includes that for which a worker waits for slower ones."
-        )
+    notes.append(
+        "Bytes are those of all messages, without what the transport adds; an epoch that was cut off counts from where it went on. "
+        "Time in exchanges includes that for which a worker waits for slower ones."
+    )
     if any(map(_served, teams)):
-        if not counted:
-            notes.append("What went to the parameter server and back was not counted.")
         notes.append("The staleness of a push is how many pushes of others its weights did not have yet.")
     else:
         notes.append(
             "A new group is formed whenever a worker is lost or joins; one that was started again counts its groups from one."
         )
+    all_records = [record for team in teams for records in team.values() for record in records]
     links = dict.fromkeys(_link(said) for r in all_records if (said := mapping(r, "together").get("link")))
     if links:
         notes.append(f"The link between the workers, as measured when a group was formed: {'; '.join(links)}.")
@@ -245,9 +241,7 @@ def _served(workers: Workers) -> bool:
 
 
 def _sent(record: Mapping[str, Any]) -> float | None:
-    """Bytes of an epoch; of a worker that pushes to a server and has counted none, none are known."""
-    sent = number(record, "together", "sent_bytes")
-    return None if not sent and mapping(record, "together").get("staleness") is not None else sent
+    return number(record, "together", "sent_bytes")
 
 
 def _sent_in_all(records: Records) -> float | None:
@@ -281,7 +275,7 @@ def _staleness(records: Records) -> Counter[int]:
     for record in records:
         said = mapping(mapping(record, "together"), "staleness")
         counts = Counter({int(by): int(n) for by in said if _is_number(by) and (n := number(said, by)) and n > 0})
-        if lives and counts.total() > lives[-1].total():
+        if lives and counts >= lives[-1]:
             lives.pop()
         lives.append(counts)
     return sum(lives, Counter[int]())
