@@ -124,7 +124,7 @@ def fit(
     """Train for ``epochs``, validate after each, and return what was found; with a journal, resume where it stopped.
 
     A checkpoint is written after every epoch and, in long ones, every ``checkpoint_seconds``. Ctrl-C writes one more and
-    then raises KeyboardInterrupt; an `ExchangeError`, which leaves the worker where it was before the step, leaves one too. A loss
+    then raises KeyboardInterrupt; an `ExchangeError`, which leaves the worker between two steps, leaves one too. A loss
     that is not finite raises `NonFiniteError` before it reaches the weights, and the last checkpoint stays. Where seed, threads and
     instruction set are the same, a resumed training ends bit for bit as one that was never stopped.
 
@@ -163,12 +163,21 @@ def fit(
 
             return grown
 
+        def count_step(size: int, value: float) -> None:
+            if scheduler is not None:
+                scheduler.step()
+            progress.samples += size
+            progress.loss_sum += value * size
+            progress.batch += 1
+            progress.step += 1
+
         for name, layer in layers.items():
             stack.callback(layer.register_remap_hook(count(name)).remove)
         bar = stack.enter_context(Progress(epochs * len(train), label="training", unit="steps", start=progress.step))
         model.train()
         while progress.epoch < epochs:
             started = saved = time.perf_counter()
+            done, size, value = session.steps, 0, 0.0
             try:
                 for inputs, targets in train.epoch(progress.epoch, start=progress.batch):
                     optimizer.zero_grad(set_to_none=True)
@@ -176,14 +185,11 @@ def fit(
                     value = float(loss.detach())
                     if not value - value == 0.0:
                         raise explain(model, inputs, step=progress.step + 1)
+                    done, size = session.steps, len(targets)
                     loss.backward()
                     optimizer.step()
-                    if scheduler is not None:
-                        scheduler.step()
-                    progress.samples += len(targets)
-                    progress.loss_sum += value * len(targets)
-                    progress.batch += 1
-                    progress.step += 1
+                    count_step(size, value)
+                    done = session.steps
                     bar.advance(note=f"epoch {progress.epoch + 1}, loss {value:.4f}")
                     now = time.perf_counter()
                     if interrupted() or now - saved >= checkpoint_seconds:
@@ -194,6 +200,8 @@ def fit(
                         started = saved = time.perf_counter()
                 session.settle()
             except ExchangeError:
+                if session.steps > done:  # what failed came after the step
+                    count_step(size, value)
                 progress.seconds += time.perf_counter() - started
                 save()
                 raise

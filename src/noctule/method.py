@@ -269,5 +269,11 @@ class Session:
         moved, self._round = any(self._round.values()), {}
         if moved:
             self.steps += 1
+            failed: list[Exception] = []
             for method in reversed(self.methods):
-                method.after_step()
+                try:
+                    method.after_step()
+                except Exception as error:  # the others hear of the step all the same: their counts stay together
+                    failed.append(error)
+            if failed:
+                raise failed[0]

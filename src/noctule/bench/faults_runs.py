@@ -18,6 +18,7 @@ from noctule.errors import NoctuleError
 
 START_SECONDS = 180.0
 """For processes to import torch on a busy machine, and to take part."""
+RECIPE = f"{faults_recipe.__file__}:{faults_recipe.training.__name__}"
 TORCHRUN = (
     "torch.distributed.run",
     "--standalone",
@@ -62,8 +63,7 @@ class Running:
         self.run, self.log, self.workers = folder / "run", folder / "log", workers
         launcher = [] if together is not None else [w.format(workers=workers, restarts=restarts) for w in TORCHRUN]
         several = [] if together is None else ["--workers", str(workers), *together]
-        recipe = f"{faults_recipe.__file__}:{faults_recipe.training.__name__}"
-        command = [*launcher, "noctule.cli", "run", recipe, "--out", str(self.run), "--threads", "1", *words, *several]
+        command = [*launcher, "noctule.cli", "run", RECIPE, "--out", str(self.run), "--threads", "1", *words, *several]
         self._mark = f"{_MARK}={folder}".encode()
         environment = {_MARK: str(folder), **_ENVIRONMENT}
         with self.log.open("ab") as log:
@@ -152,10 +152,28 @@ class Running:
         if code != 130:
             raise Stuck(f"the training was to stop, and ended with {code}{self.last_words()}")
 
+    def lose_agent(self, *, seconds: float = 10.0) -> float:
+        """Kill torchrun's own process, and wait until its workers have ended by themselves; the time when it was killed.
+
+        Raises:
+            Stuck: they go on, and would be in the way of those that are started next.
+        """
+        killed = end(self.process.pid)
+        self.process.wait()
+        while any(self._left()):
+            if time.monotonic() - killed > seconds:
+                raise Stuck(f"workers still live {seconds:.0f} s after torchrun{self.last_words()}")
+            time.sleep(_LOOK_SECONDS)
+        return killed
+
     def last_words(self) -> str:
         """The end of what it has printed."""
-        text = self.log.read_text(errors="replace").replace("\r", "\n").splitlines()[-20:]
-        return ":\n" + "\n".join(text) if text else ""
+        found = ""
+        for path in [self.log, *sorted(self.run.glob("workers/*/worker.log"))]:
+            lines = path.read_text(errors="replace").replace("\r", "\n").splitlines()
+            said = [line for line in lines if not line.startswith("training ")][-20:]
+            found += "".join(f"\n{line}" for line in [f"{path.parent.name}/{path.name}:", *said] if said)
+        return found
 
 
 class Tail:

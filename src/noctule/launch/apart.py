@@ -29,6 +29,9 @@ class Apart(Team):
         timeout_seconds: for any one answer of the server.
     """
 
+    alone = False
+    many_models = False  # the server has one
+
     def __init__(self, ticket: Ticket, *, world: int, strategy: Strategy, timeout_seconds: float) -> None:
         """Nothing is sent yet."""
         self.rank, self.world = ticket.worker, world

@@ -39,6 +39,7 @@ class Elastic(Exchange):
         self._inner: Exchange | None = None
         self._generation = -1
         self._loaded: dict[str, Any] | None = None  # waits for the group
+        self._finished = 0
 
     def forget(self) -> None:
         """Let go of the group that there was: as long as somebody holds it, its connections stay open and the others wait."""
@@ -59,7 +60,9 @@ class Elastic(Exchange):
     def __call__(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> list[Tensor]:
         """See `Exchange`; LostWorkerError where the group is no more."""
         with self._noticing():
-            return self.inner(tensors, keys)
+            totals = self.inner(tensors, keys)
+        self._finished += 1
+        return totals
 
     def share(self, message: bytes) -> list[bytes]:
         """See `Exchange`; LostWorkerError where the group is no more."""
@@ -82,11 +85,11 @@ class Elastic(Exchange):
         """What is kept, and of which worker it is; nothing before the first group."""
         if self._loaded is not None or self._inner is None:
             return self._loaded or {}
-        return {"member": self._team.member, "kept": self._inner.state_dict()}
+        return {"member": self._team.member, "finished": self._finished, "kept": self._inner.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back; of another worker's, what that one owes stays with it."""
-        self._inner, self._loaded = None, state or None
+        self._inner, self._loaded, self._finished = None, state or None, int(state.get("finished", 0))
 
     @contextmanager
     def _noticing(self) -> Iterator[None]:

@@ -48,7 +48,7 @@ class SharedCheckpoints(Checkpoints):
             LostWorkerError: another worker is lost meanwhile.
         """
         mine, self._held = self._held or super().latest(), None
-        if mine is not None and mine[0] >= self._steps:
+        if mine is not None and mine[0] >= self._steps and not mine[1]["progress"]["batch"]:
             return mine
         try:
             found = self._furthest(mine)
@@ -62,18 +62,26 @@ class SharedCheckpoints(Checkpoints):
         group = Group()
         step = -1 if mine is None else mine[0]
         digest = "" if mine is None else _digest(mine[1]["model"], numbers=self._team.strategy.equal_weights)
-        said = [json.loads(each) for each in group.share(json.dumps([step, digest]).encode())]
-        furthest = max(step for step, _ in said)
-        donor = next(rank for rank, (step, _) in enumerate(said) if step == furthest)
+        met = 0 if mine is None else _exchanges(mine[1]["session"])
+        said = [json.loads(each) for each in group.share(json.dumps([step, met, digest]).encode())]
+        furthest = max(step for step, *_ in said)
+        donor = max(range(len(said)), key=lambda rank: (*said[rank][:2], -rank))
         if furthest < 0 or all(each == said[donor] for each in said):
             return mine
         sent = _to_bytes(mine[1], self.folder) if mine is not None and group.rank == donor else b""
         received = _broadcast(group, sent, donor)
-        if [step, digest] == said[donor]:
+        if [step, met, digest] == said[donor]:
             return mine
         state = _from_bytes(received, self.folder)
         state["random"] = torch.get_rng_state()  # its own draws, not the donor's once more
         return furthest, state
+
+
+def _exchanges(tree: Any) -> int:
+    """How many exchanges a session's state has seen finished: of two at the same step, one may have had its meeting already."""
+    if isinstance(tree, Mapping):
+        return int(tree["finished"]) if "finished" in tree else sum(map(_exchanges, tree.values()))
+    return sum(map(_exchanges, tree)) if isinstance(tree, list) else 0
 
 
 def _digest(model: Mapping[str, Any], *, numbers: bool) -> str:

@@ -72,10 +72,11 @@ class Merging(Apart):
             alone = [Merge(self.exchange, every=steps - first)]
             return (Phases([HandOver(pushing, at=first), pushing], alone, until=[first]),)
         make = _moves(moving, first, at_server_every=self.strategy.meet_every)
-        return (wasap(pushing, self.exchange, steps=steps, rewire=make, share=SHARE, seed=moving["seed"]),)
+        return (wasap(pushing, self.exchange, steps=steps, rewire=make, share=SHARE, seed=moving.get("seed", 0)),)
 
     def train(self, training: Callable[[], T]) -> T:
         """See `Team`: a worker that is lost during the merge has the others come to it once more, from their checkpoints."""
+        self.trained = True
         while True:
             try:
                 return training()
@@ -95,7 +96,7 @@ class Merging(Apart):
 
 def _moves(options: dict[str, Any], first: int, *, at_server_every: int) -> Callable[..., Rewire]:
     """Makes a `Rewire` for either phase; what depends on the step goes on in the second where the first stopped."""
-    base = options["seed"]
+    base = options.get("seed", 0)
 
     def make(*, seed: int, exchange: Exchange) -> Rewire:
         shift = 0 if seed == base else first

@@ -29,6 +29,12 @@ class Team:
     """Which of the workers this is."""
     world = 1
     """How many there are now."""
+    alone = True
+    """Whether there are no others."""
+    many_models = True
+    """Whether it can train one model after the other."""
+    trained = False
+    """Whether a recipe has asked it to train."""
 
     def share(self, batches: Batches) -> Source:
         """This worker's part of every batch."""
@@ -52,6 +58,7 @@ class Team:
 
     def train(self, training: Callable[[], T]) -> T:
         """Run a training that resumes by itself from its journal; where workers are lost, again from where the others are."""
+        self.trained = True
         return training()
 
 

@@ -56,6 +56,8 @@ class Together(Team):
         strategy: how they train together.
     """
 
+    alone = False
+
     def __init__(self, rendezvous: Rendezvous, *, member: int, strategy: Strategy) -> None:
         """In no group yet."""
         self.rendezvous, self.member, self.strategy = rendezvous, member, strategy
@@ -107,6 +109,7 @@ class Together(Team):
 
     def train(self, training: Callable[[], T]) -> T:
         """See `Team`."""
+        self.trained = True
         while True:
             try:
                 if not self.generation or self.broken:

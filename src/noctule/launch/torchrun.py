@@ -7,12 +7,15 @@ Restarts need torchrun's c10d rendezvous (``--standalone``, or ``--rdzv-backend 
 """
 
 import os
+import threading
+import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
+_LOOK_SECONDS = 0.5
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -32,6 +35,8 @@ class Torchrun:
         self.member, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         """Whether this is not the first time that torchrun starts the workers of this run."""
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
         if restarts and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
             warnings.warn(
@@ -50,3 +55,10 @@ class Torchrun:
     def folder(self, run: Path) -> Path:
         """Where this worker keeps its records."""
         return run if self.member == 0 else run / "workers" / str(self.member)
+
+
+def _end_with(agent: int) -> None:
+    """End this process with torchrun's: when that is started again, this one must not write into the same run."""
+    while os.getppid() == agent:
+        time.sleep(_LOOK_SECONDS)
+    os._exit(1)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
-from noctule.errors import LostWorkerError
+from noctule.errors import NoctuleError, UsageError
 from noctule.launch.apart import Apart
 from noctule.launch.line import Line
 from noctule.launch.merging import Merging
@@ -121,16 +121,20 @@ def work(descriptor: int, recipe: Callable[[dict[str, Any]], None]) -> int:
         return 1
     plan = said[0]
     torch.set_num_threads(plan["threads"])
-    with as_member_of(_team(line, plan)):
+    with as_member_of(_team(line, plan)) as team:
         try:
             recipe(plan)
+            if not team.trained and plan["workers"] > 1:
+                raise UsageError(
+                    "this recipe does not ask noctule.launch.team() how to train, so each worker trained by itself: leave "
+                    "--workers out, or share the batches out as docs/how_to_use/several_workers.md says"
+                )
         except KeyboardInterrupt:
             line.tell(done=True)
             return 130
         except Exception as error:
-            line.tell(
-                failed=f"{type(error).__name__}: {error}" if not isinstance(error, LostWorkerError) else str(error)
-            )
+            kind = "" if isinstance(error, NoctuleError) else f"{type(error).__name__}: "
+            line.tell(failed=f"{kind}{error}")
             raise
     line.tell(done=True)
     if dist.is_initialized():

@@ -54,6 +54,7 @@ class DiLoCo(Method):
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Note where the worker begins."""
         self.model = model
+        self._hook = model.register_forward_pre_hook(self._before_forward)
         self.anchors = {name: nn.Parameter(p.detach().clone()) for name, p in self._parameters().items()}
         self.optimizer = self.outer(list(self.anchors.values()))
         self._moved = self._agreed = False
@@ -61,12 +62,7 @@ class DiLoCo(Method):
     def after_step(self) -> None:
         """Meet, when it is time."""
         self.steps += 1
-        if self.steps % self.every == 0:
-            try:
-                self.now()
-            except BaseException:
-                self.steps -= 1  # whoever goes on from here does the step again
-                raise
+        self._meet_if_due()
 
     def now(self) -> None:
         """Meet, whether it is time or not; all workers must.
@@ -109,6 +105,10 @@ class DiLoCo(Method):
                 self.exchange.remapped(key, part, tuple(p.shape))
         self._moved = True
 
+    def end(self) -> None:
+        """Stop listening."""
+        self._hook.remove()
+
     def state_dict(self) -> dict[str, Any]:
         """The last meeting point, the outer optimizer's and the exchange's states."""
         return {
@@ -137,6 +137,15 @@ class DiLoCo(Method):
         self.exchange.load_state_dict(state["exchange"])
         self.steps, self.met = int(state["steps"]), int(state["met"])
         self._agreed = False
+
+    def _before_forward(self, model: nn.Module, inputs: object) -> None:
+        """A meeting that failed, as when a worker was lost, is made up for before the next step."""
+        if model.training:
+            self._meet_if_due()
+
+    def _meet_if_due(self) -> None:
+        if self.steps // self.every * self.every > self.met:
+            self.now()
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

@@ -76,16 +76,12 @@ class Merge(Method):
     def after_step(self) -> None:
         """Merge, when it is time."""
         self.steps += 1
-        if self.steps == self.every:
-            try:
-                self.now()
-            except BaseException:
-                self.steps -= 1  # whoever goes on from here does the step again
-                raise
+        if self.every is not None and self.steps >= self.every:
+            self.now()
 
     def settle(self) -> None:
-        """Merge, if that is when it is to be done."""
-        if self.every is None and self.steps:
+        """Merge, if that is when it is to be done, or if it could not be done when it was time."""
+        if self.steps >= (self.every or 1):
             self.now()
 
     def now(self) -> None:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from noctule.allocator import keep_memory
 from noctule.checkpoint import save_model
 from noctule.data.prototypes import Prototypes
+from noctule.errors import UsageError
+from noctule.launch import team
 from noctule.measure import footprint, measure
 from noctule.recipes.brain import Brain, connected, momentum_sgd
 from noctule.recipes.brain_training import Training
@@ -64,6 +66,8 @@ def bat_brain(
         raise ValueError(
             f"batch, every and samples must be at least 1 and steps 0, got {batch}, {every}, {samples} and {steps}"
         )
+    if not team().alone:
+        raise UsageError("bat_brain trains one network in one process: leave --workers out and give it --threads")
     if finished := run.summary():
         return finished
     brain = Brain(neurons=neurons, layers=layers, epsilon=epsilon, features=features, classes=classes, slope=slope)

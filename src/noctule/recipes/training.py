@@ -42,8 +42,10 @@ def train_series(
         compare: whether the dense twin is trained too: yes, no, or where it is small (auto).
         dense_weights: of the dense twin.
     """
-    series = ["sparse"]
-    if compare == "dense" or (compare == "auto" and dense_weights <= SMALL_WEIGHTS):
+    series, many = ["sparse"], team().many_models
+    if compare == "dense" and not many:
+        raise ValueError("a parameter server holds one network, and the dense twin is another: use --compare none")
+    if compare == "dense" or (compare == "auto" and many and dense_weights <= SMALL_WEIGHTS):
         series.append("dense")
     summary = run.summary() or {**about, "series": {}}
     for name in series:
