@@ -48,7 +48,7 @@ def trained(rank: int, world: int, plan: dict[str, Any]) -> dict[str, Any]:
     moving = partial(set_, every=every, fraction=FRACTION)
     methods: list[Method] = [moving(seed=plan["seed"])]
     pushing = None
-    if world > 1:
+    if world > 1 and plan["method"] != "apart":
         ticket, apart = Ticket.load(Path(plan["tickets"], str(rank))), plan["apart"]
         coding = Cast(torch.bfloat16) if plan["bf16"] else None
         pushing = PushPull(ticket, bound=plan["bound"], push_every=apart, pull_every=apart, codec=coding)
