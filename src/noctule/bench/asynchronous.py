@@ -2,7 +2,8 @@
 
 A truly sparse MLP (784-1000-1000-10 at 5 %, momentum SGD, All-ReLU, SET after every epoch), one worker on all the data, or two on
 half of it each: WASAP-SGD, Downpour and SSP on a parameter server, and two that have nothing to do with one another, which is as
-fast as two can be here; and a dense 784-64-10 one by L-BFGS on the whole data set, with torch alone and with Sandblaster. Trainings of one seed are made one right after the other.
+fast as two can be here; and a dense 784-64-10 one by L-BFGS on the whole data set, with torch alone and with Sandblaster.
+Trainings of one seed are made one right after the other.
 """
 
 import statistics
