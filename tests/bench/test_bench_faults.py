@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from noctule.bench import faults, faults_runs
+from noctule.bench import faults, faults_link, faults_runs
 from noctule.bench.faults_recipe import Step
 from noctule.bench.faults_runs import Running, Stuck, Tail, differing, off
 from noctule.errors import UsageError
@@ -42,12 +42,12 @@ def test_what_else_is_killed(row, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(faults.available() is not None, reason=str(faults.available()))
+@pytest.mark.skipif(faults_link.available() is not None, reason=str(faults_link.available()))
 def test_a_link_that_freezes(capsys):
     went_on, gave_up = run(capsys, "--rows", "frozen", "--times", "1", "--frozen-seconds", "3.5")
     assert went_on["holds"], went_on
     assert gave_up["holds"], gave_up
-    assert gave_up["worst_seconds"] >= faults.IMPATIENCE - 0.5
+    assert gave_up["worst_seconds"] >= faults_link.IMPATIENCE - 0.5
 
 
 @pytest.mark.slow

@@ -8,20 +8,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from statistics import median
 from typing import Any
 
-from noctule.bench import faults_recipe, program
-from noctule.bench.faults_recipe import TRACE, Step
-from noctule.bench.faults_runs import Running, Stuck, Tail, differing, end, first, off
+from noctule.bench import program
+from noctule.bench.faults_link import IMPATIENCE, PROMPT, frozen
+from noctule.bench.faults_recipe import Step
+from noctule.bench.faults_runs import Asked, Found, Running, Stuck, differing, end, first, off
 from noctule.bench.link import parsed
 from noctule.checkpoint import Checkpoints
 from noctule.errors import NoctuleError, UsageError
-from noctule.testing.link import available, shaped_network
-from noctule.testing.processes import Workers
 
 GOES_ON_SECONDS = 3.0
 """In which the survivors of a worker have to do their next step."""
@@ -29,11 +26,7 @@ COMMITTED = 0.8
 """Share of the steps of a quiet time that a time with a worker killed every so often has to do."""
 ALIKE = 1e-6
 """How far weights in float64 may be, relatively, from those of a training that was left alone: sums are in another order."""
-PATIENCE, IMPATIENCE, PROMPT = 30.0, 2.0, 1.0
-"""Time-outs above and below the time that a link is frozen, and how much later than that an error may come."""
-_PAUSE = (0.3, 1.5)
 _CHECKPOINT_SECONDS = 1.0
-_WIDTH, _TRAIN_SECONDS, _CALL_SECONDS = 128, 3.0, 120.0
 
 
 def faults(
@@ -96,47 +89,6 @@ def faults(
 def main(argv: Sequence[str] | None = None) -> int:
     """``noctule bench faults``."""
     return program.run("faults", faults, argv)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a fault needs to know."""
-
-    folder: Path
-    words: list[str]
-    times: int
-    workers: int
-    random: Random
-    link: Any
-    frozen_seconds: float
-    soak: tuple[float, float, float]
-
-    def pause(self) -> None:
-        """Until some moment."""
-        time.sleep(self.random.uniform(*_PAUSE))
-
-
-@dataclass
-class Found:
-    """What came of a fault."""
-
-    fault: str
-    seconds: list[float] = field(default_factory=list)
-    """Of each time: from the fault until all go on."""
-    lost: int | None = None
-    """Steps that were done and had to be done once more, at most."""
-    holds: bool = False
-    error: str | None = None
-    more: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """As a line says them."""
-        if self.error is not None:
-            return {"row": self.fault, "error": self.error, "holds": False}
-        middle, worst = (median(self.seconds), max(self.seconds)) if self.seconds else (None, None)
-        about = {"row": self.fault, "times": len(self.seconds), "median_seconds": middle, "worst_seconds": worst}
-        return about | {"seconds": self.seconds, "lost": self.lost, "holds": self.holds, **self.more}
 
 
 def _killed(asked: Asked) -> list[Found]:
@@ -231,63 +183,6 @@ def _server(asked: Asked) -> list[Found]:
     right = versions == [pushes] and not restarted
     more = {"pushes": pushes, "versions": versions, "workers_restarted": restarted}
     return [Found("a parameter server killed: all go on", seconds, pushes - sum(versions), right, more=more)]
-
-
-def _frozen(asked: Asked) -> list[Found]:
-    """A link is frozen, for shorter and for longer than workers wait."""
-    if why := available():
-        raise NoctuleError(f"links cannot be frozen here: {why}")
-    asked.folder.mkdir(parents=True)
-    with (
-        shaped_network(2, link=asked.link) as network,
-        Workers(2, network=network, threads=1, group_timeout_seconds=PATIENCE) as group,
-    ):
-
-        def run(name: str, steps: int, frozen: bool) -> tuple[list[Any], list[list[Step]], float, float]:
-            folder = asked.folder / name
-            tails = [Tail(folder / str(rank) / TRACE) for rank in range(2)]
-            begun = group.begin(faults_recipe.over_link, str(folder), steps, _WIDTH)
-            at = thawed = 0.0
-            if frozen:
-                until, begin = time.monotonic() + _CALL_SECONDS, asked.random.randint(1, steps // 2)
-                while not all(len(tail.read()) >= begin for tail in tails) and time.monotonic() < until:
-                    time.sleep(0.002)
-                network.freeze()
-                at = time.monotonic()
-                time.sleep(asked.frozen_seconds)
-                thawed = time.monotonic()
-                network.thaw()
-            outcomes = begun.results(timeout_seconds=_CALL_SECONDS)
-            return outcomes, [tail.read() for tail in tails], at, thawed
-
-        _, (trial, _), _, _ = run("trial", 20, frozen=False)
-        a_step = median(b.at - a.at for a, b in zip(trial[1:], trial[2:]))
-        steps = max(20, round(_TRAIN_SECONDS / a_step))
-        _, (alone, _), _, _ = run("alone", steps, frozen=False)
-        undisturbed = [step.digest for step in alone]
-        seconds, same = [], True
-        for number in range(asked.times):
-            errors, traces, frozen, thawed = run(f"frozen-{number}", steps, frozen=True)
-            same = same and errors == [None, None] and all([s.digest for s in t] == undisturbed for t in traces)
-            # what was on its way to a worker when the link froze may still have come
-            still = [[s for s in trace if frozen + 1.0 < s.at < thawed] for trace in traces]
-            if any(still) or not all(trace[-1].at > thawed for trace in traces):
-                raise Stuck("the link was not frozen while the workers trained")
-            seconds.append(max(min(s.at for s in trace if s.at > thawed) for trace in traces) - thawed)
-        late = []
-        group.group_timeout_seconds = IMPATIENCE
-        for number in range(asked.times):
-            group.form_group()
-            errors, _, frozen, _ = run(f"given-up-{number}", steps, frozen=True)
-            if None in errors:
-                raise Stuck("a worker did not notice that the link was frozen")
-            late.append(max(at for at, _ in errors) - frozen)
-    length = {"workers": 2, "frozen_seconds": asked.frozen_seconds}
-    prompt = max(late) <= IMPATIENCE + PROMPT
-    return [
-        Found("a link frozen: after the thaw all go on", seconds, 0, same, more=length | {"timeout_seconds": PATIENCE}),
-        Found("a link frozen for too long: error", late, 0, prompt, more=length | {"timeout_seconds": IMPATIENCE}),
-    ]
 
 
 def _torchrun(asked: Asked) -> list[Found]:
@@ -396,7 +291,7 @@ def _soak(asked: Asked) -> list[Found]:
 ROWS: dict[str, Callable[[Asked], list[Found]]] = {
     "worker": _killed,
     "server": _server,
-    "frozen": _frozen,
+    "frozen": frozen,
     "torchrun": _torchrun,
     "agent": _agent,
     "soak": _soak,

@@ -8,9 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
+from statistics import median
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from noctule.bench import faults_recipe
 from noctule.bench.faults_recipe import TRACE, Step
@@ -32,6 +35,48 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_DISAB
 _MARK = "NOCTULE_BENCH_FAULTS"
 """By which all processes of a training are known."""
 _LOOK_SECONDS = 0.01
+_PAUSE = (0.3, 1.5)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a fault needs to know."""
+
+    folder: Path
+    words: list[str]
+    times: int
+    workers: int
+    random: Random
+    link: Any
+    frozen_seconds: float
+    soak: tuple[float, float, float]
+
+    def pause(self) -> None:
+        """Until some moment."""
+        time.sleep(self.random.uniform(*_PAUSE))
+
+
+@dataclass
+class Found:
+    """What came of a fault."""
+
+    fault: str
+    seconds: list[float] = field(default_factory=list)
+    """Of each time: from the fault until all go on."""
+    lost: int | None = None
+    """Steps that were done and had to be done once more, at most."""
+    holds: bool = False
+    error: str | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """As a line says them."""
+        if self.error is not None:
+            return {"row": self.fault, "error": self.error, "holds": False}
+        middle, worst = (median(self.seconds), max(self.seconds)) if self.seconds else (None, None)
+        about = {"row": self.fault, "times": len(self.seconds), "median_seconds": middle, "worst_seconds": worst}
+        return about | {"seconds": self.seconds, "lost": self.lost, "holds": self.holds, **self.more}
 
 
 class Stuck(NoctuleError):

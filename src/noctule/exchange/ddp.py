@@ -118,7 +118,7 @@ class _Buckets:
                 self.exchange.took(time.perf_counter() - self.started)
         except BaseException as error:  # shown where backward waits
             for bucket in buckets:
-                bucket.done.set_exception(error)  # type: ignore[arg-type]
+                bucket.done.set_exception(error)  # type: ignore[arg-type] torch takes any, and says Exception
         else:
             for bucket in buckets:
                 bucket.done.set_result(bucket.buffer)

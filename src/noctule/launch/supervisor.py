@@ -174,7 +174,7 @@ class Supervisor:
         """Hear who has something to say, see who died, and send off who waits."""
         lines = {member.line.socket: member for member in self.members if not member.line.ended}
         for end in wait(list(lines), _LOOK_SECONDS):
-            self._hear(lines[end])  # type: ignore[index]
+            self._hear(lines[end])  # type: ignore[index] wait gives back what it was given
         for number, member in enumerate(self.members):
             if member.state != "done" and member.process.poll() is not None:
                 self._ended(number, member)

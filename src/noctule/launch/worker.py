@@ -132,7 +132,7 @@ def work(descriptor: int, recipe: Callable[[dict[str, Any]], None]) -> int:
         except KeyboardInterrupt:
             line.tell(done=True)
             return 130
-        except Exception as error:
+        except Exception as error:  # whatever it is, the supervisor says it
             kind = "" if isinstance(error, NoctuleError) else f"{type(error).__name__}: "
             line.tell(failed=f"{kind}{error}")
             raise
