@@ -145,7 +145,7 @@ def test_workers_that_do_not_fit_are_told_where():
 
 def test_nonsense_is_answered_and_the_coordinator_goes_on():
     with coordinate(OPTIONS, max_bytes=100_000) as server:
-        ours, theirs = (Caller(server.ticket(worker)) for worker in (1, 0))
+        ours, theirs = (Caller(server.ticket(worker), server.addresses[0]) for worker in (1, 0))
 
         def ask(*frames, caller=ours):
             caller.send(list(frames))
@@ -242,7 +242,7 @@ def test_a_coordinator_that_is_killed_goes_on_from_the_last_step(tmp_path, kills
 def test_a_folder_is_of_one_coordinator(tmp_path):
     with (
         coordinate(OPTIONS, folder=tmp_path),
-        pytest.raises(ExchangeError, match=r"cannot listen at .* Does another one run"),
+        pytest.raises(ExchangeError, match=r"cannot listen at .* Does another server run"),
     ):
         coordinate(OPTIONS, folder=tmp_path)
     assert (tmp_path / "keys.json").stat().st_mode & 0o077 == 0

@@ -33,6 +33,9 @@ class Desk:
         max_bytes: of the tensors of one message.
     """
 
+    waiting = False
+    """Whether time alone brings an answer soon; here others' words do."""
+
     def __init__(
         self,
         shard: Shard,

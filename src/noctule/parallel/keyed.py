@@ -1,6 +1,7 @@
 """Sockets whose every message is under CURVE keys: a desk that answers whoever holds a key that was given out, and its callers."""
 
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -17,8 +18,6 @@ except ImportError as error:
 
 _TICK_MS, _BUSY_TICK_MS = 50, 5
 """How often a listener looks whether it is to end, and whether there is something for callers that wait."""
-_FRAMES = 8
-"""A message of more frames is cut there."""
 Letter = tuple[bytes, list[bytes]]
 """The route to a caller, and the frames of an answer to it."""
 
@@ -52,15 +51,16 @@ class Listener(threading.Thread):
         address: where it listens, such as ``tcp://127.0.0.1:*``.
         keys: those given out.
         max_bytes: of a frame; longer ones are cut off before memory is taken.
+        frames: a message of more is cut there.
 
     Raises:
         ExchangeError: the address is taken.
     """
 
-    def __init__(self, desk: Desk, address: str, keys: Keys, *, max_bytes: int) -> None:
+    def __init__(self, desk: Desk, address: str, keys: Keys, *, max_bytes: int, frames: int) -> None:
         """Take the address; `start` begins to answer."""
         super().__init__(daemon=True, name="noctule-listener")
-        self._desk, self._keys, self._ending = desk, keys, threading.Event()
+        self._desk, self._keys, self._most, self._ending = desk, keys, frames, threading.Event()
         self._context = zmq.Context()
         self._doors = self._context.socket(zmq.REP)  # where libzmq asks whether a key is known
         self._doors.bind("inproc://zeromq.zap.01")
@@ -75,7 +75,7 @@ class Listener(threading.Thread):
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise ExchangeError(
-                f"cannot listen at {address}: {error}. Does another one run, from the same folder perhaps?"
+                f"cannot listen at {address}: {error}. Does another server run, from the same folder perhaps?"
             ) from error
         self.address = bytes(self._socket.last_endpoint).decode()  # pyright: ignore
 
@@ -84,12 +84,17 @@ class Listener(threading.Thread):
         poller = zmq.Poller()
         poller.register(self._doors, zmq.POLLIN)
         poller.register(self._socket, zmq.POLLIN)
+        looked = time.monotonic()
         try:
             while not self._ending.is_set():
-                ready = dict(poller.poll(_BUSY_TICK_MS if self._desk.waiting else _TICK_MS))
+                tick_ms = _BUSY_TICK_MS if self._desk.waiting else _TICK_MS
+                ready = dict(poller.poll(tick_ms))
                 if self._doors in ready:
                     self._let_in()
-                letters = self._receive() if self._socket in ready else self._desk.tick()
+                letters = self._receive() if self._socket in ready else []
+                if time.monotonic() - looked >= tick_ms / 1000:  # also while messages come without a pause
+                    looked = time.monotonic()
+                    letters += self._desk.tick()
                 for route, frames in letters:
                     self._socket.send_multipart([route, *frames])  # to whoever is gone it is dropped
         finally:
@@ -114,33 +119,33 @@ class Listener(threading.Thread):
         route, *frames = [self._socket.recv(copy=False)]
         while self._socket.getsockopt(zmq.RCVMORE):
             frame: Any = self._socket.recv(copy=False)
-            if len(frames) < _FRAMES:
+            if len(frames) < self._most:
                 frames.append(frame)
         worker = int(route.get("User-Id"))  # pyright: ignore
         return self._desk.handle(worker, route.bytes, [frame.bytes for frame in frames])  # pyright: ignore
 
 
 class Caller:
-    """A worker's socket to the first address of its ticket."""
+    """A worker's socket to one address of its ticket."""
 
-    def __init__(self, ticket: Ticket) -> None:
+    def __init__(self, ticket: Ticket, address: str) -> None:
         """Connect; whether anybody is there shows when it answers.
 
         Raises:
             ExchangeError: the ticket's keys or address are none.
         """
         context = zmq.Context()
-        self._socket = context.socket(zmq.DEALER)
-        self.close = weakref.finalize(self, _hang_up, self._socket, context)
+        self.socket = context.socket(zmq.DEALER)
+        self.close = weakref.finalize(self, _hang_up, self.socket, context)
         """What was not sent is dropped."""
-        self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
-        _keep_alive(self._socket)
+        self.socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+        _keep_alive(self.socket)
         try:
-            self._socket.curve_serverkey = ticket.server_key.encode()
-            self._socket.curve_publickey = ticket.public_key.encode()
-            self._socket.curve_secretkey = ticket.secret_key.encode()
-            self._socket.connect(ticket.addresses[0])
+            self.socket.curve_serverkey = ticket.server_key.encode()
+            self.socket.curve_publickey = ticket.public_key.encode()
+            self.socket.curve_secretkey = ticket.secret_key.encode()
+            self.socket.connect(address)
         except zmq.ZMQError as error:
             self.close()
             raise ExchangeError(f"{ticket} leads nowhere: {error}. Let the server write another one") from error
@@ -148,13 +153,13 @@ class Caller:
     def send(self, frames: Sequence[bytes]) -> None:
         """Send when it can; where too much waits already, nothing is sent."""
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
+            self.socket.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
             return  # whoever waits for the answer will ask again
 
     def receive(self, seconds: float) -> list[bytes] | None:
         """What has come, after a wait of at most so many seconds."""
-        return self._socket.recv_multipart() if self._socket.poll(int(1000 * seconds)) else None
+        return self.socket.recv_multipart() if self.socket.poll(int(1000 * seconds)) else None
 
 
 def _hang_up(socket: Any, context: zmq.Context) -> None:

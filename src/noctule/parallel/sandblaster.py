@@ -75,7 +75,7 @@ class Sandblaster(Optimizer):
 
         self.server, self.portions, self.timeout_seconds = server, portions, timeout_seconds
         self._version, self._marks, self._serial = -1, self._marked(), 0
-        self._caller = Caller(server)
+        self._caller = Caller(server, server.addresses[0])
 
     @torch.no_grad()
     def step(self, closure: Callable[[int], Any]) -> float:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -225,7 +225,7 @@ class Coordination:
         from noctule.parallel.keyed import Listener, new_pair
 
         self._desk, self._keys = desk, Keys(path, pair=new_pair, shards=1, address=f"tcp://{host}:*")
-        self._listener = Listener(desk, self._keys.addresses[0], self._keys, max_bytes=max_bytes)
+        self._listener = Listener(desk, self._keys.addresses[0], self._keys, max_bytes=max_bytes, frames=8)
         self._keys.addresses = self.addresses = (self._listener.address,)
         try:
             self._keys.keep()
