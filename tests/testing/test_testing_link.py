@@ -27,6 +27,7 @@ REASON = available()
 needs_network = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 LINK = Link(megabits=100, delay_ms=5)
+LIMITED = Link(megabits=100)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,21 @@ def test_bandwidth_is_that_of_the_link(pair, link_of_pair, link, size):
 
 
 @needs_network
+def test_the_kernel_limits_bandwidth_without_a_relay_and_in_use():
+    with shaped_network(2, link=Link(megabits=100)) as network:
+        assert network.relay is None
+        for megabits, size in ((100, 4_000_000), (400, 12_000_000), (20, 1_500_000)):
+            network.change(link := Link(megabits=megabits))
+            pieces = 4 * link.counted_bytes(2)  # what may pass at once, after a pause, at the sender and at the hub
+            seconds, _ = stream(network, size)
+            assert seconds > (size - pieces) * 8e-6 / megabits  # never faster, whatever else runs here
+            again = min(stream(network, size)[0] for _ in range(3))
+            assert min(seconds, again) < 1.25 * size * 8e-6 / megabits
+        network.change(Link())
+        assert stream(network, 12_000_000)[0] < 0.1
+
+
+@needs_network
 @pytest.mark.parametrize("delay_ms", [0.5, 5, 25])
 def test_a_round_trip_takes_the_delay_twice(pair, link_of_pair, delay_ms):
     link_of_pair(Link(megabits=100, delay_ms=delay_ms))
@@ -90,13 +106,13 @@ def test_a_round_trip_takes_the_delay_twice(pair, link_of_pair, delay_ms):
 
 
 @needs_network
-@pytest.mark.parametrize("link", [Link(), LINK], ids=["bridge", "relay"])
+@pytest.mark.parametrize("link", [Link(), LIMITED, LINK], ids=["bridge", "limited", "relay"])
 def test_bytes_are_counted_as_sent(link):
     size = 2_000_000
     with shaped_network(2, link=link) as network:
         assert [network.bytes_sent(rank) for rank in (0, 1)] == [0, 0]  # the system itself says nothing
         stream(network, size)
-        headers = 0 if network.relay is None else 52 * math.ceil(size / (1500 - 52))  # a bridge passes packets uncut
+        headers = 52 * math.ceil(size / (link.counted_bytes(2) - 52))
         for counted in (network.bytes_sent(0), network.bytes_received(1)):
             assert size < counted
             assert counted == pytest.approx(size + headers, rel=0.03)
@@ -104,7 +120,7 @@ def test_bytes_are_counted_as_sent(link):
 
 
 @needs_network
-@pytest.mark.parametrize("link", [Link(), Link(delay_ms=1)], ids=["bridge", "relay"])
+@pytest.mark.parametrize("link", [Link(), LIMITED, Link(delay_ms=1)], ids=["bridge", "limited", "relay"])
 def test_a_network_is_ready_when_it_is_there(link):
     for _ in range(8):
         with shaped_network(2, link=link) as network:
@@ -112,7 +128,7 @@ def test_a_network_is_ready_when_it_is_there(link):
 
 
 @needs_network
-@pytest.mark.parametrize("link", [Link(), LINK], ids=["bridge", "relay"])
+@pytest.mark.parametrize("link", [Link(), LIMITED, LINK], ids=["bridge", "limited", "relay"])
 def test_a_frozen_link_lets_nothing_through_and_a_thawed_one_all(link):
     data = os.urandom(3_000_000)
     with shaped_network(2, link=link) as network, connection(network) as (near, far):
@@ -196,7 +212,7 @@ def test_opposite_directions_do_not_share(pair):
 
 
 @needs_network
-@pytest.mark.parametrize("link", [Link(), LINK], ids=["bridge", "relay"])
+@pytest.mark.parametrize("link", [Link(), LIMITED, LINK], ids=["bridge", "limited", "relay"])
 def test_nothing_is_left_after_an_error(link):
     before = namespaces()
     seen: list[tuple[Network, subprocess.Popen]] = []
@@ -273,9 +289,10 @@ def test_the_command_runs_once_for_each_worker_and_fails_with_it(tmp_path):
 
 
 @needs_network
-def test_an_unshaped_network_does_not_change():
-    with shaped_network() as network, pytest.raises(ValueError, match="without a shape"):
-        network.change(LINK)
+@pytest.mark.parametrize("link", [LINK, Link(loss=0.1)], ids=["delay", "loss"])
+def test_a_bridge_takes_on_no_delay_and_no_loss(link):
+    with shaped_network() as network, pytest.raises(ValueError, match="without delay or loss"):
+        network.change(link)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Links of given bandwidth, delay, loss or freeze between network namespaces on one machine.
 
-Every worker has a namespace of its own with one interface, one address, and an up-link and a down-link to a hub. Where the link is
-shaped the hub is a process (`noctule.testing.relay`) that carries packets between TUN devices, since many kernels come without
-netem; an unshaped one is a bridge of the kernel. Both need Linux, root and iproute2: see `available`.
+Every worker has a namespace of its own with one interface, one address, and an up-link and a down-link to a hub. The hub is a
+bridge of the kernel, which also limits bandwidth (tbf), at next to no cost. Delays and losses need a process
+(`noctule.testing.relay`) that carries packets between TUN devices, since many kernels come without netem; it takes a part of a
+core. Both need Linux, root and iproute2: see `available`.
 
     python -m noctule.testing.link --megabits 100 --delay-ms 5 -- python train.py
 """
@@ -19,12 +20,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
-from noctule.testing.namespaces import PREFIX, available, ip, remove, remove_leftovers
+from noctule.testing.namespaces import PREFIX, available, ip, remove, remove_leftovers, tc
 
 __all__ = ["Link", "Network", "available", "remove_leftovers", "shaped_network"]
 
 _INTERFACE = "link0"
 _serial = itertools.count()
+_PIECE, _PIECE_SECONDS = 65_536, 0.002
+"""Bytes of TCP that the kernel passes on in one piece, by its own default, and what a piece takes on a line of given bandwidth: in
+packets as on a wire, eight workers on two cores would spend more of them on packets than on their work."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,11 @@ class Link:
         return self.megabits is not None or self.delay_ms > 0 or self.loss > 0
 
     @property
+    def relayed(self) -> bool:
+        """Whether it takes more than the kernel has."""
+        return self.delay_ms > 0 or self.loss > 0
+
+    @property
     def queue_seconds(self) -> float:
         """How long a line may be busy before it drops what comes: four round trips, at least 20 ms and 150 kB."""
         return max(8 * self.delay_ms / 1000, 0.02, 1.2 / self.megabits if self.megabits else 0.0)
@@ -66,8 +75,19 @@ class Link:
         """The `mtu` asked for, or that of an ethernet, or a longer one where there would be too many packets for the relay."""
         if self.mtu is not None:
             return self.mtu
-        total = workers * (self.megabits or float("inf")) if self.shaped else 0.0
+        total = workers * (self.megabits or float("inf")) if self.relayed else 0.0
         return 1500 if total <= 250 else 9000 if total < 2000 else 60_000
+
+    def counted_bytes(self, workers: int) -> int:
+        """The longest that an interface counts as one packet: without a relay the kernel passes on several in one piece."""
+        packet = self.packet_bytes(workers)
+        if self.relayed:
+            return packet
+        return (
+            _PIECE
+            if self.megabits is None
+            else max(min(round(_PIECE_SECONDS * self.megabits * 125_000), _PIECE), 2 * packet)
+        )
 
 
 @dataclass(frozen=True)
@@ -81,9 +101,9 @@ class Network:
     interface: str
     """Each worker's end of the link, by the name that gloo wants in GLOO_SOCKET_IFNAME."""
     hub: str
-    """The namespace of the bridge of an unshaped network."""
+    """The namespace of the bridge."""
     relay: "subprocess.Popen[str] | None" = None
-    """What carries the packets of a shaped one."""
+    """What carries the packets where there is no bridge."""
 
     def command(self, rank: int) -> list[str]:
         """The words to put before a command so that it runs at the place of a worker."""
@@ -100,7 +120,7 @@ class Network:
         }
 
     def freeze(self) -> None:
-        """Let nothing through until `thaw`: of a shaped link about a thousand packets a worker wait, the rest is lost."""
+        """Let nothing through until `thaw`: with a relay about a thousand packets a worker wait, the rest is lost."""
         self._switch(signal.SIGSTOP, "down")
 
     def thaw(self) -> None:
@@ -116,15 +136,18 @@ class Network:
             raise RuntimeError(f"the relay of this network has ended ({self.relay.returncode}): make another network")
 
     def change(self, link: Link) -> None:
-        """Give a shaped network other bandwidth, delay and loss while it is in use; a frozen one takes them on when it thaws.
+        """Give the network other bandwidth, delay and loss while it is in use; a frozen one takes them on when it thaws.
 
-        Raises ValueError for an unshaped one: the kernel's bridge has no shape to change.
+        Raises ValueError for a delay or loss where there was none: the kernel's bridge has neither.
         """
-        if self.relay is None:
+        if self.relay is not None:
+            _tell(self.relay, _shape(link))
+        elif link.relayed:
             raise ValueError(
-                "this network was made without a shape; make it with the fastest Link you need, and change that"
+                f"{link} on a network that was made without delay or loss: make it with some, however little, and change that"
             )
-        _tell(self.relay, _shape(link))
+        else:
+            _limit(self, link)
 
     def bytes_sent(self, rank: int) -> int:
         """What a worker has sent so far: bytes with headers, as the kernel counts them at the interface."""
@@ -161,24 +184,42 @@ def shaped_network(workers: int = 2, *, link: Link | None = None) -> Iterator[Ne
         stack.callback(remove, [*namespaces, network.hub])
         for namespace in namespaces:
             ip("netns", "add", namespace)
-        if link.shaped:
+        if link.relayed:
             network = replace(network, relay=_start_relay(network, link, stack))
         else:
-            _build_bridge(network)
+            _build_bridge(network, link)
+            _limit(network, link)
         for rank in range(workers):
             _set_up(network, rank, link)
         _await_carrier(network)
         yield network
 
 
-def _build_bridge(network: Network) -> None:
+def _build_bridge(network: Network, link: Link) -> None:
     """Join the namespaces by the kernel: a pair of interfaces from each to a bridge."""
     ip("netns", "add", network.hub)
-    lines = ["link add hub type bridge stp_state 0", "link set hub up"]
+    mtu = link.packet_bytes(len(network.namespaces))
+    lines = ["link add hub type bridge stp_state 0", f"link set hub mtu {mtu} up"]
     for rank, namespace in enumerate(network.namespaces):
         lines.append(f"link add port{rank} type veth peer name {network.interface} netns {namespace}")
-        lines.append(f"link set port{rank} master hub up")
+        lines.append(f"link set port{rank} master hub mtu {mtu} up")
     ip("-n", network.hub, "-batch", "-", lines=lines)
+
+
+def _limit(network: Network, link: Link) -> None:
+    """Give each worker's up-link, at its own end, and its down-link, at the hub's, their bandwidth."""
+    ends = [(namespace, network.interface) for namespace in network.namespaces]
+    ends += [(network.hub, f"port{rank}") for rank in range(len(network.namespaces))]
+    second = (link.megabits or 0.0) * 125_000
+    piece = link.counted_bytes(len(network.namespaces))
+    queue = round(link.queue_seconds * second) + 2 * piece
+    shape = ["rate", f"{round(8 * second)}bit", "burst", f"{2 * piece}b", "limit", f"{queue}b"]
+    for namespace, interface in ends:
+        ip("-n", namespace, "link", "set", interface, "gso_max_size", f"{piece if second else _PIECE}")
+        if second:
+            tc("-n", namespace, "qdisc", "replace", "dev", interface, "root", "tbf", *shape)
+        elif "tbf" in tc("-n", namespace, "qdisc", "show", "dev", interface):
+            tc("-n", namespace, "qdisc", "del", "dev", interface, "root")
 
 
 def _start_relay(network: Network, link: Link, stack: ExitStack) -> "subprocess.Popen[str]":

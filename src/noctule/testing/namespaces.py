@@ -67,9 +67,18 @@ def remove_leftovers() -> list[str]:
 
 def ip(*words: str, lines: Sequence[str] = ()) -> str:
     """Run `ip`, with lines for its `-batch -`, and return what it says; RuntimeError where it fails."""
-    done = subprocess.run(["ip", *words], input="\n".join([*lines, ""]), capture_output=True, text=True)
+    return _said("ip", *words, lines=lines)
+
+
+def tc(*words: str) -> str:
+    """Run `tc`, and return what it says; RuntimeError where it fails."""
+    return _said("tc", *words)
+
+
+def _said(*words: str, lines: Sequence[str] = ()) -> str:
+    done = subprocess.run(words, input="\n".join([*lines, ""]), capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"`ip {' '.join(words)}` failed: {done.stderr.strip()}")
+        raise RuntimeError(f"`{' '.join(words)}` failed: {done.stderr.strip()}")
     return done.stdout
 
 
