@@ -46,15 +46,33 @@ def test_one_worker_that_moves_connections_is_plain_training_bit_for_bit(make, o
         assert bool(theirs) == (optimizer is MOMENTUM)
 
 
+@pytest.mark.parametrize("moves_every", [3, 4])
+def test_with_overlap_one_worker_that_moves_connections_is_plain_training(moves_every):
+    plain = sparse()
+    own = PLAIN(plain.parameters())
+    with attach(plain, own, set_(every=moves_every, seed=1)):
+        train(plain, own, [batch(0, n) for n in range(16)])
+    model = sparse()
+    mine = PLAIN(model.parameters())
+    with serve(PLAIN, shards=2) as server:
+        push_pull = PushPull(server.ticket(0), push_every=2, pull_every=2, overlap=True)
+        with attach(model, mine, set_(every=moves_every, seed=1), push_pull) as session:
+            train(model, mine, [batch(0, n) for n in range(16)])
+            session.settle()
+    assert places(model) == places(plain)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("pull_every", [1, 4])
-def test_the_server_and_all_workers_have_the_movers_connections(order, pull_every):
+@pytest.mark.parametrize(("pull_every", "overlap"), [(1, False), (4, False), (2, True)])
+def test_the_server_and_all_workers_have_the_movers_connections(order, pull_every, overlap):
     with serve(MOMENTUM, shards=2, workers=3) as server:
 
         def job(rank):
             model = sparse(seed=rank)  # other weights and other connections: worker 0's count
             optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-            push_pull = PushPull(server.ticket(rank), push_every=2, pull_every=pull_every)
+            push_pull = PushPull(server.ticket(rank), push_every=2, pull_every=pull_every, overlap=overlap)
             methods: list[Method] = [push_pull]
             if rank == 0:
                 methods.insert(0 if order == "before" else 1, set_(every=3, seed=2))

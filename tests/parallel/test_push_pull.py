@@ -234,6 +234,66 @@ def test_what_cannot_be_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "every"), [(PLAIN, 4), (MOMENTUM, 1)], ids=["plain", "momentum"])
+def test_with_overlap_one_worker_is_plain_training(optimizer, every):
+    plain = network()
+    expected = train(plain, optimizer(plain.parameters()), (batch(0, n) for n in range(24)))
+    model = network()
+    own = optimizer(model.parameters())
+    with serve(optimizer, shards=2) as server:
+        method = PushPull(server.ticket(0), push_every=every, pull_every=every, overlap=True)
+        with attach(model, own, method) as session:
+            found = train(model, own, (batch(0, n) for n in range(24)))
+            assert server.versions == [24 // every] * 2
+            session.settle()
+            assert not method._since
+    for a, b, p in zip(found, expected, model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(p.detach(), b, atol=1e-5, rtol=1e-5)
+
+
+def test_with_overlap_every_gradient_of_everybody_arrives_once():
+    def job(server, rank, seen):
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        own = torch.optim.SGD(model.parameters(), lr=1.0)
+        with attach(model, own, PushPull(server.ticket(rank), push_every=2, pull_every=2, overlap=True)) as session:
+            for _ in range(7):
+                own.zero_grad()
+                model(torch.ones(1, 1)).sum().backward()  # a gradient of one, wherever it is taken
+                own.step()
+                seen.append(float(model.weight.detach()))
+            session.settle()
+
+    alone: list[float] = []
+    with serve(PLAIN) as server:
+        job(server, 0, alone)
+        lr = -float(next(iter(server.shards[0].parameters.values())).detach()) / 7
+    assert alone[1] == -2.0
+    assert alone[3] == pytest.approx(-2 * lr - 2.0)  # the server's first answer, and two steps since
+    several: list[list[float]] = [[], []]
+    with serve(PLAIN, workers=2) as server:
+        together([lambda rank=rank: job(server, rank, several[rank]) for rank in range(2)])
+        assert server.versions == [8]
+        assert float(server.shards[0].parameters["weight"].detach()) == pytest.approx(-14 * lr)
+    with pytest.raises(ValueError, match="leave overlap out"):
+        PushPull(server.ticket(0), overlap=True, bound=1)
+
+
+def test_with_overlap_a_resumed_worker_begins_with_the_servers_weights():
+    with serve(PLAIN) as server:
+        model, method = network(), PushPull(server.ticket(0), push_every=2, pull_every=2, overlap=True)
+        own = PLAIN(model.parameters())
+        with attach(model, own, method) as session:
+            train(model, own, [batch(0, n) for n in range(5)])
+            state = session.state_dict()
+            train(model, own, [batch(0, n) for n in range(5, 8)])
+            session.load_state_dict(state)
+            assert (method.steps, server.versions) == (5, [4])
+            assert method.accrued
+            assert all(torch.equal(p, server.shards[0].parameters[name]) for name, p in model.named_parameters())
+
+
 def test_the_package_does_not_need_pyzmq_until_somebody_serves():
     code = "import noctule.parallel, sys; sys.exit('zmq' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

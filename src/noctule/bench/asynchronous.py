@@ -41,6 +41,7 @@ def asynchronous(
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
     epochs: int = 15,
     apart: int = 8,
+    overlap: bool = True,
     bf16: bool = True,
     steps: int = 10,
     iterations: int = 20,
@@ -55,6 +56,7 @@ def asynchronous(
         seeds: one training of each method for each.
         epochs: over all the data, of all workers together.
         apart: steps from one push and pull to the next.
+        overlap: take the answer to a push with the next one, where there is no bound.
         bf16: push gradients of 16 bits.
         steps: of L-BFGS.
         iterations: in each of these.
@@ -62,7 +64,8 @@ def asynchronous(
     """
     program.at_least_one(epochs=epochs, apart=apart, steps=steps, iterations=iterations, seeds=len(seeds))
     chosen, lines = program.chosen(methods, METHODS), program.Lines(out)
-    plan = {"data": data, "data_dir": data_dir and str(data_dir), "epochs": epochs, "apart": apart, "bf16": bf16}
+    plan = {"data": data, "data_dir": data_dir and str(data_dir), "epochs": epochs, "apart": apart, "overlap": overlap}
+    plan["bf16"] = bf16
     plan |= {"steps": steps, "iterations": iterations}
     found: dict[tuple[str, int], dict[str, Any]] = {}
     torch.set_num_threads(1)  # as in the workers

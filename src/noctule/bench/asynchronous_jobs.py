@@ -51,7 +51,10 @@ def trained(rank: int, world: int, plan: dict[str, Any]) -> dict[str, Any]:
     if world > 1 and plan["method"] != "apart":
         ticket, apart = Ticket.load(Path(plan["tickets"], str(rank))), plan["apart"]
         coding = Cast(torch.bfloat16) if plan["bf16"] else None
-        pushing = PushPull(ticket, bound=plan["bound"], push_every=apart, pull_every=apart, codec=coding)
+        overlap = plan["overlap"] and plan["bound"] is None
+        pushing = PushPull(
+            ticket, bound=plan["bound"], push_every=apart, pull_every=apart, overlap=overlap, codec=coding
+        )
         if plan["method"] == "wasap":
             exchange = Channel(path=AllGather())
             methods = [wasap(pushing, exchange, steps=steps, rewire=moving, seed=plan["seed"])]

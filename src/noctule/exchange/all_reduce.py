@@ -62,7 +62,7 @@ class AllReduce:
 
     def begin(self, x: Tensor) -> Future[Tensor]:
         """The mean in the place of ``x``, some time: without a copy or a thread, as torch's own data-parallel training has it."""
-        work = dist.all_reduce(x.div_(self.world), group=self.group.group, async_op=True)
+        work = dist.all_reduce(x.mul_(1.0 / self.world), group=self.group.group, async_op=True)  # multiplied, as there
         assert work is not None  # it is for processes outside the group
         self.group.count(round(2 * (self.world - 1) / self.world * x.nbytes))
         return work.get_future().then(lambda done: done.value()[0])

@@ -136,6 +136,12 @@ class Links:
             line.answer = ({}, [])
         return found
 
+    def forget(self) -> None:
+        """Leave answers that were not taken: the next pull asks anew."""
+        self.wait()
+        for line in self.lines:
+            line.answer = ({}, [])
+
     def wait(self) -> None:
         """Until every request has its answer.
 

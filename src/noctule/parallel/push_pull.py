@@ -50,6 +50,8 @@ class PushPull(Method):
         server: the worker's ticket, from `noctule.parallel.wire.serve`.
         push_every: steps from one push to the next.
         pull_every: steps from one pull to the next; it overwrites what the worker's own optimizer did since the last push.
+        overlap: take the answer to a push with the next one, so that nobody waits for the link. What others did comes one push
+            later; what the worker's own optimizer did meanwhile is kept on top of it, so make it like the server's.
         bound: by how many pushes this worker may be ahead of the slowest: it waits after a push or before a pull until that is so.
             0 is synchronous: the server makes one step with the mean of everybody's pushes. None waits for nobody.
         warm_start: how many times worker 0 pushes before the others begin.
@@ -76,6 +78,7 @@ class PushPull(Method):
         *,
         push_every: int = 1,
         pull_every: int = 1,
+        overlap: bool = False,
         bound: int | None = None,
         warm_start: int = 0,
         codec: Codec | None = None,
@@ -87,13 +90,20 @@ class PushPull(Method):
             raise ValueError(f"workers push and pull after at least one step, got {push_every} and {pull_every}")
         if warm_start < 0 or (bound is not None and bound < 0):
             raise ValueError(f"bound and warm_start are numbers of pushes, got {bound} and {warm_start}")
-        self.server, self.push_every, self.pull_every = server, push_every, pull_every
+        if overlap and (bound is not None or push_every != pull_every):
+            raise ValueError(
+                f"with overlap every push brings weights and no worker waits, got push_every={push_every}, pull_every={pull_every} "
+                f"and bound={bound}: make the first two alike and leave the bound out, or leave overlap out"
+            )
+        self.server, self.push_every, self.pull_every, self.overlap = server, push_every, pull_every, overlap
         self.bound, self.warm_start, self.timeout_seconds, self.seed = bound, warm_start, timeout_seconds, seed
         self.codec = Exact() if codec is None else codec
         self.compress = Compress(self.codec)
         self.steps = 0
         self.accrued: dict[str, Tensor] = {}
         """The gradients since the last push."""
+        self._since: dict[str, Tensor] = {}
+        """The weights here at the push whose answer is still to be taken."""
         self._places: dict[str, Topology] = {}  # of them, and of what is owed
 
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -147,26 +157,32 @@ class PushPull(Method):
         self._tell()
         self.steps += 1
         pull = self.steps % self.pull_every == 0
+        if pull and self._since:
+            self._take()
         if self.steps % self.push_every == 0:
             self._give(pull=pull)
-        if pull:
+        if pull and self.overlap:
+            self._since = {name: p.detach().clone() for name, p in self.parameters.items()}
+        elif pull:
             self._take()
 
     def now(self) -> None:
         """Push and pull, whether it is time or not."""
         self._tell()
+        self._leave_answer()
         if self.accrued:
             self._give(pull=True)
         self._take()
 
     def settle(self) -> None:
         """Push what is accrued and pull, where it is not just done."""
-        if self.accrued or self.steps % self.pull_every:
+        if self.accrued or self._since or self.steps % self.pull_every:
             self.now()
 
     def fetch(self, key: str) -> dict[str, Tensor]:
         """Push what is accrued, take the server's weights, and return what its optimizer keeps under a key, by parameter."""
         self._tell()
+        self._leave_answer()
         if self.accrued:
             self._give(pull=False)
         return self._take(kept=key)
@@ -210,6 +226,7 @@ class PushPull(Method):
         found: dict[str, Tensor] = state["accrued"]
         if any(n not in self.parameters or x.shape != self.parameters[n].shape for n, x in found.items()):
             raise ValueError("this state is of a model with other parameters or shapes: load that of this model")
+        self._leave_answer()
         self.followed.go_back()
         self.accrued = {name: x.to(self.parameters[name].device) for name, x in found.items()}
         self.steps = int(state["steps"])
@@ -224,9 +241,11 @@ class PushPull(Method):
                 self._carry(name, Remap.between(places[name].to(layer.topology.device), layer.topology))
 
     def _carry(self, name: str, remap: Remap) -> None:
-        """What is accrued and owed follows its connections."""
+        """What is accrued and owed follows its connections; those that are new have not changed since."""
         if name in self.accrued:
             self.accrued[name] = remap.apply(self.accrued[name])
+        if name in self._since:
+            self._since[name] = remap.apply(self._since[name], new=self.parameters[name].detach())
         self.compress.remapped(name, remap, (remap.new_size,))
 
     def _tell(self) -> None:
@@ -239,6 +258,7 @@ class PushPull(Method):
             )
         if elsewhere:
             self.links.move(self.followed.tell(self.dealt))
+            self.links.forget()  # weights that lie where connections were before
 
     def _facts(self) -> dict[str, str]:
         """What all workers must have alike."""
@@ -276,13 +296,19 @@ class PushPull(Method):
         self.compress.arrived(sent, self.codec.decode(payload), name)
         return to_bytes(payload)
 
+    def _leave_answer(self) -> None:
+        """What comes now is newer."""
+        if self._since:
+            self.links.forget()
+            self._since = {}
+
     def _versions(self) -> list[dict[str, int]]:
         """Of the connections here, for each shard."""
         return [self.followed.versions(names) for names in self.dealt]
 
     @torch.no_grad()
     def _take(self, *, kept: str = "") -> dict[str, Tensor]:
-        """The server's connections and weights, those that a push has just brought or what it has now.
+        """The server's connections and weights, those that a push has brought or what it has now, and what was done here since.
 
         Returns what its optimizer keeps under a key, by parameter.
         """
@@ -293,7 +319,9 @@ class PushPull(Method):
             self.followed.take(header, frames[first:last])
             for name, frame in zip(names, frames[:first], strict=True):
                 p = self.parameters[name]
-                p.copy_(to_tensor(Exact(), frame, p.shape, name))
+                weights = to_tensor(Exact(), frame, p.shape, name)
+                p.copy_(weights + (p - self._since[name]) if name in self._since else weights)
             for name, frame in zip(brought, frames[last:], strict=True):
                 found[name] = to_tensor(Exact(), frame, self.parameters[name].shape, name)
+        self._since = {}
         return found
