@@ -14,7 +14,7 @@ Aggregate = Callable[[Sequence[Sequence[Tensor]]], list[Tensor]]
 
 def mean(arrivals: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """The mean; the only one that a sum of all is enough for."""
-    return [torch.stack(list(several)).mean(0) for several in zip(*arrivals, strict=True)]
+    return [_mean(*several) for several in zip(*arrivals, strict=True)]
 
 
 def median(arrivals: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -61,3 +61,13 @@ def krum(faulty: int) -> Aggregate:
         return [x.clone() for x in arrivals[int(scores.argmin())]]
 
     return nearest
+
+
+def _mean(first: Tensor, *others: Tensor) -> Tensor:
+    """Without stacking them first, which takes longer than the sum; 16 bits are added up in 32."""
+    if torch.finfo(first.dtype).bits < 32:
+        return torch.stack([first, *others]).mean(0)
+    total = first + others[0] if others else first.clone()
+    for x in others[1:]:
+        total += x
+    return total.div_(1 + len(others))
