@@ -13,6 +13,7 @@ from torch import Tensor
 
 from noctule.aggregate import Aggregate, mean
 from noctule.codecs import Codec
+from noctule.codecs.steps import all_finite
 from noctule.errors import ExchangeError
 from noctule.topology import Remap
 
@@ -70,6 +71,8 @@ class Stage:
     """It hides what single workers send, so only a sum of all makes sense."""
     codec: Codec | None = None
     """What turns the tensors into bytes; only the last stage may have one."""
+    owes = False
+    """It keeps what the others did not get, so the last stage hears what `arrived`."""
 
     def weight(self) -> float:
         """How much this worker counts beside the others."""
@@ -80,7 +83,7 @@ class Stage:
         return x
 
     def arrived(self, sent: Tensor, delivered: Tensor, key: str) -> None:
-        """Of what this stage sent, ``delivered`` is what the others made of it."""
+        """Of what this stage sent, ``delivered`` is what the others made of it; not told where nobody takes any of it."""
 
     def close(self, total: Tensor, key: str, weight: float) -> Tensor:
         """What comes of the aggregate; ``weight`` is the mean of all workers' weights."""
@@ -181,7 +184,11 @@ class Channel(Exchange):
         return f"Channel({', '.join([*parts, f'path={type(self.path).__name__}', f'aggregate={aggregate}'])})"
 
     def __call__(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> list[Tensor]:
-        """The aggregate of each tensor over all workers, in its own shape and dtype."""
+        """The aggregate of each tensor over all workers, in its own shape and dtype.
+
+        Where any of them is not finite, everybody owes what it owed before: the step is to be skipped, as GradScaler does. So it
+        is after an exchange that raises.
+        """
         if len(tensors) != len(keys) or len(set(keys)) != len(keys):
             raise ValueError(
                 f"every tensor needs a key of its own, got {len(tensors)} tensors and the keys {list(keys)!r:.200}"
@@ -196,15 +203,16 @@ class Channel(Exchange):
         if self.path.world * squares != turns * turns:
             raise ExchangeError(
                 f"worker {self.path.rank} is at exchange {self.calls} and others are at another one: every worker must take "
-                "part in every exchange (did one skip a step for an overflow, or run out of batches?)"
+                "part in every exchange (did one go on after an exchange that failed, or load the state of another step?)"
             )
         self.calls += 1
         totals, mean_weight = found.totals, weights / self.path.world
-        for stage, before in zip(reversed(self.stages), reversed(sent[1:]), strict=True):
-            if stage is self.stages[-1]:
-                for x, delivered, key in zip(before, found.delivered, keys, strict=True):
-                    stage.arrived(x, delivered, key)
+        for stage in reversed(self.stages):
             totals = [stage.close(total, key, mean_weight) for total, key in zip(totals, keys, strict=True)]
+        # All workers have the same totals, so after an overflow all of them skip the step, and nothing was delivered.
+        if self.stages and self.stages[-1].owes and all(map(all_finite, totals)):
+            for x, delivered, key in zip(sent[-1], found.delivered, keys, strict=True):
+                self.stages[-1].arrived(x, delivered, key)
         return totals
 
     def share(self, message: bytes) -> list[bytes]:

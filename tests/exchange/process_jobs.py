@@ -1,6 +1,10 @@
 """What the workers of `test_between_processes` do; each function is given its rank and their number."""
 
+import contextlib
 import copy
+import math
+import os
+import signal
 from typing import Any
 
 import torch
@@ -10,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from exchange_cases import KEYS, Half, given
 from noctule import ToSparse, convert_
 from noctule.channel import Channel
-from noctule.codecs import Cast, NaturalCompression
+from noctule.codecs import Cast, NaturalCompression, Payload
 from noctule.codecs.exact import Exact
-from noctule.errors import ExchangeError
+from noctule.errors import ExchangeError, LostWorkerError
 from noctule.exchange import (
     AllGather,
     AllReduce,
@@ -39,6 +43,17 @@ def averaged(rank: int, world: int, path: str) -> list[Tensor]:
     return Channel(path=PATHS[path]())(given(rank), KEYS)
 
 
+def nothing(rank: int, world: int, path: str) -> bool:
+    """Nor any number in what there is."""
+    channel = Channel(path=PATHS[path]())
+    return channel([], []) == [] and channel([torch.empty(0, 3)], ["x"])[0].shape == (0, 3)
+
+
+def in_double(rank: int, world: int, path: str) -> list[Tensor]:
+    """With a tensor that is coarser, which comes back as coarse."""
+    return Channel(path=PATHS[path]())([given(rank)[0].double() / 3, given(rank)[1].bfloat16()], ["x", "y"])
+
+
 def of_a_size(rank: int, world: int, path: str, numbers: int) -> dict[str, Any]:
     """A mean, the bytes that it took, and how many rounds it was said to take."""
     way, x = PATHS[path](), torch.full((numbers,), float(rank + 1))
@@ -61,6 +76,64 @@ def conserved(rank: int, world: int, path: str, codec: str, calls: int) -> dict[
     channel = Channel(compress, path=PATHS[path]())
     got = [channel(given(rank, call), KEYS) for call in range(calls)]
     return {"got": got, "owed": [compress.owed[key] for key in KEYS]}
+
+
+def overflown(rank: int, world: int, path: str, codec: str) -> dict[str, Any]:
+    """The second of four exchanges is one whose step all skip, since the last worker has a number that is not finite."""
+    compress = Compress(CODECS[codec], error_feedback=True)
+    channel, got, kept = Channel(compress, path=PATHS[path]()), [], False
+    for call in range(4):
+        mine, before = given(rank, call), dict(compress.owed)
+        if call == 1 and rank == world - 1:
+            mine[0][0, 0] = torch.inf  # which every codec here sends
+        totals = channel(mine, KEYS)
+        if call == 1:
+            kept = all(torch.equal(compress.owed[key], before[key]) for key in KEYS)
+            assert not totals[0].isfinite().all()
+        else:
+            got.append(totals)
+    return {"got": got, "owed": [compress.owed[key] for key in KEYS], "kept": kept}
+
+
+class Breaking(Half):
+    """Half, until so many more are encoded."""
+
+    left = math.inf
+
+    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
+        if not Breaking.left:
+            raise LostWorkerError("gone")
+        Breaking.left -= 1
+        return super().encode(x, generator)
+
+
+class Dying(Half):
+    """Half, until so many more are encoded."""
+
+    left = math.inf
+
+    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
+        if not Dying.left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        Dying.left -= 1
+        return super().encode(x, generator)
+
+
+def lost_midway(rank: int, world: int, path: str, encodings: int) -> dict[str, Any]:
+    """The last worker dies in its third exchange, before the last message: what the others owe then."""
+    compress = Compress(Dying())
+    channel = Channel(compress, path=PATHS[path]())
+    for call in range(2):
+        channel(given(rank, call), KEYS)
+    before = dict(compress.owed)
+    if rank == world - 1:
+        Dying.left = encodings - 1
+    try:
+        channel(given(rank, 2), KEYS)
+    except LostWorkerError:
+        kept = all(torch.equal(compress.owed[key], before[key]) for key in KEYS)
+        return {"calls": channel.calls, "kept": kept}
+    return {"calls": channel.calls, "kept": False}
 
 
 def cut_anew(rank: int, world: int) -> dict[str, Any]:
@@ -260,6 +333,69 @@ def sharded(rank: int, world: int, codec: str, epochs: int) -> dict[str, Any]:
         "parts": sorted(stages),
         "owed": float(sum(s.owed["gradients"].abs().sum() for s in stages.values() if s.owed)),
     }
+
+
+def overflown_in_ddp(rank: int, world: int, megabytes: float) -> list[bool]:
+    """Below the second layer one worker's gradients are not finite in the third of five passes; in a sixth an exchange fails."""
+    model = DistributedDataParallel(_network(sparse=False), bucket_cap_mb=0.001)
+    compress, spoil = Compress(Breaking()), [False]
+    model.register_comm_hook(None, ddp_hook(Channel(compress, path=TwoPhase(own_group())), model, megabytes=megabytes))
+    model.module[2].register_full_backward_hook(
+        lambda module, given, out: (given[0] * torch.inf if spoil[0] and rank == world - 1 else given[0],)
+    )
+
+    def as_before(x: Tensor, y: Tensor) -> bool:
+        before = dict(compress.owed)
+        model.zero_grad()
+        with contextlib.suppress(RuntimeError):
+            (model(x[rank::world]) - y[rank::world]).pow(2).mean().backward()
+        return all(key in before and torch.equal(before[key], x) for key, x in compress.owed.items())
+
+    found = []
+    for step, (x, y) in enumerate(_data()):
+        spoil[0] = step == 2
+        found.append(as_before(x, y))
+    Breaking.left = 2 if megabytes > 1.0 else world  # in the only exchange, or after the first
+    found.append(as_before(*_data()[0]))
+    Breaking.left = math.inf
+    return found
+
+
+def overflown_in_fsdp(rank: int, world: int, layer: int) -> dict[str, list[bool]]:
+    """Below a layer one worker's gradients are not finite in the third of five passes; in a sixth an exchange fails."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, spoil = _network(sparse=False), [False]
+    for part in model:
+        if isinstance(part, nn.Linear):
+            fully_shard(part)
+    fully_shard(model)
+    stages = fsdp_hooks(model, Breaking())
+    model[layer].register_full_backward_hook(
+        lambda module, given, out: (given[0] * torch.inf if spoil[0] and rank == world - 1 else given[0],)
+    )
+    optimizer, rows = _sgd(model), slice(rank * 24 // world, (rank + 1) * 24 // world)
+
+    def owed() -> list[Tensor]:
+        return [stage.owed["gradients"] for stage in stages.values() if stage.owed]
+
+    def as_before(x: Tensor, y: Tensor) -> list[bool]:
+        before = owed()
+        optimizer.zero_grad()
+        with contextlib.suppress(LostWorkerError):
+            (model(x[rows]) - y[rows]).pow(2).mean().backward()
+        return [torch.equal(a, b) for a, b in zip(owed(), before, strict=True)] if before else []
+
+    found = {}
+    for step, (x, y) in enumerate(_data()):
+        spoil[0] = step == 2
+        found[str(step)] = as_before(x, y)
+        if step != 2:
+            optimizer.step()
+    Breaking.left = 2 * world  # two parts
+    found["failed"] = as_before(*_data()[0])
+    Breaking.left = math.inf
+    return found
 
 
 def not_sharded(rank: int, world: int) -> str:

@@ -134,6 +134,32 @@ def check_conserved(everyone, calls):
         torch.testing.assert_close(delivered + owed, sent, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_over_a_step_that_nobody_takes_what_a_left_candidate_owed_is_not_lost(fails):
+    def work(path):
+        auto = Auto(candidates(path), probe=lambda: SLOW, turns=0)
+        auto.choice, auto.link = "half", SLOW
+        got = [auto(given(path.rank, 0), KEYS)]
+        auto._choose("plain")
+        before = auto.state_dict()["owed"]
+        assert before
+        bad = given(path.rank, 1)
+        if fails:
+            bad = bad[:-1]  # as many keys as before
+            with pytest.raises(ValueError, match="argument 2 is longer"):
+                auto(bad, KEYS)
+        else:
+            bad[0][0, 0] = torch.inf
+            auto(bad, KEYS)
+        after = auto.state_dict()["owed"]
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        got.append(auto(given(path.rank, 1), KEYS))
+        return got, None, auto.release()
+
+    check_conserved(together(2, work), 2)
+
+
 def test_a_state_is_taken_back_with_what_is_owed():
     def work(path):
         first, second = (Auto(candidates(path), probe=lambda: SLOW, turns=0) for _ in range(2))

@@ -27,6 +27,19 @@ def test_everyone_gets_the_mean(workers, path):
 
 
 @pytest.mark.parametrize("path", jobs.PATHS)
+def test_there_may_be_nothing_to_exchange(workers, path):
+    assert all(workers.call(jobs.nothing, path))
+
+
+@pytest.mark.parametrize("path", jobs.PATHS)
+def test_double_stays_double(workers, path):
+    expected = sum(given(rank)[0].double() / 3 for rank in range(WORLD)) / WORLD
+    for x, y in workers.call(jobs.in_double, path):
+        torch.testing.assert_close(x, expected, atol=1e-15, rtol=1e-15)
+        assert y.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("path", jobs.PATHS)
 def test_weights_count(workers, path):
     for x, y in workers.call(jobs.weighed, path):
         torch.testing.assert_close(x, torch.full((3,), (1 + 4 + 9) / 6))
@@ -36,20 +49,28 @@ def test_weights_count(workers, path):
 def check_conserved(found, calls):
     world = len(found)
     for at in range(len(given(0))):
-        sent = sum(given(rank, call)[at].double() for rank in range(world) for call in range(calls))
+        sent = sum(given(rank, call)[at].double() for rank in range(world) for call in calls)
         owed = sum(each["owed"][at].double() for each in found)
         delivered = sum(got[at].double() for got in found[0]["got"]) * world
-        torch.testing.assert_close(delivered + owed, sent, atol=1e-5 * calls, rtol=1e-5)
+        torch.testing.assert_close(delivered + owed, sent, atol=1e-5 * len(calls), rtol=1e-5)
 
 
 @pytest.mark.parametrize("codec", jobs.CODECS)
 @pytest.mark.parametrize("path", ["AllGather", "TwoPhase"])
 def test_delivered_and_owed_are_what_was_given(workers, path, codec):
-    check_conserved(workers.call(jobs.conserved, path, codec, 4), 4)
+    check_conserved(workers.call(jobs.conserved, path, codec, 4), range(4))
+
+
+@pytest.mark.parametrize("codec", jobs.CODECS)
+@pytest.mark.parametrize("path", ["AllGather", "TwoPhase"])
+def test_over_a_skipped_step_debts_stay_and_nothing_is_lost(workers, path, codec):
+    everyone = workers.call(jobs.overflown, path, codec)
+    assert all(each["kept"] for each in everyone)
+    check_conserved(everyone, (0, 2, 3))
 
 
 def test_nothing_is_lost_when_tensors_are_cut_anew(workers):
-    check_conserved(workers.call(jobs.cut_anew), 3)
+    check_conserved(workers.call(jobs.cut_anew), range(3))
 
 
 @pytest.mark.parametrize("codec", jobs.CODECS)
@@ -126,6 +147,21 @@ def test_compressed_training_in_fsdp(workers):
         assert each["losses"] == everyone[0]["losses"]
 
 
+@pytest.mark.parametrize("megabytes", [0.0, 0.003, 25.0])
+def test_a_pass_in_ddp_is_delivered_as_a_whole_or_not_at_all(workers, megabytes):
+    for each in workers.call(jobs.overflown_in_ddp, megabytes):
+        assert each == [False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("layer", [2, 4])
+def test_a_pass_in_fsdp_is_delivered_as_a_whole_or_not_at_all(workers, layer):
+    for each in workers.call(jobs.overflown_in_fsdp, layer):
+        assert each.pop("2") == [True] * 3
+        assert each.pop("failed") == [True] * 3
+        assert each.pop("0") == []
+        assert not any(any(kept) for kept in each.values())
+
+
 def test_a_model_that_is_not_sharded_is_refused(workers):
     assert all("call torch.distributed.fsdp.fully_shard" in text for text in workers.call(jobs.not_sharded))
 
@@ -145,6 +181,15 @@ def test_tensors_of_other_shapes_are_told(workers):
     assert all("worker" in text and "bytes" in text for text in found), found
 
 
+def test_after_an_exchange_that_a_worker_left_debts_are_as_before():
+    with Workers(4, group_timeout_seconds=20.0) as workers:
+        for path, encodings in (("TwoPhase", 4), ("AllGather", 5)):
+            *survivors, _ = workers.begin(jobs.lost_midway, path, encodings).outcomes()
+            assert survivors == [{"calls": 2, "kept": True}] * len(survivors)
+            workers.form_group()
+        check_conserved(workers.call(jobs.conserved, "TwoPhase", "half", 4), range(4))
+
+
 def test_two_workers_send_once_and_one_that_dies_is_told_to_the_other():
     with Workers(2, group_timeout_seconds=20.0) as pair:
         for path in jobs.PATHS:
@@ -154,7 +199,7 @@ def test_two_workers_send_once_and_one_that_dies_is_told_to_the_other():
                     assert found["sent"] == pytest.approx(found["price"], abs=40)
                     assert found["price"] == 4 * numbers
                     assert found["rounds"] == 1 + (path == "AllReduce" and numbers > 1000)
-        check_conserved(pair.call(jobs.conserved, "TwoPhase", "half", 4), 4)
+        check_conserved(pair.call(jobs.conserved, "TwoPhase", "half", 4), range(4))
         running = pair.begin(jobs.a_peer_that_is_gone)
         pair.kill(1)
         survivor = running.outcomes()[0]

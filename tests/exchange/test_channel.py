@@ -125,6 +125,8 @@ def test_everyone_is_shortened_by_itself():
     for (found,) in together(2, work):
         torch.testing.assert_close(found, torch.tensor([0.3 + 0.6, 0.4 + 0.8]) / 2)
     assert Clip(1.0).send(torch.zeros(3), "x").tolist() == [0.0] * 3
+    torch.testing.assert_close(Clip(1.0).send(torch.full((4,), 1e30), "x"), torch.full((4,), 0.5))
+    assert not Clip(1.0).send(torch.tensor([1.0, torch.inf]), "x").isfinite().all()
 
 
 def test_resuming_goes_on_where_it_was():

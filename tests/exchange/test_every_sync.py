@@ -267,6 +267,53 @@ def test_after_the_session_nothing_is_sent():
     assert together(2, work) == [0, 0]
 
 
+class Breaking(torch.autograd.Function):
+    """Backward raises."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ValueError("in the middle of backward")
+
+
+def test_after_a_pass_that_broke_off_the_next_one_is_exchanged():
+    models = [network() for _ in range(2)]
+
+    def work(path):
+        model, channel = models[path.rank], Channel(path=path)
+        optimizer = sgd(model)
+        with attach(model, optimizer, EverySync(channel)):
+            with pytest.raises(ValueError, match="in the middle of backward"):
+                model(Breaking.apply(torch.ones(1, 6, requires_grad=True))).sum().backward()
+            train(model, optimizer, batches(2), slice(6 * path.rank, 6 * path.rank + 6))
+        return channel.calls, [p.detach().clone() for p in model.parameters()]
+
+    one = network()
+    expected = train(one, sgd(one), batches(2))
+    for calls, found in together(2, work):
+        assert calls == 2
+        close(found, expected)
+
+
+def test_connections_that_move_apart_are_told():
+    models = [network(sparse=True) for _ in range(2)]
+
+    def work(path):
+        model = models[path.rank]
+        optimizer = sgd(model)
+        moving = set_(every=2, seed=path.rank)  # each worker draws others
+        with (
+            attach(model, optimizer, EverySync(Channel(path=path)), moving),
+            pytest.raises(ExchangeError, match=r"workers 0 and 1 differ in '0\.topology'"),
+        ):
+            train(model, optimizer, batches(4))
+
+    together(2, work)
+
+
 def other_weights(rank):
     return network(rank)
 

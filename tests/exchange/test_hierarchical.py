@@ -59,10 +59,15 @@ def test_delivered_and_owed_are_what_was_given(workers, between, codec):
         assert each["sent"] == pytest.approx(4 * each["price"], abs=4 * 30)  # and a few numbers with each
 
 
-def test_an_overflow_reaches_everyone_and_does_not_stay(workers):
-    for rank, found in enumerate(workers.call(jobs.overflow)):
-        assert found[:2] == [False, True]
-        assert found[2] or rank == 2  # the leader of the machine that had none
+@pytest.mark.parametrize("between", ["AllGather", "TwoPhase"])
+def test_over_a_skipped_step_debts_stay_and_nothing_is_lost(workers, between):
+    everyone = workers.call(jobs.overflown, between)
+    assert all(each["kept"] for each in everyone)
+    for at in range(len(given(0))):
+        sent = sum(given(rank, call)[at].double() for rank in range(WORLD) for call in (0, 2, 3))
+        owed = sum(each["owed"][at].double() for each in everyone)
+        delivered = sum(got[at].double() for got in everyone[0]["got"]) * WORLD
+        torch.testing.assert_close(delivered + owed, sent, atol=5e-5, rtol=1e-5)
 
 
 def test_a_worker_at_another_exchange_is_told_to_all(workers):

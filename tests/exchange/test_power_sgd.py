@@ -111,6 +111,44 @@ def test_a_matrix_that_becomes_narrower():
     assert exchanges(2, work) == [(20, 15)] * 2
 
 
+def test_a_matrix_that_becomes_too_narrow_to_be_thin_gets_what_it_is_owed():
+    def work(power, rank):
+        power(gradients(rank), KEYS)
+        slots = (torch.arange(20)[:, None] * 30 + torch.arange(2)).flatten()
+        power.remapped("w", Remap(slots, 600), (20, 2))
+        owed, mine = power.owed["w"].clone(), gradients(rank, 1)[0][:, :2]
+        (got,) = power([mine], ["w"])
+        assert "w" not in power.owed
+        return got, mine + owed
+
+    (got, a), (_, b) = exchanges(2, work)
+    torch.testing.assert_close(got, (a + b) / 2)
+
+
+def test_a_matrix_that_changes_its_width_while_nothing_is_owed():
+    def work(power, rank):
+        power(gradients(rank), KEYS)
+        power.release()  # as a candidate that is left
+        slots = (torch.arange(20)[:, None] * 30 + torch.arange(30)[::2]).flatten()
+        power.remapped("w", Remap(slots, 600), (20, 15))
+        return power([gradients(rank, 1)[0][:, ::2]], ["w"])[0].shape
+
+    assert exchanges(2, work) == [(20, 15)] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_come_back_as_they_were_and_lose_nothing(dtype):
+    def work(power, rank):
+        given = [gradients(rank, call)[0].to(dtype) for call in range(4)]
+        got = [power([x], ["w"])[0] for x in given]
+        assert all(x.dtype is dtype for x in got)
+        return sum(x.double() for x in given), sum(x.double() for x in got), power.owed["w"].double()
+
+    everyone = exchanges(2, work)
+    sent, owed = sum(each[0] for each in everyone), sum(each[2] for each in everyone)
+    torch.testing.assert_close(2 * everyone[0][1] + owed, sent, atol=1e-4, rtol=1e-4)
+
+
 def test_a_rank_below_one_is_refused():
     with pytest.raises(ValueError, match="at least rank 1"):
         PowerSGD(0, over=None)

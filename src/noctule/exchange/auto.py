@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from noctule.channel import Exchange, Work
+from noctule.codecs.steps import all_finite
 from noctule.exchange.probe import LinkEstimate, agreed
 from noctule.topology import Remap
 
@@ -72,19 +73,22 @@ class Auto(Exchange):
         self._taken: list[float] = []
         self._usual: float | None = None
         self._owed: dict[str, Tensor] = {}
+        self._paying: dict[str, Tensor] = {}  # what of it is under way
 
     def __call__(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> list[Tensor]:
         """As the cheapest candidate does it, or the one whose turn it is."""
         candidate = self.turn(tensors, keys)
         started = time.perf_counter()
         totals = candidate(self.paid(tensors, keys), keys)
-        self.took(time.perf_counter() - started)
+        self.took(time.perf_counter() - started, taken=not self._paying or all(map(all_finite, totals)))
         return totals
 
     # The three parts of a call, for whoever makes the exchange in another way, such as in pieces while backward goes on.
 
     def turn(self, likes: Sequence[Tensor], keys: Sequence[str]) -> Exchange:
         """Who does the next exchange, of tensors like these."""
+        self._owed |= self._paying  # of an exchange that failed, or whose step is skipped
+        self._paying = {}
         if self.link is None:
             self._price(likes, keys)
         elif self._tries and len(self._taken) >= _TURN:
@@ -94,13 +98,17 @@ class Auto(Exchange):
         return self.candidates[self.choice]
 
     def paid(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> list[Tensor]:
-        """The tensors, and what candidates that were left owed of them."""
+        """The tensors, and what candidates that were left owed of them; it is paid when `took` says that it was taken."""
+        self._paying |= {key: self._owed.pop(key) for key in keys if key in self._owed}
         return [
-            x + self._owed.pop(key).view_as(x) if key in self._owed else x for x, key in zip(tensors, keys, strict=True)
+            x + self._paying[key].view_as(x).to(x) if key in self._paying else x
+            for x, key in zip(tensors, keys, strict=True)
         ]
 
-    def took(self, seconds: float) -> None:
-        """An exchange is done: so much later than if there had been none."""
+    def took(self, seconds: float, *, taken: bool = True) -> None:
+        """An exchange is done: so much later than if there had been none; where its step is skipped, nobody has taken it."""
+        if taken:
+            self._paying = {}
         self._taken.append(seconds)
         self.calls += 1
 
@@ -134,7 +142,7 @@ class Auto(Exchange):
 
     def release(self) -> dict[str, Tensor]:
         """What is owed."""
-        owed, self._owed = self._owed, {}
+        owed, self._owed, self._paying = self._owed | self._paying, {}, {}
         for key, more in self.candidates[self.choice].release().items():
             owed[key] = owed[key] + more.view_as(owed[key]) if key in owed else more
         return owed
@@ -143,15 +151,16 @@ class Auto(Exchange):
         """The numbers of this key changed their places."""
         for candidate in self.candidates.values():
             candidate.remapped(key, remap, shape)
-        if key in self._owed:
-            self._owed[key] = remap.apply(self._owed[key].flatten()).view(shape)
+        for owed in (self._owed, self._paying):
+            if key in owed:
+                owed[key] = remap.apply(owed[key].flatten()).view(shape)
 
     def state_dict(self) -> dict[str, Any]:
         """The candidates', and what was chosen: resuming decides anew, since the link may be another one."""
         return {
             "choice": self.choice,
             "calls": self.calls,
-            "owed": dict(self._owed),
+            "owed": self._owed | self._paying,
             "candidates": {name: candidate.state_dict() for name, candidate in self.candidates.items()},
         }
 
@@ -168,6 +177,7 @@ class Auto(Exchange):
         for name, part in state["candidates"].items():
             self.candidates[name].load_state_dict(part)
         self.choice, self.calls, self._owed = state["choice"], int(state["calls"]), dict(state["owed"])
+        self._paying = {}
         self.link, self._tries = None, []
 
     def __repr__(self) -> str:

@@ -21,6 +21,8 @@ class Clip(Stage):
     def send(self, x: Tensor, key: str) -> Tensor:
         """``x``, or a shorter one in its direction."""
         length = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        if length.isinf():  # where x is finite, its square is beyond float32
+            length = torch.linalg.vector_norm(x, dtype=torch.float64)
         return x * (self.norm / length.clamp(min=self.norm)).to(x.dtype)
 
     def __repr__(self) -> str:

@@ -25,7 +25,7 @@ class Compress(Stage):
     def __init__(self, codec: Codec, *, error_feedback: bool | None = None) -> None:
         """Nothing is owed yet."""
         self.codec: Codec = codec
-        self.error_feedback = not codec.unbiased if error_feedback is None else error_feedback
+        self.owes = self.error_feedback = not codec.unbiased if error_feedback is None else error_feedback
         self.owed: dict[str, Tensor] = {}
         """Key -> what of it is still to be sent."""
         self.forgone: dict[str, float] = {}
@@ -45,10 +45,10 @@ class Compress(Stage):
                 f"{key!r} has the shape {tuple(x.shape)} but is owed {tuple(owed.shape)}: tell the channel of changed places "
                 "(EverySync does), or load the state that belongs to this model"
             )
-        return x + owed.to(x.device)
+        return x + owed.to(x)
 
     def arrived(self, sent: Tensor, delivered: Tensor, key: str) -> None:
-        """The rest is owed; where anything is not finite, as after an overflow, nothing is taken to be sent."""
+        """The rest is owed; where it is not finite, what others cannot have taken, what was owed before still is."""
         if self.error_feedback:
             rest = sent - delivered
             if all_finite(rest):

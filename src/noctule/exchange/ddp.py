@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from noctule.aggregate import mean
 from noctule.channel import Channel, Exchange
+from noctule.codecs.steps import all_finite
 from noctule.exchange.all_reduce import AllReduce
 from noctule.exchange.auto import Auto
 from noctule.exchange.power_sgd import PowerSGD
@@ -35,7 +37,7 @@ def ddp_hook(exchange: Exchange, model: DistributedDataParallel, *, megabytes: f
     Raises:
         ValueError: the exchange uses the process group of the model.
     """
-    if any(group is model.process_group for group in _groups(exchange)):
+    if any(group is model.process_group for group in process_groups(exchange)):
         raise ValueError(
             "the exchange and DistributedDataParallel would speak on one process group at the same time: give the path one of "
             "its own, such as TwoPhase(own_group())"
@@ -68,6 +70,9 @@ class _Buckets:
         self.waiting: list[_Bucket] = []
         self.least_bytes = megabytes * 1e6
         self.started = 0.0
+        self.before: dict[str, Any] = {}
+        """What the exchange kept when the pass began, until it ends: a pass is delivered as a whole or not at all."""
+        self.failed = False
 
     def ready(self, found: GradBucket) -> Future[Tensor]:
         if found.index() == 0:
@@ -89,6 +94,7 @@ class _Buckets:
         if isinstance(self.exchange, Auto):
             with torch.no_grad():
                 self.now = self.exchange.turn(list(self.parameters.values()), list(self.parameters))
+        self.before, self.failed = self.now.state_dict(), False  # no copies: debts are replaced, not changed
         self.started = time.perf_counter()
 
     def _pay(self, bucket: _Bucket) -> None:
@@ -112,11 +118,19 @@ class _Buckets:
                     self._pay(bucket)
                 gradients = [x for bucket in buckets for x in bucket.gradients]
                 keys = [key for bucket in buckets for key in bucket.keys]
-                for gradient, total in zip(gradients, exchange(gradients, keys), strict=True):
+                totals = exchange(gradients, keys)
+                self.failed = self.failed or not all(map(all_finite, totals))
+                for gradient, total in zip(gradients, totals, strict=True):
                     gradient.copy_(total)
-            if buckets[-1].last and isinstance(self.exchange, Auto):
-                self.exchange.took(time.perf_counter() - self.started)
+            if buckets[-1].last:
+                if self.failed:  # the step will be skipped, and with it what other buckets delivered
+                    exchange.load_state_dict(self.before)
+                if isinstance(self.exchange, Auto):
+                    self.exchange.took(time.perf_counter() - self.started, taken=not self.failed)
+                self.before = {}
         except BaseException as error:  # shown where backward waits
+            if self.before:
+                exchange.load_state_dict(self.before)
             for bucket in buckets:
                 bucket.done.set_exception(error)  # type: ignore[arg-type] torch takes any, and says Exception
         else:
@@ -124,13 +138,13 @@ class _Buckets:
                 bucket.done.set_result(bucket.buffer)
 
 
-def _groups(exchange: Exchange) -> Iterator[object]:
+def process_groups(exchange: Exchange) -> Iterator[object]:
     """The process groups of all that an exchange is made of."""
     if isinstance(exchange, Auto):
         for candidate in exchange.candidates.values():
-            yield from _groups(candidate)
+            yield from process_groups(candidate)
     elif isinstance(exchange, PowerSGD):
-        yield from _groups(exchange.over)
+        yield from process_groups(exchange.over)
     elif isinstance(exchange, Channel):
         yield getattr(getattr(exchange.path, "group", None), "group", None)
 

@@ -10,7 +10,7 @@ from torch.autograd import Variable
 from torch.optim import Optimizer
 
 from noctule.channel import Exchange
-from noctule.exchange.handshake import agree
+from noctule.exchange.handshake import agree, agree_on_places
 from noctule.method import Method
 from noctule.topology import Remap
 
@@ -20,7 +20,8 @@ class EverySync(Method):
 
     An overflow on one worker is one on all, since what is not finite reaches everyone. Not in `before_step`: a step that one worker
     skips would pair different steps. A parameter that had no gradient here sends zeros, and gets what the others have. Before
-    the first exchange, and the first one after a state was loaded, the workers compare their models.
+    the first exchange, and the first one after a state was loaded, the workers compare their models; after connections have moved,
+    their places.
 
     Args:
         exchange: such as a `Channel`.
@@ -33,12 +34,13 @@ class EverySync(Method):
     def __init__(self, exchange: Exchange) -> None:
         """Nothing is sent yet."""
         self.exchange = exchange
-        self._paused = self._waiting = self._agreed = False
+        self._paused = self._agreed = self._moved = False
+        self._pass = -1  # the last one whose end is waited for, by torch's number
         self._undo = ExitStack()
 
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Listen for the end of each backward pass."""
-        self.model, self._agreed = model, False
+        self.model, self._agreed, self._moved = model, False, False
         self._listening: set[nn.Parameter] = set()
         self._listen()
 
@@ -55,11 +57,13 @@ class EverySync(Method):
         """Exchange what is in ``grad``: for a worker that had no batch, and after passes that were `paused`.
 
         Raises:
-            ExchangeError: the models of the workers differ; LostWorkerError where one is gone.
+            ExchangeError: the models of the workers differ, or connections moved differently; LostWorkerError where one is gone.
         """
         if not self._agreed:
             agree(self.exchange, self.model, {"exchange": self.exchange})
-            self._agreed = True
+        elif self._moved:
+            agree_on_places(self.exchange, self.model)
+        self._agreed, self._moved = True, False
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         mine = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in named]
         with torch.no_grad():
@@ -75,6 +79,7 @@ class EverySync(Method):
         for name, p in layer.named_parameters(recurse=False):
             if (part := remap.of(name)) is not None:
                 self.exchange.remapped(f"{prefix}.{name}" if prefix else name, part, tuple(p.shape))
+        self._moved = True
         self._listen()
 
     def end(self) -> None:
@@ -99,11 +104,8 @@ class EverySync(Method):
                 self._undo.callback(p.register_post_accumulate_grad_hook(self._accumulated).remove)
 
     def _accumulated(self, p: Tensor) -> None:
-        if not self._waiting and not self._paused:
-            self._waiting = True
+        number = torch._C._current_graph_task_id()  # of a pass that broke off, the end does not come
+        if number != self._pass and not self._paused:
+            self._pass = number
             # as DDP and FSDP2 hear of the end of a backward pass: torch has no public way
-            Variable._execution_engine.queue_callback(self._backward_ended)  # type: ignore[attr-defined]
-
-    def _backward_ended(self) -> None:
-        self._waiting = False
-        self.now()
+            Variable._execution_engine.queue_callback(self.now)  # type: ignore[attr-defined]

@@ -39,14 +39,23 @@ class Format:
         self, tensors: Sequence[Tensor], numbers: Sequence[float], generator: torch.Generator
     ) -> tuple[Tensor, list[Tensor]]:
         """The message (uint8), and what will be read from it."""
-        parts, read = [torch.tensor(numbers, dtype=torch.float64, device="cpu").view(torch.uint8)], []
+        parts, read = self.encode(tensors, generator)
+        return self.message(numbers, parts), read
+
+    def encode(self, tensors: Sequence[Tensor], generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
+        """What the message has after its numbers, and what will be read from it."""
+        parts, read = [], []
         for x, size in zip(tensors, self.fixed, strict=True):
             payload = self.codec.encode(x, generator)
             if size is None:
                 parts.append(torch.tensor([payload.nbytes], dtype=torch.int64, device="cpu").view(torch.uint8))
             parts.append(pack(payload).cpu())
             read.append(self.codec.decode(payload))
-        return torch.cat(parts), read
+        return parts, read
+
+    def message(self, numbers: Sequence[float], parts: Sequence[Tensor]) -> Tensor:
+        """The message of what `encode` made."""
+        return torch.cat([torch.tensor(numbers, dtype=torch.float64, device="cpu").view(torch.uint8), *parts])
 
     def read(self, wire: Tensor, sender: int, keys: Sequence[str]) -> tuple[list[Tensor], list[float]]:
         """The tensors and the numbers.

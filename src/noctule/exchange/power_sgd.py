@@ -7,6 +7,7 @@ parameter.
 Shapes: a gradient as a matrix (O, I), rank R.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -45,26 +46,48 @@ class PowerSGD(Exchange):
         """Key -> Q (I, R) of the last exchange."""
 
     def __call__(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> list[Tensor]:
-        """The means, of matrices approximately; all workers get the same bits."""
-        matrices = {key: x.flatten(1).float() for x, key in zip(tensors, keys, strict=True) if self._is_low(x)}
-        matrices = {key: m + self.owed[key].flatten(1) if key in self.owed else m for key, m in matrices.items()}
+        """The means, of matrices approximately; all workers get the same bits.
+
+        Where any of them is not finite, or the second exchange does not come about after the first, nothing is kept of either.
+        """
+        given = [
+            x + self.owed[key].view(x.shape).to(x.device) if key in self.owed else x
+            for x, key in zip(tensors, keys, strict=True)
+        ]
+        matrices = {key: x.flatten(1).float() for x, key in zip(given, keys, strict=True) if self._is_low(x)}
+        before = self.over.state_dict()
+        try:
+            small = [x.to(like.dtype) for x, like in zip(given, tensors, strict=True)]
+            means, bases = self._exchanged(small, keys, matrices)
+        except BaseException:
+            self.over.load_state_dict(before)
+            raise
+        totals = [means[key].view(x.shape).to(x.dtype) for x, key in zip(tensors, keys, strict=True)]
+        if not all(map(all_finite, totals)):
+            self.over.load_state_dict(before)
+            return totals
+        self.basis |= bases
+        for key, total in zip(keys, totals, strict=True):
+            self.owed.pop(key, None)
+            if key in matrices:
+                self.owed[key] = (matrices[key] - total.flatten(1).float()).view(total.shape)
+        return totals
+
+    def _exchanged(
+        self, tensors: Sequence[Tensor], keys: Sequence[str], matrices: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The mean of each tensor, and Q of each matrix (O, I)."""
         first = [
             _times(matrices[key], self._first(key, matrices[key])) if key in matrices else x
             for x, key in zip(tensors, keys, strict=True)
         ]
         means = dict(zip(keys, self.over(first, [f"{key} P" if key in matrices else key for key in keys]), strict=True))
         if not matrices:
-            return list(means.values())
-        shapes = {key: x.shape for key, x in zip(keys, tensors, strict=True)}
-        bases = {key: _orthonormal(means[key]) for key in matrices}
-        right = self.over([_times(m.t(), bases[key]) for key, m in matrices.items()], [f"{key} Q" for key in matrices])
-        for (key, m), q in zip(matrices.items(), right, strict=True):
-            mean = bases[key] @ q.t()
-            if all_finite(q):  # else somebody's matrix was not, which must not stay
-                self.basis[key] = q
-                self.owed[key] = (m - mean).view(shapes[key])
-            means[key] = mean
-        return [means[key].view(x.shape).to(x.dtype) for x, key in zip(tensors, keys, strict=True)]
+            return means, {}
+        thin = {key: _orthonormal(means[key]) for key in matrices}
+        right = self.over([_times(m.t(), thin[key]) for key, m in matrices.items()], [f"{key} Q" for key in matrices])
+        bases = dict(zip(matrices, right, strict=True))
+        return means | {key: thin[key] @ q.t() for key, q in bases.items()}, bases
 
     def share(self, message: bytes) -> list[bytes]:
         """What every worker has to say, in their order."""
@@ -100,8 +123,8 @@ class PowerSGD(Exchange):
         self.over.remapped(key, remap, shape)
         if key in self.owed:
             self.owed[key] = remap.apply(self.owed[key].flatten()).view(shape)
-            if self.basis[key].shape[0] != self.owed[key].flatten(1).shape[1]:
-                del self.basis[key]
+        if key in self.basis and self.basis[key].shape[0] != math.prod(shape[1:]):
+            del self.basis[key]
 
     def state_dict(self) -> dict[str, Any]:
         """What is owed, and where the iteration is."""
@@ -126,7 +149,7 @@ class PowerSGD(Exchange):
         """Q of the last exchange, or a random one that all workers draw alike."""
         if key not in self.basis:
             generator = torch.Generator().manual_seed(self.seed)
-            self.basis[key] = torch.randn(matrix.shape[1], self.rank, generator=generator).to(matrix.device)
+            return torch.randn(matrix.shape[1], self.rank, generator=generator).to(matrix.device)
         return self.basis[key]
 
 

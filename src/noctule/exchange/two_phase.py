@@ -8,6 +8,7 @@ Shapes: W workers, n numbers in all tensors together.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ class TwoPhase:
         """See `noctule.channel.Path`."""
         if self.world <= 2:
             return self.at_once.rehearse(tensors, codec)
-        write, read, size = coding([x.flatten() for x in tensors], codec)
+        write, read, size = coding(cut(tensors, 1), codec)
         others = (self.world - 1) / self.world
         return Work(write + (1 + others) * read, 2 * others * size, 2 * self.group.rounds)
 
@@ -66,7 +67,7 @@ class TwoPhase:
             )
         if self.world <= 2:
             return self.at_once(tensors, keys, codec, aggregate, numbers, generator)
-        parts = cut(torch.cat([x.flatten().float() for x in tensors]), self.world)
+        parts = cut(tensors, self.world)
         form = Format(parts[:1], codec, len(numbers))
         mine, delivered, along = parts[self.rank], list(parts), [list(numbers)] * self.world
 
@@ -89,12 +90,14 @@ class TwoPhase:
         return Arrived(joined(pieces, tensors), joined(delivered, tensors), sums)
 
 
-def cut(flat: Tensor, world: int) -> list[Tensor]:
-    """(n,) -> W parts of one length, the last of them filled with zeros."""
-    length = -(-flat.numel() // world)
-    padded = flat.new_zeros(world * length)
-    padded[: flat.numel()] = flat
-    return list(padded.view(world, length))
+def cut(tensors: Sequence[Tensor], world: int) -> list[Tensor]:
+    """All their numbers, of float32 at least, in W parts of one length, the last of them filled with zeros."""
+    dtype = reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
+    n = sum(x.numel() for x in tensors)
+    room = torch.empty(-(-n // world) * world, dtype=dtype, device=tensors[0].device if tensors else "cpu")
+    torch.cat([x.flatten().to(dtype) for x in tensors] or [room[:0]], out=room[:n])
+    room[n:] = 0.0
+    return list(room.view(world, -1)) if n else [room] * world
 
 
 def joined(parts: Sequence[Tensor], likes: Sequence[Tensor]) -> list[Tensor]:
