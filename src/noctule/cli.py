@@ -1,4 +1,4 @@
-"""The command line: ``noctule run``, ``recipes``, ``data``, ``compare``, ``bench`` and ``doctor``."""
+"""The command line: ``noctule run``, ``server``, ``recipes``, ``data``, ``compare``, ``bench`` and ``doctor``."""
 
 import importlib
 import importlib.util
@@ -37,13 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str]], int]] = {
         "run": run,
+        "server": server,
         "recipes": recipes,
         "data": data,
         "compare": compare,
         "bench": bench,
         "doctor": doctor,
     }
-    hidden = {"worker": worker, "server": server}
+    hidden = {"supervised": supervised}
     try:
         if not words or words[0] in ("-h", "--help"):
             print(_help(commands))
@@ -73,7 +74,7 @@ def run(words: list[str]) -> int:
     from noctule.launch import Strategy
     from noctule.launch.torchrun import under_torchrun
     from noctule.report import RunFolder
-    from noctule.start import Asked, start, start_again, start_under_torchrun
+    from noctule.start import Asked, start, start_again, start_at_lighthouse, start_under_torchrun, start_with_ticket
 
     name = words.pop(0) if words and not words[0].startswith("-") else None
     about: dict[str, Any] = {}
@@ -107,12 +108,33 @@ def run(words: list[str]) -> int:
     several = parser.add_argument_group("several workers on this machine")
     several.add_argument("--workers", type=int, metavar="INT", default=SUPPRESS, help="processes that train together")
     add_options(several, Strategy)
+    elsewhere = parser.add_argument_group(
+        "one of several workers, on any machines, that meet at a lighthouse of torchft"
+    )
+    elsewhere.add_argument("--lighthouse", metavar="MACHINE:PORT", help="where it is")
+    elsewhere.add_argument("--member", type=int, metavar="INT", help="which of the workers this is, from 0 on")
+    elsewhere = parser.add_argument_group("one worker of a parameter server on any machine (see noctule server --help)")
+    elsewhere.add_argument("--ticket", type=Path, metavar="FILE", help="of this worker, as the server has written it")
     given = vars(parser.parse_args(words))
     out, resume, threads = given.pop("out"), given.pop("resume"), given.pop("threads")
+    lighthouse, member, ticket = given.pop("lighthouse"), given.pop("member"), given.pop("ticket")
     together = {k: given.pop(k) for k in ("workers", *options(Strategy)) if k in given}
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be at least 1, got {threads}")
     asked = Asked(name, recipe, given, threads=threads, together=together, command=["noctule", "run", name, *words])
+    if ticket is not None:
+        if resume is not None or lighthouse is not None or under_torchrun():
+            raise UsageError(
+                "--ticket is for a worker by itself: leave out --resume (a run that is in --out goes on), --lighthouse and torchrun"
+            )
+        return start_with_ticket(asked, out, ticket=ticket)
+    if lighthouse is not None or member is not None:
+        if lighthouse is None or member is None or out is None or resume is not None or under_torchrun():
+            raise UsageError(
+                "say --lighthouse MACHINE:PORT, --member INT and --out FOLDER, each worker with a number and a folder of its own, "
+                "and neither --resume nor torchrun: a run that is there goes on"
+            )
+        return start_at_lighthouse(asked, out, lighthouse=lighthouse, member=member)
     if under_torchrun():
         if resume is not None or out is None:
             raise UsageError("under torchrun say --out FOLDER, the same for all workers: a run that is there goes on")
@@ -120,8 +142,22 @@ def run(words: list[str]) -> int:
     return start_again(asked, resume, out=out) if resume is not None else start(asked, out)
 
 
-def worker(words: list[str]) -> int:
-    """Be a worker of a supervisor, at the other end of a socket."""
+def server(words: list[str]) -> int:
+    """Keep a parameter server for workers on several machines, or go on with one that was stopped."""
+    from noctule.launch.serving import Serving, keep
+
+    parser = Parser(prog="noctule server", allow_abbrev=False, description=inspect.getdoc(server))
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of its keys, tickets and snapshots")
+    add_options(parser, Serving)
+    given = vars(parser.parse_args(words))
+    keep(given.pop("folder"), given)
+    return 0
+
+
+def supervised(words: list[str]) -> int:
+    """Be a worker or the parameter server of a supervisor, at the other end of a socket."""
+    from noctule.launch import team
+    from noctule.launch.server import keep_server
     from noctule.launch.worker import work
     from noctule.report import RunFolder
 
@@ -131,16 +167,11 @@ def worker(words: list[str]) -> int:
         recipe = find(about["recipe"])
         kept = from_json(recipe, about["options"])
         with RunFolder.of_worker(run, plan["member"]) as folder:
+            team().trained = bool(folder.summary())  # what is finished is not trained again
             recipe(folder, **kept)
 
-    return work(int(words[0]), train)
-
-
-def server(words: list[str]) -> int:
-    """Be the parameter server of a supervisor, at the other end of a socket."""
-    from noctule.launch.server import keep_server
-
-    return keep_server(int(words[0]))
+    role, descriptor = words
+    return keep_server(int(descriptor)) if role == "server" else work(int(descriptor), train)
 
 
 def recipes(words: list[str]) -> int:

@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from noctule.allocator import keep_freed_memory
 from noctule.errors import NoctuleError, UsageError
 from noctule.kernels import native
 from noctule.launch import Strategy, Supervisor, as_member_of
+from noctule.launch.invitation import Invitation
+from noctule.launch.lighthouse import Lighthouse
 from noctule.launch.together import Together
 from noctule.launch.torchrun import Torchrun
 from noctule.report import RunFolder, compare_table, write_report
@@ -48,8 +50,7 @@ def start(asked: Asked, out: Path | None) -> int:
     """A new run."""
     workers, strategy = _several(asked.together)
     here = _prepare(asked.threads, workers or 1)
-    path = out or Path("runs") / f"{Path(asked.name).stem.replace(':', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
-    return _run(asked, _create(asked, path, here), asked.options, workers, strategy)
+    return _run(asked, _create(asked, out or _new_path(asked), here), asked.options, workers, strategy)
 
 
 def start_again(asked: Asked, resume: Path, *, out: Path | None) -> int:
@@ -61,35 +62,26 @@ def start_again(asked: Asked, resume: Path, *, out: Path | None) -> int:
     if changed or out is not None or asked.together:
         words = [*changed, *asked.together] or ["out"]
         raise UsageError(f"--resume goes on with the options of that run; leave out {', '.join(words)}")
-    workers, strategy = _several(about.get("together") or {})
+    together = about.get("together") or {}
+    if ticket := together.get("ticket"):
+        asked = replace(asked, given=options, threads=asked.threads or about.get("threads"))
+        return start_with_ticket(asked, folder.path, ticket=Path(ticket))
+    workers, strategy = _several(together)
     _compare(about, _prepare(asked.threads or about.get("threads"), 1))
     return _run(asked, folder, options, workers, strategy)
 
 
 def start_under_torchrun(asked: Asked, out: Path) -> int:
     """This worker's part of a run, which is new or goes on."""
-    strategy = Strategy(**{k: v for k, v in asked.together.items() if k != "workers"})
-    if "workers" in asked.together or strategy.served:
-        what = f"--strategy {strategy.strategy}" if strategy.served else "--workers"
-        raise UsageError(f"{what} is for the workers that noctule starts itself: leave it out under torchrun")
+    strategy = _without_supervisor(asked.together, "under torchrun")
     rendezvous = Torchrun()
     here = _prepare(asked.threads, 1)
     team = Together(rendezvous, member=rendezvous.member, strategy=strategy)
-    path = rendezvous.folder(out)
     with as_member_of(team):
         team.form()
         if rendezvous.member:
             dist.barrier()  # worker 0 makes the run's folder first
-        if (path / "run.json").is_file():
-            folder = RunFolder(path)
-            about = folder.about()
-            if about["recipe"] != asked.name or from_json(asked.recipe, about["options"]) != asked.options:
-                raise UsageError(
-                    f"{path} is another run, of {about['recipe']}: give the same command again, or another --out"
-                )
-            _compare(about, here)
-        else:
-            folder = _create(asked, path, here)
+        folder = _create_or_open(asked, rendezvous.folder(out), here)
         if not rendezvous.member:
             dist.barrier()
             print(f"run: {folder.path}", flush=True)
@@ -99,6 +91,65 @@ def start_under_torchrun(asked: Asked, out: Path) -> int:
             _print_outcome(folder, result)
         dist.destroy_process_group()
     return 0
+
+
+def start_at_lighthouse(asked: Asked, out: Path, *, lighthouse: str, member: int) -> int:
+    """One worker, whose run is new or goes on; who the others are is said by the lighthouse."""
+    strategy = _without_supervisor(asked.together, "with --lighthouse")
+    here = _prepare(asked.threads, 1)
+    with Lighthouse(lighthouse, member=member) as rendezvous:
+        folder = _create_or_open(asked, out, here)
+        print(f"run: {folder.path}", flush=True)
+        with as_member_of(Together(rendezvous, member=member, strategy=strategy)), folder:
+            if not (result := folder.summary()):
+                result = asked.recipe(folder, **asked.options)
+        _print_outcome(folder, result)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def start_with_ticket(asked: Asked, out: Path | None, *, ticket: Path) -> int:
+    """One worker of a parameter server, whose run is new or goes on; how it trains is said by the ticket."""
+    try:
+        invitation = Invitation.load(ticket)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    said = {"workers": invitation.workers, **invitation.strategy.facts()}
+    if others := [f"--{k.replace('_', '-')} {v}" for k, v in asked.together.items() if said[k] != v]:
+        raise UsageError(f"{ticket} says how the workers train, and not with {', '.join(others)}: leave it out")
+    chosen = {k: v for k, v in said.items() if k == "workers" or v != getattr(Strategy(), k)}
+    here = _prepare(asked.threads, 1)
+    asked = replace(asked, together={**chosen, "ticket": str(ticket.absolute())})
+    folder = _create_or_open(asked, out or _new_path(asked), here)
+    print(f"run: {folder.path}, {invitation}", flush=True)
+    with folder, _explaining(asked.name, folder):
+        if not (result := folder.summary()):
+            result = invitation.take_part(lambda: asked.recipe(folder, **asked.options))
+    _print_outcome(folder, result)
+    return 0
+
+
+def _without_supervisor(together: dict[str, Any], where: str) -> Strategy:
+    """How workers train together that are not started here."""
+    strategy = Strategy(**{k: v for k, v in together.items() if k != "workers"})
+    if "workers" in together or strategy.served:
+        what = f"--strategy {strategy.strategy}" if strategy.served else "--workers"
+        more = "; a parameter server for several machines is `noctule server`" if strategy.served else ""
+        raise UsageError(f"{what} is for the workers that noctule starts itself: leave it out {where}{more}")
+    return strategy
+
+
+def _create_or_open(asked: Asked, path: Path, here: dict[str, Any]) -> RunFolder:
+    """The run's folder; one that is there has to be of the same run."""
+    if not (path / "run.json").is_file():
+        return _create(asked, path, here)
+    folder = RunFolder(path)
+    about = folder.about()
+    if about["recipe"] != asked.name or from_json(asked.recipe, about["options"]) != asked.options:
+        raise UsageError(f"{path} is another run, of {about['recipe']}: give the same command again, or another --out")
+    _compare(about, here)
+    return folder
 
 
 def _several(together: dict[str, Any]) -> tuple[int | None, Strategy]:
@@ -129,6 +180,10 @@ def _compare(about: dict[str, Any], here: dict[str, Any]) -> None:
     differ = [f"{k} {about.get(k)} -> {v}" for k, v in here.items() if about.get(k) != v]
     if differ:
         warnings.warn(f"the run goes on, but not bit for bit as it began: {', '.join(differ)}", stacklevel=1)
+
+
+def _new_path(asked: Asked) -> Path:
+    return Path("runs") / f"{Path(asked.name).stem.replace(':', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _create(asked: Asked, path: Path, here: dict[str, Any]) -> RunFolder:

@@ -54,12 +54,20 @@ def test_three_workers_are_one_and_go_on_when_any_is_killed(noctule_command, tmp
     assert finished(killed).count("was ended by SIGKILL") == 2
     alone = noctule_command(*words, "--threads", 1, "--out", "alone")
     finished(alone)
-    assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
-    assert len(losses(tmp_path / "killed")) == 20
+    found, expected = (
+        {record["epoch"]: record["validation_loss"] for record in records(tmp_path / run)}
+        for run in ("killed", "alone")
+    )
+    assert found == pytest.approx({epoch: expected[epoch] for epoch in found}, abs=1e-5)
+    # Worker 0 has no record of an epoch at whose very end it was killed: the others were in the next one by then.
+    assert len(found) >= 19
     together = records(tmp_path / "killed")[-1]["together"]
     assert together["workers"] in (2, 3)
     assert together["sent_bytes"] > 0
+    assert together["noise_scale"]["batch"] == 64
+    assert together["noise_scale"]["measured"] > 0
     assert (tmp_path / "killed" / "report.html").exists()
+    finished(noctule_command("run", "--resume", "killed"))  # though there is nothing to do
 
 
 @pytest.mark.parametrize("strategy", [("--codec", "topk"), ("--strategy", "diloco", "--meet", 3, "--every", 6)])
@@ -71,6 +79,7 @@ def test_ctrl_c_stops_all_at_one_step_and_resuming_is_never_having_stopped(noctu
     _, err = stopped.communicate(timeout=60)
     assert stopped.returncode == 130, err
     assert "--resume" in err
+    assert "noise_scale" not in records(tmp_path / "stopped")[-1]["together"]
     latest = {
         max(p.name for p in folder.glob("*.safetensors"))
         for folder in (tmp_path / "stopped").rglob("checkpoints/sparse")

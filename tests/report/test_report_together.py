@@ -251,3 +251,26 @@ RECORDS = st.lists(
 @given(ABOUT, mostly(ASKED) | ANYTHING, RECORDS, st.dictionaries(st.integers(0, 3), RECORDS, max_size=3))
 def test_no_record_of_a_worker_is_too_odd_for_a_page(about, asked, records, others):
     Page(page(about | {"together": asked}, records, {}, others=others))
+
+
+def scale(signal, noise, measured=60, batch=128.0):
+    return {"noise_scale": {"signal": signal, "noise": noise, "measured": measured, "batch": batch}}
+
+
+@pytest.mark.parametrize(
+    ("measured", "hint"),
+    [
+        ([scale(1.0, 300.0), scale(3.0, 988.0)], "up to about 320 samples in a step; this run had 128."),
+        ([scale(1.0, 300.0), {}], "up to about 300 samples"),
+        ([scale(2.0, 0.5), scale(2.0, 0.5)], "up to about 1.0 samples"),
+        ([scale(-1.0, 300.0), scale(0.5, 300.0)], "gradients were almost all noise"),
+        ([scale(1e-9, 300.0), scale(1e-9, 300.0)], "gradients were almost all noise"),
+        ([scale(1.0, 300.0, measured=20), scale(1.0, 300.0, measured=20)], None),
+        ([scale(1.0, -3.0), scale(1.0, 2.0)], None),
+        ([{"noise_scale": "none"}, {"noise_scale": {"signal": None}}], None),
+    ],
+)
+def test_the_noise_of_all_workers_together_says_which_batch_is_useful(measured, hint):
+    workers = {worker: worked(worker, workers=2, **facts) for worker, facts in enumerate(measured)}
+    found = together(workers)
+    assert (hint in found) if hint else ("Useful batch" not in found)

@@ -19,6 +19,8 @@ class Weigh(Stage):
     def __init__(self, n: float) -> None:
         """Every worker says its own."""
         self.n = n
+        self.mean = 0.0
+        """Of all workers' n in the last exchange."""
 
     def weight(self) -> float:
         """``n``.
@@ -36,4 +38,5 @@ class Weigh(Stage):
 
     def close(self, total: Tensor, key: str, weight: float) -> Tensor:
         """Over the mean of all n; zero where nobody has anything."""
+        self.mean = weight
         return total / weight if weight > 0.0 else total

@@ -1,34 +1,36 @@
-"""The process of a supervisor in which a parameter server listens; started again, it goes on from its snapshots."""
+"""The parameter server of a strategy, and the process of a supervisor in which one listens; both go on from their snapshots."""
 
 import socket
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from noctule.launch.line import Line
 from noctule.launch.strategies import Strategy, codec
 
+if TYPE_CHECKING:
+    from noctule.parallel.wire import Server
+
+
+def listen(strategy: Strategy, **options: Any) -> "Server":
+    """A server with the optimizer, shards and codec of a strategy, in this process; options are those of `serve`."""
+    from noctule.parallel.wire import serve
+
+    torch.set_num_threads(1)  # each shard has a thread of its own
+    return serve(strategy.server_optimizer, shards=strategy.shards, codec=codec(strategy.codec), **options)
+
 
 def keep_server(descriptor: int) -> int:
     """Be the server at the other end of this socket, until that is closed: everything is in its folder then."""
-    from noctule.parallel.wire import serve
-
     line = Line(socket.socket(fileno=descriptor))
     said = line.hear()
     if not said:
         return 1
     plan = said[0]
-    strategy = Strategy(**plan["strategy"])
-    torch.set_num_threads(1)
-    with serve(
-        strategy.server_optimizer,
-        shards=strategy.shards,
-        workers=plan["workers"],
-        folder=Path(plan["folder"]),
-        codec=codec(strategy.codec),
-        patience_seconds=plan["timeout_seconds"],
-    ) as server:
+    options = {"folder": Path(plan["folder"]), "patience_seconds": plan["timeout_seconds"]}
+    with listen(Strategy(**plan["strategy"]), workers=plan["workers"], **options) as server:
         line.tell(tickets=[asdict(server.ticket(worker)) for worker in range(plan["workers"])])
         while line.hear():
             pass

@@ -86,6 +86,11 @@ class Strategy:
         return self.strategy == "sync"
 
     @property
+    def exact_gradients(self) -> bool:
+        """Whether workers exchange gradients, and get their mean up to rounding."""
+        return self.strategy == "sync" and self.codec in ("none", "bf16")
+
+    @property
     def meet_every(self) -> int:
         """Steps from one meeting to the next."""
         return self.meet or (100 if self.strategy in ("diloco", "local") else 1)

@@ -119,7 +119,7 @@ class Supervisor:
         path = log_folder / f"{command}.log"
         with theirs, open(path, "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "noctule.cli", command, str(theirs.fileno())],
+                [sys.executable, "-m", "noctule.cli", "supervised", command, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=None if shown else log,

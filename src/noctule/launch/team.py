@@ -20,6 +20,10 @@ from noctule.method import Method
 from noctule.rewire import Rewire
 
 T = TypeVar("T")
+UNTRAINED = (
+    "this recipe does not ask noctule.launch.team() how to train, so each worker trained by itself: train it with one worker, or "
+    "share the batches out as docs/how_to_use/several_workers.md says"
+)
 
 
 class Team:

@@ -13,7 +13,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from noctule.channel import Channel
 from noctule.data import Batches
 from noctule.errors import LostWorkerError
-from noctule.exchange import AllReduce, Group, LinkEstimate, Weigh, probe_link
+from noctule.exchange import AllReduce, Group, LinkEstimate, NoiseScale, Weigh, probe_link
 from noctule.launch.elastic import Elastic
 from noctule.launch.healing import SharedCheckpoints
 from noctule.launch.journal import TeamJournal
@@ -67,6 +67,8 @@ class Together(Team):
         self._sights = Elastic(self, lambda: Channel(path=AllReduce()))
         self.broken = False
         self._link: LinkEstimate | None = None
+        self._noise: NoiseScale | None = None
+        self._batch = 0
         self._apart = False
 
     def form(self) -> None:
@@ -88,11 +90,15 @@ class Together(Team):
 
     def share(self, batches: Batches) -> Source:
         """See `Team`."""
+        self._batch = batches.batch_size
         return Share(batches, self, self.weigh)
 
     def methods(self, *, steps: int) -> Sequence[Method]:
         """See `Team`."""
-        return (self.strategy.method(self.exchange),)
+        if not self.strategy.exact_gradients:
+            return (self.strategy.method(self.exchange),)
+        self._noise = NoiseScale(self.exchange, samples=lambda: (self.weigh.n, self.weigh.mean * self.world))
+        return (self.strategy.method(self._noise),)
 
     def rewire(self, *, every: int, **options: Any) -> Sequence[Rewire]:
         """See `Team`: where the workers' weights differ between two meetings, connections move right after one."""
@@ -105,7 +111,11 @@ class Together(Team):
 
     def facts(self) -> dict[str, Any]:
         """See `Team`."""
-        return {"groups": self.generation, "link": None if self._link is None else str(self._link)}
+        found: dict[str, Any] = {"groups": self.generation, "link": None if self._link is None else str(self._link)}
+        if self._noise is not None and self._noise.measured:
+            numbers = {name: getattr(self._noise, name) for name in ("signal", "noise", "measured")}
+            found["noise_scale"] = {**numbers, "batch": self._batch}
+        return found
 
     def train(self, training: Callable[[], T]) -> T:
         """See `Team`."""

@@ -19,7 +19,7 @@ from noctule.launch.apart import Apart
 from noctule.launch.line import Line
 from noctule.launch.merging import Merging
 from noctule.launch.strategies import Strategy
-from noctule.launch.team import Team, as_member_of
+from noctule.launch.team import UNTRAINED, Team, as_member_of
 from noctule.launch.together import Together, join_group
 from noctule.parallel.ticket import Ticket
 
@@ -125,10 +125,7 @@ def work(descriptor: int, recipe: Callable[[dict[str, Any]], None]) -> int:
         try:
             recipe(plan)
             if not team.trained and plan["workers"] > 1:
-                raise UsageError(
-                    "this recipe does not ask noctule.launch.team() how to train, so each worker trained by itself: leave "
-                    "--workers out, or share the batches out as docs/how_to_use/several_workers.md says"
-                )
+                raise UsageError(UNTRAINED)
         except KeyboardInterrupt:
             line.tell(done=True)
             return 130

@@ -224,7 +224,7 @@ class Coordination:
         """Listen."""
         from noctule.parallel.keyed import Listener, new_pair
 
-        self._desk, self._keys = desk, Keys(path, pair=new_pair, shards=1, address=f"tcp://{host}:*")
+        self._desk, self._keys = desk, Keys(path, pair=new_pair, addresses=[f"tcp://{host}:*"])
         self._listener = Listener(desk, self._keys.addresses[0], self._keys, max_bytes=max_bytes, frames=8)
         self._keys.addresses = self.addresses = (self._listener.address,)
         try:

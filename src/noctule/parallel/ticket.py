@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,14 +29,15 @@ class Ticket:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Self:
-        """Read what `save` wrote.
+        """Read what `save` wrote; what else the file says is for others.
 
         Raises:
             ValueError: the file holds no ticket.
         """
         try:
             found = json.loads(Path(path).read_text())
-            return cls(**{**found, "addresses": tuple(found["addresses"])})
+            kept = {each.name: found[each.name] for each in fields(cls)}
+            return cls(**{**kept, "addresses": tuple(kept["addresses"])})
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} holds no ticket: write one with server.ticket(worker).save(path)") from error
 
@@ -54,26 +55,23 @@ class Keys:
     Args:
         path: where they are kept, and found again; None for nowhere.
         pair: makes a public and a secret key.
-        shards: of the server.
-        address: where a shard listens the first time.
+        addresses: where each shard listens the first time.
 
     Raises:
         ExchangeError: the file is of a server with another number of shards.
     """
 
-    def __init__(
-        self, path: Path | None, *, pair: Callable[[], tuple[bytes, bytes]], shards: int, address: str
-    ) -> None:
+    def __init__(self, path: Path | None, *, pair: Callable[[], tuple[bytes, bytes]], addresses: Sequence[str]) -> None:
         """Those of the file, or new ones."""
         self._path, self._pair = path, pair
         kept = json.loads(path.read_text()) if path is not None and path.exists() else {}
         self.server: tuple[str, ...] = tuple(kept.get("server") or self._new())
         self.workers: dict[str, tuple[str, ...]] = {n: tuple(keys) for n, keys in kept.get("workers", {}).items()}
-        self.addresses: tuple[str, ...] = tuple(kept.get("addresses") or [address] * shards)
-        if path is not None and len(self.addresses) != shards:
+        self.addresses: tuple[str, ...] = tuple(kept.get("addresses") or addresses)
+        if path is not None and len(self.addresses) != len(addresses):
             raise ExchangeError(
-                f"{path.parent} is of a server of {len(self.addresses)} shards, not {shards}: parameters are dealt by their "
-                "number. Use the same one, or another folder"
+                f"{path.parent} is of a server of {len(self.addresses)} shards, not {len(addresses)}: parameters are dealt "
+                "by their number. Use the same one, or another folder"
             )
 
     def ticket(self, worker: int) -> Ticket:

@@ -29,6 +29,7 @@ def serve(
     folder: str | Path | None = None,
     codec: Codec | None = None,
     host: str = "127.0.0.1",
+    port: int | None = None,
     snapshot_every: int = 100,
     patience_seconds: float = 60.0,
     max_bytes: int = 1 << 30,
@@ -44,6 +45,7 @@ def serve(
         workers: how many must have joined before any may go on.
         codec: of the gradients, the same as the workers'.
         host: the address of this machine on which workers reach it.
+        port: of the first shard; those of the others follow. None for any that are free.
         snapshot_every: a shard keeps its state after so many pushes; workers keep theirs until then.
         patience_seconds: a worker that is silent for longer is not waited for; longer than its longest step.
         max_bytes: of one message.
@@ -55,7 +57,7 @@ def serve(
         [Shard(optimizer, workers=workers, patience_seconds=patience_seconds) for _ in range(shards)],
         folder=None if folder is None else Path(folder),
         codec=codec,
-        host=host,
+        addresses=[f"tcp://{host}:{'*' if port is None else port + shard}" for shard in range(shards)],
         snapshot_every=snapshot_every,
         max_bytes=max_bytes,
     )
@@ -65,12 +67,12 @@ class Server:
     """Shards that listen; `serve` makes it."""
 
     def __init__(
-        self, shards: Sequence[Shard], *, folder: Path | None, host: str, max_bytes: int, **options: Any
+        self, shards: Sequence[Shard], *, folder: Path | None, addresses: Sequence[str], max_bytes: int, **options: Any
     ) -> None:
         """Listen."""
         self.shards = list(shards)
         path = None if folder is None else folder / "keys.json"
-        self._keys = Keys(path, pair=new_pair, shards=len(self.shards), address=f"tcp://{host}:*")
+        self._keys = Keys(path, pair=new_pair, addresses=addresses)
         self._listening: list[tuple[Listener, Desk]] = []
         try:
             for index, (shard, address) in enumerate(zip(self.shards, self._keys.addresses, strict=True)):

@@ -13,6 +13,7 @@ from noctule.report.markup import text
 from noctule.report.palette import COLORS
 from noctule.report.svg import Bar, Line, bar_chart
 from noctule.report.units import GAP, MISSING, count, digits, percent, size
+from noctule.report.useful_batch import useful_batch
 
 Workers = Mapping[int, Records]
 """The records of each worker by its number; none of one whose folder is lost, or who has finished no epoch."""
@@ -45,7 +46,7 @@ def how(about: Mapping[str, Any], records: Records) -> list[str]:
     return [f"{count(workers)} worker{'' if workers == 1 else 's'}", str(names["strategy"]), *codec, *others]
 
 
-_SAID_OTHERWISE = ("workers", "strategy", "codec")
+_SAID_OTHERWISE = ("workers", "strategy", "codec", "ticket")
 
 
 def everyone(about: Mapping[str, Any], records: Records, others: Workers) -> dict[int, Records]:
@@ -74,7 +75,8 @@ def together(workers: Workers) -> str:
     tables = [_table(team, f"What each worker did{_of(name, names)}") for name, team in teams.items()]
     charts = [chart for name, team in teams.items() for chart in _charts(team, name if len(names) > 1 else "")]
     grid = f'<div class="grid2">{"".join(charts)}</div>' if charts else ""
-    return f'{"".join(tables)}<p class="note">{text(" ".join(_notes(list(teams.values()))))}</p>{grid}'
+    hints = [f"<p>{text(hint)}</p>" for name, team in teams.items() if (hint := useful_batch(team, _of(name, names)))]
+    return f'{"".join(tables)}<p class="note">{text(" ".join(_notes(list(teams.values()))))}</p>{"".join(hints)}{grid}'
 
 
 def _of(name: str, names: Sequence[str]) -> str:
