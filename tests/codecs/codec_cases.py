@@ -53,6 +53,7 @@ CODECS: list[Codec] = [
     TopK(0.01),
     TopK(0.5),
     TopK(1.0),
+    TopK(0.01, at_least=5),
     TopK(0.1, values=NaturalCompression()),
     TopK(0.2, values=NaturalCompression(entropy=True)),
     TopK(0.2, values=Affine(4)),

@@ -30,6 +30,15 @@ def test_topk_keeps_the_largest_as_they_are(n, fraction, seed):
     assert torch.equal(y + (x - y), x)
 
 
+def test_top_k_keeps_at_least_so_many_of_each_tensor():
+    codec = TopK(0.01, at_least=5)
+    for n, kept in ((0, 0), (3, 3), (5, 5), (200, 5), (1000, 10)):
+        x = torch.arange(1.0, n + 1.0)
+        assert codec.decode(codec.encode(x)).count_nonzero() == kept
+    with pytest.raises(ValueError, match="at_least=0"):
+        TopK(0.1, at_least=0)
+
+
 def test_equal_magnitudes_go_to_the_first():
     x = torch.tensor([1.0, -2.0, 2.0, 2.0, -1.0, 2.0])
     assert TopK(0.5).decode(TopK(0.5).encode(x)).tolist() == [0.0, -2.0, 2.0, 2.0, 0.0, 0.0]

@@ -26,7 +26,8 @@ class TopK:
     Magnitudes are compared in float32.
 
     Args:
-        fraction: of the elements, at least one.
+        fraction: of the elements.
+        at_least: elements of each tensor, all where it has fewer: of biases and last layers a small fraction is too few to train.
         values: a codec for what is kept (default: exact, in its own dtype).
 
     >>> codec = TopK(0.5)
@@ -36,16 +37,19 @@ class TopK:
 
     fraction: float
     _: KW_ONLY
+    at_least: int = 1
     values: Codec | None = None
     unbiased: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuses a fraction outside (0, 1]."""
+        """Refuses a fraction outside (0, 1], and less than one element."""
         check_fraction(self.fraction)
+        if self.at_least < 1:
+            raise ValueError(f"at least one element of a tensor is kept, got at_least={self.at_least}")
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
         """Counts, offsets, and the values in the order of their positions."""
-        k = share(self.fraction, x.numel())
+        k = self._kept(x.numel())
         positions_K = code_for(x.device).largest(flat(x), k)
         kept = self._values.encode(x.detach().reshape(-1)[positions_K], generator)
         edges = torch.arange(buckets(x.numel(), BLOCK) + 1, device=x.device) * BLOCK
@@ -76,8 +80,11 @@ class TopK:
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
         """Counts, offsets, and the parts of the values' codec."""
         n = math.prod(shape)
-        k = share(self.fraction, n)
+        k = self._kept(n)
         return (torch.int32, buckets(n, BLOCK)), (torch.uint16, k), *self._values.layout((k,), dtype)
+
+    def _kept(self, n: int) -> int:
+        return max(share(self.fraction, n), min(self.at_least, n))
 
     @property
     def _values(self) -> Codec:

@@ -36,7 +36,7 @@ class Serving:
     Args:
         workers: how many train; none goes on before all have come.
         strategy: downpour (nobody waits), ssp (nobody is more than ``bound`` pushes ahead) or bsp (all push before any goes on).
-        codec: of the gradients: none, bf16, natural (8 bits a number) or topk (1.56 % of the numbers, with error feedback).
+        codec: of the gradients: none, bf16, natural (8 bits a number) or topk (the largest 1.56 %, with error feedback).
         meet: steps from one push and pull to the next.
         bound: of ssp, in pushes.
         server_rate: the learning rate of the server's Adagrad.

@@ -28,8 +28,8 @@ Coding = Literal["none", "bf16", "natural", "topk", "powersgd", "auto"]
 
 SERVED = ("downpour", "ssp", "bsp", "wasap")
 """Those whose workers meet at a parameter server; of wasap only for the first 70 % of the steps."""
-TOP = 0.0156
-"""Of the numbers that `topk` sends, each as one byte of natural compression."""
+TOP, LEAST = 0.0156, 256
+"""Of the numbers that `topk` sends, each as one byte of natural compression, and how many of each tensor at least."""
 RANK = 4
 """Of `powersgd`."""
 
@@ -43,7 +43,7 @@ class Strategy:
             (the plain mean of the weights every ``meet`` steps), or against a parameter server downpour (nobody waits), ssp (nobody
             is more than ``bound`` pushes ahead), bsp (all push before anybody goes on) and wasap (downpour, then each alone, then
             their networks merged).
-        codec: none, bf16, natural (8 bits a number), topk (1.56 % of the numbers, with error feedback), powersgd (rank 4), or auto
+        codec: none, bf16, natural (8 bits a number), topk (the largest 1.56 %, with error feedback), powersgd (rank 4), or auto
             (whatever is fastest on the link as measured).
         meet: steps from one meeting, or push and pull, to the next (default: 100 for diloco and local, 1 for the others).
         bound: of ssp, in pushes.
@@ -141,6 +141,6 @@ def codec(name: Coding) -> Codec | None:
         case "natural":
             return NaturalCompression()
         case "topk":
-            return TopK(TOP, values=NaturalCompression())
+            return TopK(TOP, at_least=LEAST, values=NaturalCompression())
         case _:
             return None
