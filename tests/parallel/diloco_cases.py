@@ -19,13 +19,17 @@ from noctule.method import attach
 from noctule.parallel import AVERAGE, DiLoCo
 
 
+_DRAWING = threading.Lock()
+
+
 def network(*, sparse: bool = False, width: int = 12) -> nn.Module:
-    """Four layers."""
-    torch.manual_seed(0)
+    """Four layers, alike also where several threads make them at once."""
     sizes = [6, width, width, width, 3]
-    layers = [nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in zip(sizes, sizes[1:], strict=False)]
-    model = nn.Sequential(*layers)
-    return convert_(model, ToSparse(density=0.4)).model if sparse else model
+    with _DRAWING:
+        torch.manual_seed(0)
+        layers = [nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in zip(sizes, sizes[1:], strict=False)]
+        model = nn.Sequential(*layers)
+        return convert_(model, ToSparse(density=0.4)).model if sparse else model
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
