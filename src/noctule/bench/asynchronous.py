@@ -40,7 +40,7 @@ def asynchronous(
     methods: tuple[str, ...] = (),
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
     epochs: int = 15,
-    apart: int = 8,
+    apart: int = 32,
     overlap: bool = True,
     bf16: bool = True,
     steps: int = 10,

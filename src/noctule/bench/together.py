@@ -43,7 +43,7 @@ def together(
     methods: tuple[str, ...] = (),
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
     workers: int = 4,
-    epochs: int = 10,
+    epochs: int = 20,
     batch: int = 128,
     reach: float = 0.88,
     look_every: int = 100,

@@ -142,15 +142,13 @@ class PushPull(Method):
             ValueError: connections have moved here, and this is not worker 0.
         """
         self._tell()
-        for name, p in self.parameters.items():
-            if p.grad is not None:
-                before, gradient = self.accrued.get(name), p.grad.detach().float()
-                total = gradient.clone() if before is None else before + gradient
-                if not is_finite(total):
-                    raise NonFiniteError(
-                        f"the gradient of {name} is NaN or infinite, and is not pushed: lower the learning rate or clip"
-                    )
-                self.accrued[name] = total
+        given = {name: p.grad.detach().float() for name, p in self.parameters.items() if p.grad is not None}
+        for name in _not_finite(given):
+            raise NonFiniteError(
+                f"the gradient of {name} is NaN or infinite, and is not pushed: lower the learning rate or clip"
+            )
+        for name, x in given.items():
+            self.accrued[name] = self.accrued[name] + x if name in self.accrued else x.clone()
 
     def after_step(self) -> None:
         """Push and pull, when it is time."""
@@ -257,8 +255,7 @@ class PushPull(Method):
                 "them while all push to one server: leave Rewire out of this worker's session, it follows worker 0's"
             )
         if elsewhere:
-            self.links.move(self.followed.tell(self.dealt))
-            self.links.forget()  # weights that lie where connections were before
+            self.links.move(self.followed.tell(self.dealt))  # whose answer takes the place of one with weights
 
     def _facts(self) -> dict[str, str]:
         """What all workers must have alike."""
@@ -325,3 +322,10 @@ class PushPull(Method):
                 found[name] = to_tensor(Exact(), frame, self.parameters[name].shape, name)
         self._since = {}
         return found
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Those with a number that is NaN or infinite; asked of all together first, since steps of small networks are short."""
+    if not tensors or is_finite(torch.stack([x.sum() for x in tensors.values()])):
+        return []
+    return [name for name, x in tensors.items() if not is_finite(x)]
