@@ -40,7 +40,8 @@ def asynchronous(
     methods: tuple[str, ...] = (),
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
     epochs: int = 15,
-    apart: int = 32,
+    apart: int = 8,
+    apart_wasap: int = 32,
     overlap: bool = True,
     bf16: bool = True,
     steps: int = 10,
@@ -56,13 +57,16 @@ def asynchronous(
         seeds: one training of each method for each.
         epochs: over all the data, of all workers together.
         apart: steps from one push and pull to the next.
+        apart_wasap: the same, for WASAP, whose second phase makes up for it.
         overlap: take the answer to a push with the next one, where there is no bound.
         bf16: push gradients of 16 bits.
         steps: of L-BFGS.
         iterations: in each of these.
         out: a file that the lines are appended to.
     """
-    program.at_least_one(epochs=epochs, apart=apart, steps=steps, iterations=iterations, seeds=len(seeds))
+    program.at_least_one(
+        epochs=epochs, apart=apart, apart_wasap=apart_wasap, steps=steps, iterations=iterations, seeds=len(seeds)
+    )
     chosen, lines = program.chosen(methods, METHODS), program.Lines(out)
     plan = {"data": data, "data_dir": data_dir and str(data_dir), "epochs": epochs, "apart": apart, "overlap": overlap}
     plan["bf16"] = bf16
@@ -72,6 +76,7 @@ def asynchronous(
     with Workers(2) as group:
         for seed in seeds:
             for method in chosen:
+                plan["apart"] = apart_wasap if method == "wasap" else apart
                 asked = {**plan, "seed": seed, "method": method, "bound": BOUNDS.get(method)}
                 outcomes = _run(group, method, asked)
                 line = {
