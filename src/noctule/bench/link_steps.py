@@ -114,8 +114,8 @@ def price(rank: int, world: int, row: str) -> dict[str, float]:
         return {"bytes": 0.0, "messages": 0}
     with torch.no_grad():
         work = exchange.rehearse(list(found.parameters.values()), list(found.parameters))
-    messages_a_round = (world - 1) / Group().rounds
-    return {"bytes": work.sent_bytes, "messages": work.rounds * messages_a_round}
+    about = work.sent_bytes / (2 * (world - 1))  # of a message
+    return {"bytes": work.sent_bytes, "messages": work.rounds * (world - 1) / Group().rounds(about)}
 
 
 def step(rank: int, world: int, row: str) -> None:

@@ -31,7 +31,7 @@ class AllGather:
     def rehearse(self, tensors: Sequence[Tensor], codec: Codec | None) -> Work:
         """See `noctule.channel.Path`."""
         write, read, size = coding(tensors, codec)
-        return Work(write + self.world * read, (self.world - 1) * size, self.group.rounds)
+        return Work(write + self.world * read, (self.world - 1) * size, self.group.rounds(size))
 
     def __call__(
         self,

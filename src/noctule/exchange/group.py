@@ -1,5 +1,6 @@
 """Bytes between the processes of a `torch.distributed` group, with errors that say which worker and what to do."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ _all_gather = getattr(
 )  # the older name, which newer torch warns of
 
 
-_AT_A_TIME = 3
-"""Messages under way from each worker: one would leave the line idle for its delay, all would meet in queues that are too short."""
+_AT_A_TIME, _UNDER_WAY = 3, 1 << 17
+"""Messages under way from each worker, but no more than it takes for so many bytes, which fill lines of 100 Mbit/s and 10 ms, or 1
+Gbit/s and 1 ms: a single small one would leave the line idle for its delay, more meet in queues that are too short."""
 
 
 @dataclass
@@ -167,10 +169,9 @@ class Group:
             _wait(work)
         return found
 
-    @property
-    def rounds(self) -> int:
-        """How many messages wait for one another in a `gather` or a `trade`."""
-        return -(-(self.world - 1) // _AT_A_TIME) if self._directly else self.world - 1
+    def rounds(self, nbytes: float) -> int:
+        """How many messages of this size wait for one another in a `gather` or a `trade`."""
+        return -(-(self.world - 1) // _at_a_time(nbytes)) if self._directly else self.world - 1
 
     @property
     def _directly(self) -> bool:
@@ -193,11 +194,11 @@ class Group:
         to, of = ([(self.rank + way * far) % self.world for far in range(1, self.world)] for way in (1, -1))
         found = [torch.empty(sizes[peer], dtype=torch.uint8) for peer in of]
         coming = [dist.irecv(x, group=self.group, group_src=peer) for x, peer in zip(found, of, strict=True)]
-        going = []
-        for at in range(len(to) + _AT_A_TIME):
+        going, ahead = [], _at_a_time(max(sizes))
+        for at in range(len(to) + ahead):
             if at < len(to):
                 going.append(dist.isend(wire_to(to[at]).cpu(), group=self.group, group_dst=to[at]))
-            if 0 <= (due := at + 1 - _AT_A_TIME) < len(of):
+            if 0 <= (due := at + 1 - ahead) < len(of):
                 _wait(coming[due])
                 yield of[due], found[due]
         for work in going:
@@ -230,6 +231,10 @@ class Group:
             ) from error
         finally:
             TRAFFIC.seconds += time.perf_counter() - started
+
+
+def _at_a_time(nbytes: float) -> int:
+    return min(_AT_A_TIME, max(1, math.ceil(_UNDER_WAY / max(nbytes, 1))))
 
 
 def _wait(work: dist.Work | None) -> None:

@@ -46,7 +46,7 @@ def probe_link(group: Group, *, repeats: int = 5, seconds: float = 0.2, most_byt
         size *= 4
         (taken,) = agreed(group.share, [_gathered(group, size, 1)])
     (taken,) = agreed(group.share, [_gathered(group, size, repeats)])
-    return LinkEstimate(small / group.rounds, (group.world - 1) * size / max(taken - small, 1e-9))
+    return LinkEstimate(small / group.rounds(1), (group.world - 1) * size / max(taken - small, 1e-9))
 
 
 def agreed(share: Callable[[bytes], list[bytes]], numbers: Sequence[float]) -> list[float]:

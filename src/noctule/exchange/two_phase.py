@@ -45,7 +45,7 @@ class TwoPhase:
             return self.at_once.rehearse(tensors, codec)
         write, read, size = coding(cut(tensors, 1), codec)
         others = (self.world - 1) / self.world
-        return Work(write + (1 + others) * read, 2 * others * size, 2 * self.group.rounds)
+        return Work(write + (1 + others) * read, 2 * others * size, 2 * self.group.rounds(size / self.world))
 
     def __call__(
         self,

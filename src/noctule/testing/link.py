@@ -26,6 +26,8 @@ __all__ = ["Link", "Network", "available", "remove_leftovers", "shaped_network"]
 
 _INTERFACE = "link0"
 _serial = itertools.count()
+_OWN_QUEUE = 1000
+"""Packets that wait at a worker's own end, as at any interface of Linux."""
 _PIECE, _PIECE_SECONDS = 65_536, 0.002
 """Bytes of TCP that the kernel passes on in one piece, by its own default, and what a piece takes on a line of given bandwidth: in
 packets as on a wire, eight workers on two cores would spend more of them on packets than on their work."""
@@ -208,15 +210,16 @@ def _build_bridge(network: Network, link: Link) -> None:
 
 def _limit(network: Network, link: Link) -> None:
     """Give each worker's up-link, at its own end, and its down-link, at the hub's, their bandwidth."""
-    ends = [(namespace, network.interface) for namespace in network.namespaces]
-    ends += [(network.hub, f"port{rank}") for rank in range(len(network.namespaces))]
-    second = (link.megabits or 0.0) * 125_000
-    piece = link.counted_bytes(len(network.namespaces))
+    workers = len(network.namespaces)
+    second, piece = (link.megabits or 0.0) * 125_000, link.counted_bytes(workers)
     queue = round(link.queue_seconds * second) + 2 * piece
-    shape = ["rate", f"{round(8 * second)}bit", "burst", f"{2 * piece}b", "limit", f"{queue}b"]
-    for namespace, interface in ends:
+    own = max(queue, _OWN_QUEUE * link.packet_bytes(workers))  # so that TCP waits there, as with a network card
+    ends = [(namespace, network.interface, own) for namespace in network.namespaces]
+    ends += [(network.hub, f"port{rank}", queue) for rank in range(workers)]
+    for namespace, interface, limit in ends:
         ip("-n", namespace, "link", "set", interface, "gso_max_size", f"{piece if second else _PIECE}")
         if second:
+            shape = ["rate", f"{round(8 * second)}bit", "burst", f"{2 * piece}b", "limit", f"{limit}b"]
             tc("-n", namespace, "qdisc", "replace", "dev", interface, "root", "tbf", *shape)
         elif "tbf" in tc("-n", namespace, "qdisc", "show", "dev", interface):
             tc("-n", namespace, "qdisc", "del", "dev", interface, "root")
@@ -242,7 +245,7 @@ def _set_up(network: Network, rank: int, link: Link) -> None:
     """Give a worker's interface its address; without IPv6, whose greetings would be counted as sent."""
     name = network.interface
     lines = [
-        f"link set {name} addrgenmode none mtu {link.packet_bytes(len(network.namespaces))} txqueuelen 1000",
+        f"link set {name} addrgenmode none mtu {link.packet_bytes(len(network.namespaces))} txqueuelen {_OWN_QUEUE}",
         f"addr add {network.addresses[rank]}/24 dev {name}",
         "link set lo up",
         f"link set {name} up",
