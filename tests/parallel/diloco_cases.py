@@ -18,7 +18,6 @@ from noctule.exchange import AllGather, Compress, own_group
 from noctule.method import attach
 from noctule.parallel import AVERAGE, DiLoCo
 
-
 _DRAWING = threading.Lock()
 
 
