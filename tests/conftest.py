@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,12 @@ def one_seed_and_one_thread():
 
 @pytest.fixture
 def noctule_command(tmp_path: Path):
-    """Start ``noctule ARGS`` in ``tmp_path`` without waiting for it."""
+    """Start ``noctule ARGS`` in ``tmp_path`` without waiting for it, behind the words that bring it to its place, if any."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*args: object) -> subprocess.Popen[str]:
+    def start(*args: object, place: Sequence[str] = ()) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "noctule.cli", *map(str, args)],
+            [*place, sys.executable, "-m", "noctule.cli", *map(str, args)],
             cwd=tmp_path,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,

@@ -1,11 +1,9 @@
 """A parameter server of the command line, and workers with tickets, on machines of their own; real processes."""
 
 import json
-import os
 import signal
 import stat
 import subprocess
-import sys
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -28,29 +26,6 @@ TRAIN = [
     *("run", "sparse_mlp", "--hidden", "64", "64", "--density", "0.2", "--rewire", "none", "--dropout", "0"),
     *("--batch", "64", "--compare", "none", "--checkpoint-seconds", "0.2"),
 ]
-
-
-@pytest.fixture
-def noctule_at(tmp_path):
-    """Start ``noctule ARGS`` in ``tmp_path``, behind the words that bring it to its place."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(place: list[str], *args: object) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [*place, sys.executable, "-m", "noctule.cli", *map(str, args)],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
 
 
 @pytest.fixture
@@ -92,33 +67,35 @@ def finished(process: subprocess.Popen[str], code: int = 0) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(available()), reason=str(available()))
-def test_machines_of_their_own_go_on_when_the_server_or_a_worker_is_killed(noctule_at, tmp_path):
+def test_machines_of_their_own_go_on_when_the_server_or_a_worker_is_killed(noctule_command, tmp_path):
     said = []
     with shaped_network(2) as network:
         first, second = network.command(0), network.command(1)
         options = ["--workers", 2, "--host", "0.0.0.0", "--public-host", network.addresses[0], "--port", 5600]
-        server = noctule_at(first, "server", "server", *options, "--server-rate", 0.05, "--shards", 2)
+        server = noctule_command("server", "server", *options, "--server-rate", 0.05, "--shards", 2, place=first)
         until(lambda: (tmp_path / "server" / "worker-1.ticket").exists(), server)
-        here = noctule_at(first, *TRAIN, "--epochs", 30, "--ticket", "server/worker-0.ticket", "--out", "here")
+        here = noctule_command(
+            *TRAIN, "--epochs", 30, "--ticket", "server/worker-0.ticket", "--out", "here", place=first
+        )
         said += until_said(server, "worker 0 takes part")
 
         server.kill()  # worker 0 waits for worker 1
         said.append(finished(server, -signal.SIGKILL))
-        server = noctule_at(first, "server", "server")
+        server = noctule_command("server", "server", place=first)
         (tmp_path / "server" / "worker-1.ticket").rename(tmp_path / "carried")
         train = [*TRAIN, "--epochs", 30, "--ticket", "carried", "--out", "there"]
-        there = noctule_at(second, *train)
+        there = noctule_command(*train, place=second)
         until(lambda: len(epochs(tmp_path / "there")) > 3, server, here, there)
 
         server.kill()  # both train
         said.append(finished(server, -signal.SIGKILL))
         before = len(epochs(tmp_path / "here"))
-        server = noctule_at(first, "server", "server")
+        server = noctule_command("server", "server", place=first)
         until(lambda: len(epochs(tmp_path / "here")) > before + 3, server, here, there)
 
         there.kill()
         said += [finished(there, -signal.SIGKILL), finished(here)]
-        there = noctule_at(second, *train)  # a run that is there goes on
+        there = noctule_command(*train, place=second)  # a run that is there goes on
         said.append(finished(there))
         server.send_signal(signal.SIGTERM)
         said.append(finished(server, 130))

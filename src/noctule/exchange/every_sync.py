@@ -108,4 +108,4 @@ class EverySync(Method):
         if number != self._pass and not self._paused:
             self._pass = number
             # as DDP and FSDP2 hear of the end of a backward pass: torch has no public way
-            Variable._execution_engine.queue_callback(self.now)  # type: ignore[attr-defined]
+            Variable._execution_engine.queue_callback(self.now)  # type: ignore[attr-defined] torch has no stub for it

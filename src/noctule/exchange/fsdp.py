@@ -59,7 +59,7 @@ class _Pass:
         if number != self.number:  # the last one may have broken off elsewhere
             self.number, self.failed = number, False
             self.before = [stage.state_dict() for stage in self.stages]  # no copies: debts are replaced, not changed
-            Variable._execution_engine.queue_callback(self.end)  # type: ignore[attr-defined]
+            Variable._execution_engine.queue_callback(self.end)  # type: ignore[attr-defined] torch has no stub for it
 
     def undo(self) -> None:
         """Owe what was owed."""
