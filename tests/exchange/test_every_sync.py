@@ -195,6 +195,29 @@ def test_parameters_that_only_some_workers_use():
         assert grad is None or torch.equal(grad, second[name])
 
 
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_gradient_of_zero_on_one_worker_is_one_on_all_and_weights_decay(world):
+    """To an optimizer a gradient of zero is another thing than none."""
+    models = [nn.ModuleList(nn.Linear(2, 2) for _ in range(3)) for _ in range(world)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+
+    def work(path):
+        model = models[path.rank]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+        with attach(model, optimizer, EverySync(Channel(path=path))):
+            x = model[0](torch.ones(1, 2))
+            (x + 0.0 * model[1](x) if path.rank == world - 1 else x).sum().backward()
+            optimizer.step()
+        return model.state_dict()
+
+    before = copy.deepcopy(models[0].state_dict())
+    for after in together(world, work):
+        assert not torch.equal(after["0.weight"], before["0.weight"])
+        torch.testing.assert_close(after["1.weight"], 0.95 * before["1.weight"])
+        assert torch.equal(after["2.weight"], before["2.weight"])
+
+
 @pytest.mark.parametrize("codec", [None, Half()], ids=["exact", "half"])
 def test_moving_connections_stay_alike_and_what_is_owed_follows(codec):
     models = [network(sparse=True) for _ in range(3)]

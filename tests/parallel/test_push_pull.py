@@ -219,6 +219,34 @@ def test_a_gradient_that_is_not_finite_stops_the_step_and_is_not_sent():
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
 
 
+def test_a_gradient_that_is_not_finite_does_not_spoil_what_is_accrued():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with serve(MOMENTUM) as server:
+        method = PushPull(server.ticket(0), push_every=3, pull_every=3)
+        with attach(model, optimizer, method):
+            train(model, optimizer, [batch(0, 0)])
+            before = {name: x.clone() for name, x in method.accrued.items()}
+            list(model.parameters())[-1].grad.fill_(torch.inf)
+            with pytest.raises(NonFiniteError, match=r"gradient of 2\.bias"):
+                optimizer.step()
+            assert all(torch.equal(before[name], x) for name, x in method.accrued.items())
+
+
+def test_what_is_accrued_later_is_not_in_a_state_given_before():
+    model = network()
+    optimizer = PLAIN(model.parameters())
+    with serve(PLAIN) as server:
+        method = PushPull(server.ticket(0), push_every=9, pull_every=9)
+        with attach(model, optimizer, method) as session:
+            train(model, optimizer, [batch(0, 0)])
+            given, state = copy.deepcopy(method.accrued), session.state_dict()
+            for _ in range(2):
+                train(model, optimizer, [batch(0, 1)])
+                session.load_state_dict(state)
+                assert all(torch.equal(given[name], x) for name, x in method.accrued.items())
+
+
 def test_what_cannot_be_is_refused():
     with serve(MOMENTUM, shards=2) as server:
         ticket = server.ticket(0)

@@ -67,10 +67,11 @@ class EverySync(Method):
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         mine = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in named]
         with torch.no_grad():
-            for (_, p), total in zip(named, self.exchange(mine, [name for name, _ in named]), strict=True):
+            totals = self.exchange(mine, [name for name, _ in named])
+            for (_, p), total, used in zip(named, totals, self._used([p for _, p in named], totals), strict=True):
                 if p.grad is not None:
                     p.grad.copy_(total)
-                elif bool(total.any()):
+                elif used:
                     p.grad = total.clone()
 
     def remapped(self, layer: nn.Module, remap: Remap) -> None:
@@ -96,6 +97,15 @@ class EverySync(Method):
         self.exchange.load_state_dict(state["exchange"])
         self._agreed = False
 
+    def _used(self, parameters: Sequence[nn.Parameter], totals: Sequence[Tensor]) -> list[bool]:
+        """Which of them had a gradient on any worker: a zero total does not say, and to an optimizer zero is not none."""
+        used = [_has_any(total) for total in totals]
+        if all(used):
+            return used
+        mine = bytes(p.grad is not None for p, known in zip(parameters, used, strict=True) if not known)
+        others = (any(said) for said in zip(*self.exchange.share(mine), strict=True))
+        return [known or next(others) for known in used]
+
     def _listen(self) -> None:
         """To parameters that are new too."""
         for p in self.model.parameters():
@@ -109,3 +119,9 @@ class EverySync(Method):
             self._pass = number
             # as DDP and FSDP2 hear of the end of a backward pass: torch has no public way
             Variable._execution_engine.queue_callback(self.now)  # type: ignore[attr-defined] torch has no stub for it
+
+
+def _has_any(x: Tensor) -> bool:
+    """Whether a number is not zero, which the first ones mostly tell."""
+    flat = x.flatten()
+    return bool(flat[:256].any()) or bool(flat.any())

@@ -142,13 +142,17 @@ class PushPull(Method):
             ValueError: connections have moved here, and this is not worker 0.
         """
         self._tell()
-        given = {name: p.grad.detach().float() for name, p in self.parameters.items() if p.grad is not None}
-        for name in _not_finite(given):
-            raise NonFiniteError(
-                f"the gradient of {name} is NaN or infinite, and is not pushed: lower the learning rate or clip"
-            )
+        given = {name: p.grad.detach() for name, p in self.parameters.items() if p.grad is not None}
         for name, x in given.items():
-            self.accrued[name] = self.accrued[name] + x if name in self.accrued else x.clone()
+            if not is_finite(x):
+                raise NonFiniteError(
+                    f"the gradient of {name} is NaN or infinite, and is not pushed: lower the learning rate or clip"
+                )
+        for name, x in given.items():  # in place, or steps of small networks spend more on memory than on adding
+            if name in self.accrued:
+                self.accrued[name] += x
+            else:
+                self.accrued[name] = x.to(torch.float32, copy=True)
 
     def after_step(self) -> None:
         """Push and pull, when it is time."""
@@ -212,7 +216,8 @@ class PushPull(Method):
         if self.server.worker == 0:
             self._tell()  # or what has moved would be lost with this worker
         places = {name: topology.state_dict() for name, topology in self._places.items()}
-        kept = {"accrued": dict(self.accrued), "compress": self.compress.state_dict()}
+        accrued = {name: x.clone() for name, x in self.accrued.items()}
+        kept = {"accrued": accrued, "compress": self.compress.state_dict()}
         return {"steps": self.steps, "places": places, **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -226,7 +231,7 @@ class PushPull(Method):
             raise ValueError("this state is of a model with other parameters or shapes: load that of this model")
         self._leave_answer()
         self.followed.go_back()
-        self.accrued = {name: x.to(self.parameters[name].device) for name, x in found.items()}
+        self.accrued = {name: x.to(self.parameters[name].device, copy=True) for name, x in found.items()}
         self.steps = int(state["steps"])
         self.compress.load_state_dict(state["compress"])
         self._lay({name: Topology.from_state_dict(places) for name, places in state["places"].items()})
@@ -322,10 +327,3 @@ class PushPull(Method):
                 found[name] = to_tensor(Exact(), frame, self.parameters[name].shape, name)
         self._since = {}
         return found
-
-
-def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Those with a number that is NaN or infinite; asked of all together first, since steps of small networks are short."""
-    if not tensors or is_finite(torch.stack([x.sum() for x in tensors.values()])):
-        return []
-    return [name for name, x in tensors.items() if not is_finite(x)]

@@ -1,5 +1,6 @@
 """The weights of a shard, the optimizer that moves them, and the connections that those of sparse layers belong to."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -113,4 +114,4 @@ def is_finite(x: Tensor) -> bool:
     >>> is_finite(torch.tensor([3e38, 3e38])), is_finite(torch.tensor([1.0, torch.inf, -torch.inf]))
     (True, False)
     """
-    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+    return math.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())
