@@ -1,6 +1,8 @@
 """What does not go together is refused before anything starts."""
 
 import pytest
+import torch
+from torch import nn
 
 from noctule.cli import main
 from noctule.exchange import EverySync
@@ -15,6 +17,8 @@ from noctule.parallel import DiLoCo
         ({"meet": 0}, "at least one step"),
         ({"strategy": "sync", "meet": 5}, "use diloco or local"),
         ({"strategy": "ssp", "codec": "powersgd"}, "use bf16, natural or topk"),
+        ({"strategy": "diloco", "outer_rate": 0.0}, "outer_rate is above 0"),
+        ({"strategy": "diloco", "outer_momentum": 1.0}, "outer_momentum from 0 to less than 1"),
         ({"strategy": "ssp", "bound": -1}, "bound is at least 0"),
         ({"strategy": "downpour", "server_rate": 0.0}, "server_rate above 0"),
         ({"strategy": "downpour", "shards": 0}, "shards at least 1"),
@@ -33,6 +37,19 @@ def test_what_workers_attach():
     assert Strategy(strategy="diloco").meet_every == 100
     assert [Strategy(strategy=name, bound=5).staleness_bound for name in ("downpour", "ssp", "bsp")] == [None, 5, 0]
     assert codec("none") is codec("powersgd") is None
+
+
+@pytest.mark.parametrize(
+    ("options", "rate", "momentum"),
+    [
+        ({"strategy": "diloco"}, 0.7, 0.9),
+        ({"strategy": "diloco", "outer_rate": 0.5, "outer_momentum": 0.0}, 0.5, 0.0),
+        ({"strategy": "local", "outer_rate": 0.5, "outer_momentum": 0.3}, 1.0, 0.0),
+    ],
+)
+def test_the_outer_optimizer_is_what_was_asked_for(options, rate, momentum):
+    (group,) = Strategy(**options).method(None).outer([nn.Parameter(torch.zeros(2))]).param_groups
+    assert (group["lr"], group["momentum"], group["nesterov"]) == (rate, momentum, momentum > 0.0)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from noctule.exchange.group import TRAFFIC
 from noctule.launch import Strategy, Team, as_member_of
 from noctule.launch.together import Together
 from noctule.layers import FuseEpilogue, ToSparse
-from noctule.loop import evaluate, fit
+from noctule.loop import Fitted, evaluate, fit
 from noctule.method import Method
 from noctule.models import mlp
 from noctule.optim import param_groups
@@ -41,15 +42,22 @@ class InGroup:
         return False
 
 
+class Enough(Exception):
+    """The network is as good as it was to be."""
+
+
 @dataclass
 class Reached(Method):
-    """Scores the network every so many steps; the first time it is good enough counts."""
+    """Scores the network every so many steps; the first time it is good enough counts.
+
+    Given after the method that keeps workers together, it finds the same on all of them where they have just met.
+    """
 
     validation: Dataset
     every: int
     accuracy: float
-    stop: bool = False
-    """Whether the training may end there."""
+    stop: bool
+    """Whether the training ends there, with `Enough`."""
 
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """The clock starts."""
@@ -64,6 +72,8 @@ class Reached(Method):
             at = time.perf_counter()
             if evaluate(self.model, self.validation)[1] >= self.accuracy:
                 self.found = self.steps, at - self.started - self.spent
+                if self.stop:
+                    raise Enough
             self.spent += time.perf_counter() - at
 
 
@@ -77,8 +87,22 @@ def network(kind: str, features: int, classes: int, seed: int) -> tuple[nn.Modul
     return model, torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
 
 
-def trained(rank: int, world: int, plan: dict[str, Any]) -> dict[str, Any]:
-    """Train as the plan says, alone or together on the same batches; the outcome of this worker."""
+@dataclass
+class Trained:
+    """What a training left; `fitted` is None where it ended with `Enough`."""
+
+    model: nn.Module
+    test: Dataset
+    steps: int
+    fitted: Fitted | None
+    reached: tuple[int, float] | None
+    sent_bytes: int
+    exchange_seconds: float
+    seconds: float
+
+
+def train(rank: int, plan: dict[str, Any], *, stop: bool) -> Trained:
+    """Train as the plan says, alone or together on the same batches."""
     splits = standardize(load(plan["data"], data_dir=plan["data_dir"] and Path(plan["data_dir"]), seed=plan["seed"]))
     batches = Batches(splits.train, plan["batch"], seed=plan["seed"])
     steps = plan["epochs"] * len(batches)
@@ -87,39 +111,52 @@ def trained(rank: int, world: int, plan: dict[str, Any]) -> dict[str, Any]:
         if isinstance(team, Together):
             team.form()
         model, optimizer = network(plan["kind"], splits.train.features, splits.train.classes, plan["seed"])
-        reached = Reached(splits.validation, plan["look_every"], plan["reach"])
+        reached = Reached(splits.validation, plan["look_every"], plan["reach"], stop)
         moving = (
             settling("gse", fraction=FRACTION, every=EVERY, steps=steps, seed=plan["seed"])
             if plan["kind"] == "sparse"
             else ()
         )
-        methods = [reached, *moving, *team.methods(steps=steps)]
-        sent, waited, started = TRAFFIC.sent_bytes, TRAFFIC.seconds, time.perf_counter()
-        fitted = team.train(
-            lambda: fit(
-                model,
-                optimizer,
-                team.share(batches),
-                validation=splits.validation,
-                epochs=plan["epochs"],
-                methods=methods,
-                scheduler=falling_rate(optimizer, steps),
+        methods = [*moving, *team.methods(steps=steps), reached]
+        fitted, sent, waited, started = None, TRAFFIC.sent_bytes, TRAFFIC.seconds, time.perf_counter()
+        with suppress(Enough):
+            fitted = team.train(
+                lambda: fit(
+                    model,
+                    optimizer,
+                    team.share(batches),
+                    validation=splits.validation,
+                    epochs=plan["epochs"],
+                    methods=methods,
+                    scheduler=falling_rate(optimizer, steps),
+                )
             )
-        )
-        seconds = time.perf_counter() - started
-    model.load_state_dict(fitted.best_state)
-    numbers = sum(p.numel() for p in model.parameters())
+    spent = (TRAFFIC.sent_bytes - sent, TRAFFIC.seconds - waited, time.perf_counter() - started)
+    return Trained(model, splits.test, steps, fitted, reached.found, *spent)
+
+
+def trained(rank: int, world: int, plan: dict[str, Any]) -> dict[str, Any]:
+    """The outcome of a training for this worker."""
+    outcome = train(rank, plan, stop=False)
+    assert outcome.fitted is not None
+    outcome.model.load_state_dict(outcome.fitted.best_state)
     return {
-        "accuracy": evaluate(model, splits.test)[1],
-        "validation_accuracy": fitted.best_accuracy,
-        "best_epoch": fitted.best_epoch,
-        "steps": steps,
-        "weights": numbers,
-        "reached": None if reached.found is None else list(reached.found),
-        "sent_bytes_per_step": (TRAFFIC.sent_bytes - sent) / steps,
-        "exchange_share": (TRAFFIC.seconds - waited) / seconds,
-        "seconds": round(seconds, 2),
+        "accuracy": evaluate(outcome.model, outcome.test)[1],
+        "validation_accuracy": outcome.fitted.best_accuracy,
+        "best_epoch": outcome.fitted.best_epoch,
+        "steps": outcome.steps,
+        "weights": sum(p.numel() for p in outcome.model.parameters()),
+        "reached": outcome.reached,
+        "sent_bytes_per_step": outcome.sent_bytes / outcome.steps,
+        "exchange_share": outcome.exchange_seconds / outcome.seconds,
+        "seconds": round(outcome.seconds, 2),
     }
+
+
+def raced(rank: int, world: int, plan: dict[str, Any]) -> tuple[int, float] | None:
+    """After how many steps and seconds the network was good enough, where the training ends; it is looked at when workers meet."""
+    meet = Strategy(**plan["strategy"]).meet_every
+    return train(rank, {**plan, "look_every": -(-plan["look_every"] // meet) * meet}, stop=True).reached
 
 
 def plain_steps(rank: int, world: int, plan: dict[str, Any], count: int) -> list[float]:

@@ -1,6 +1,7 @@
 """How workers train together, by the names that the command line knows."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from noctule.exchange import (
 )
 from noctule.method import Method
 from noctule.parallel import DiLoCo
-from noctule.parallel.diloco import AVERAGE, NESTEROV
+from noctule.parallel.diloco import AVERAGE
 
 Name = Literal["sync", "diloco", "local", "downpour", "ssp", "bsp", "wasap"]
 Coding = Literal["none", "bf16", "natural", "topk", "powersgd", "auto"]
@@ -47,6 +48,8 @@ class Strategy:
             (whatever is fastest on the link as measured).
         meet: steps from one meeting, or push and pull, to the next (default: 100 for diloco and local, 1 for the others).
         bound: of ssp, in pushes.
+        outer_rate: the learning rate of diloco's outer optimizer.
+        outer_momentum: of the same, Nesterov's; smaller suits a training of a few hundred meetings or less.
         server_rate: the learning rate at the parameter server, of Adagrad, or for wasap of SGD with momentum.
         shards: of the parameter server.
 
@@ -58,6 +61,8 @@ class Strategy:
     codec: Coding = "none"
     meet: int | None = None
     bound: int = 3
+    outer_rate: float = 0.7
+    outer_momentum: float = 0.9
     server_rate: float = 0.01
     shards: int = 1
 
@@ -69,6 +74,10 @@ class Strategy:
             raise ValueError(f"with sync workers meet at every step, got meet={self.meet}: use diloco or local")
         if self.served and self.codec in ("powersgd", "auto"):
             raise ValueError(f"{self.codec} needs workers that meet: with {self.strategy} use bf16, natural or topk")
+        if not (self.outer_rate > 0.0 and 0.0 <= self.outer_momentum < 1.0):
+            raise ValueError(
+                f"outer_rate is above 0 and outer_momentum from 0 to less than 1, got {self.outer_rate} and {self.outer_momentum}"
+            )
         if self.bound < 0 or self.shards < 1 or not self.server_rate > 0.0:
             raise ValueError(
                 f"bound is at least 0, shards at least 1 and server_rate above 0, got {self.bound}, {self.shards} and "
@@ -110,7 +119,9 @@ class Strategy:
         """What workers in a process group attach."""
         if self.strategy == "sync":
             return EverySync(exchange)
-        return DiLoCo(exchange, every=self.meet_every, outer=NESTEROV if self.strategy == "diloco" else AVERAGE)
+        momentum = self.outer_momentum
+        nesterov = partial(torch.optim.SGD, lr=self.outer_rate, momentum=momentum, nesterov=momentum > 0.0)
+        return DiLoCo(exchange, every=self.meet_every, outer=nesterov if self.strategy == "diloco" else AVERAGE)
 
     def exchange(self, weigh: Weigh) -> Exchange:
         """Between the members of the process group as it is; ``weigh`` says what a worker's gradients count."""
