@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 _PORT = 29510
 """Where torchft's lighthouse listens unless it is told otherwise."""
 _ASK_SECONDS = 0.25
-_LOOK_SECONDS = 0.002
 _ANSWER_SECONDS = 3.0
 """For another machine to answer; a lighthouse without a quorum does not, and is asked once more."""
 _SURE = 3
@@ -200,20 +199,14 @@ class Lighthouse:
             host, _, port = members[0].store_address.rpartition(":")
             store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=_ANSWER_SECONDS))
             store.set_timeout(self._timeout)
-        self._await_all(store, name, rank, len(members))
-        join_group(store, rank=rank, world=len(members), name=name, timeout_seconds=self.timeout_seconds)
-
-    def _await_all(self, store: TCPStore, name: str, rank: int, world: int) -> None:
-        """Wait until all who are to be in the group are there; RuntimeError where they are called back before.
-
-        Who is the first to know says for all whether they go: gloo would wait for one who does not until the time-out.
-        """
-        store.set(f"{name}/here/{rank}", "")
-        here, deadline = [f"{name}/here/{other}" for other in range(world)], time.monotonic() + self.timeout_seconds
-        while not (complete := store.check(here)) and not self.called and time.monotonic() < deadline:
-            time.sleep(_LOOK_SECONDS)
-        if store.compare_set(f"{name}/goes", "", "yes" if complete else "no") == b"no":
-            raise RuntimeError("a worker was lost on its way to the group")
+        join_group(
+            store,
+            rank=rank,
+            world=len(members),
+            name=name,
+            timeout_seconds=self.timeout_seconds,
+            called=lambda: self.called,
+        )
 
 
 def _reach(address: str) -> "tuple[LighthouseClient, str]":

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -25,6 +26,7 @@ from noctule.method import Method
 from noctule.rewire import Rewire
 
 T = TypeVar("T")
+_LOOK_SECONDS = 0.002
 
 
 class Rendezvous(Protocol):
@@ -141,8 +143,23 @@ class Together(Team):
             signal.raise_signal(signal.SIGINT)
 
 
-def join_group(store: Store, *, rank: int, world: int, name: str, timeout_seconds: float) -> None:
-    """A gloo group of who meets under this name, which waits for a silent peer for so long."""
+def join_group(
+    store: Store, *, rank: int, world: int, name: str, timeout_seconds: float, called: Callable[[], bool]
+) -> None:
+    """A gloo group of who meets under this name, which waits for a silent peer for so long.
+
+    Gloo would wait as long for one who has died on its way, so all say first that they are there; who is the first to know whether
+    that is so says for all whether they go.
+
+    Raises:
+        RuntimeError: not all came, or this one was called elsewhere before they did.
+    """
+    store.set(f"{name}/here/{rank}", "")
+    here, deadline = [f"{name}/here/{other}" for other in range(world)], time.monotonic() + timeout_seconds
+    while not (complete := store.check(here)) and not called() and time.monotonic() < deadline:
+        time.sleep(_LOOK_SECONDS)
+    if store.compare_set(f"{name}/goes", "", "yes" if complete else "no") == b"no":
+        raise RuntimeError("a worker was lost on its way to the group")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         "gloo",

@@ -5,7 +5,6 @@ import queue
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -22,8 +21,6 @@ from noctule.launch.strategies import Strategy
 from noctule.launch.team import UNTRAINED, Team, as_member_of
 from noctule.launch.together import Together, join_group
 from noctule.parallel.ticket import Ticket
-
-_LOOK_SECONDS = 0.002
 
 
 class Supervised:
@@ -54,23 +51,17 @@ class Supervised:
             self.stopped = self.stopped or words["stopped"]
             name, rank, world = f"group-{words['group']}", words["rank"], words["world"]
             try:
-                self._await_all(name, rank, world)
-                join_group(self._store, rank=rank, world=world, name=name, timeout_seconds=self._timeout_seconds)
+                join_group(
+                    self._store,
+                    rank=rank,
+                    world=world,
+                    name=name,
+                    timeout_seconds=self._timeout_seconds,
+                    called=lambda: self.called,
+                )
             except RuntimeError:  # one of them died on its way: with those who are left
                 continue
             return
-
-    def _await_all(self, name: str, rank: int, world: int) -> None:
-        """Wait until all who are to be in the group are there; RuntimeError where the supervisor calls them back before.
-
-        gloo would wait for one who has died on its way until the time-out. Who is the first to know says for all whether they go.
-        """
-        self._store.set(f"{name}/here/{rank}", "")
-        here, deadline = [f"{name}/here/{other}" for other in range(world)], time.monotonic() + self._timeout_seconds
-        while not (complete := self._store.check(here)) and not self.called and time.monotonic() < deadline:
-            time.sleep(_LOOK_SECONDS)
-        if self._store.compare_set(f"{name}/goes", "", "yes" if complete else "no") == b"no":
-            raise RuntimeError("a worker died on its way to the group")
 
     def leave(self) -> None:
         """Be in no group, and go on alone."""
