@@ -119,6 +119,13 @@ class Dying(Half):
         return super().encode(x, generator)
 
 
+class Failing(Half):
+    """Cannot encode."""
+
+    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
+        raise RuntimeError("no kernel for this")
+
+
 def lost_midway(rank: int, world: int, path: str, encodings: int) -> dict[str, Any]:
     """The last worker dies in its third exchange, before the last message: what the others owe then."""
     compress = Compress(Dying())
@@ -134,6 +141,16 @@ def lost_midway(rank: int, world: int, path: str, encodings: int) -> dict[str, A
         kept = all(torch.equal(compress.owed[key], before[key]) for key in KEYS)
         return {"calls": channel.calls, "kept": kept}
     return {"calls": channel.calls, "kept": False}
+
+
+def cannot_be_made(rank: int, world: int) -> tuple[str, bool]:
+    """What is said of a codec that fails by itself, and whether a worker is taken to be lost."""
+    channel = Channel(Compress(Failing()), path=PATHS["TwoPhase"]())
+    try:
+        channel(given(rank, 0), KEYS)
+    except ExchangeError as error:
+        return str(error), isinstance(error, LostWorkerError)
+    return "nothing", False
 
 
 def cut_anew(rank: int, world: int) -> dict[str, Any]:

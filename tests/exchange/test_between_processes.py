@@ -183,6 +183,11 @@ def test_tensors_of_other_shapes_are_told(workers):
 
 def test_after_an_exchange_that_a_worker_left_debts_are_as_before():
     with Workers(4, group_timeout_seconds=20.0) as workers:
+        for text, lost in workers.call(jobs.cannot_be_made):  # nobody is lost, and to try again would not help
+            assert "could not make its message" in text
+            assert "no kernel for this" in text
+            assert not lost
+        workers.form_group()
         for path, encodings in (("TwoPhase", 4), ("AllGather", 5)):
             *survivors, _ = workers.begin(jobs.lost_midway, path, encodings).outcomes()
             assert survivors == [{"calls": 2, "kept": True}] * len(survivors)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from noctule.errors import LostWorkerError
+from noctule.errors import ExchangeError, LostWorkerError
 
 _all_gather = getattr(
     dist, "all_gather_single", dist.all_gather_into_tensor
@@ -114,15 +114,29 @@ class Group:
         Args:
             wire_to: makes the message to a worker.
             size: of every message, where it is known.
+
+        Raises:
+            ExchangeError: a message could not be made; LostWorkerError where a worker is gone.
         """
+
+        def made(peer: int) -> Tensor:
+            try:
+                return wire_to(peer)
+            except ExchangeError:
+                raise
+            except RuntimeError as error:
+                raise ExchangeError(
+                    f"worker {self.rank} could not make its message to worker {peer}: {error}"
+                ) from error
+
         if size is None or not self._directly:
             none = torch.empty(0, dtype=torch.uint8)
-            wires = [none if peer == self.rank else wire_to(peer) for peer in range(self.world)]
+            wires = [none if peer == self.rank else made(peer) for peer in range(self.world)]
             sizes = None if size is None else [0 if peer == self.rank else size for peer in range(self.world)]
             yield from (each for each in enumerate(self.trade(wires, sizes=sizes)) if each[0] != self.rank)
             return
         with self._speaking("all_to_all"):
-            yield from self._in_turns(wire_to, [size] * self.world)
+            yield from self._in_turns(made, [size] * self.world)
         self.count((self.world - 1) * size)
 
     def add_(self, x: Tensor) -> Tensor:
@@ -224,6 +238,8 @@ class Group:
         started = time.perf_counter()
         try:
             yield
+        except ExchangeError:
+            raise
         except RuntimeError as error:
             raise LostWorkerError(
                 f"worker {self.rank} of {self.world} could not finish {what}: {error}. A worker has died or left, the link is down "
