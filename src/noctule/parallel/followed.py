@@ -69,8 +69,9 @@ class Followed:
             header, frames = {"names": mine, "versions": self.versions(names)}, []
             for name in mine:
                 old, layer = self.places[name], self.layers[name]
-                first = layer.values.detach().float()[Remap.between(old, layer.topology).old_slot < 0]
-                frames += [*Move.between(old, layer.topology).write(old), to_bytes(Exact().encode(first))]
+                remap = Remap.between(old, layer.topology)
+                first = layer.values.detach().float()[remap.old_slot < 0]
+                frames += [*Move.along(remap, layer.topology).write(old), to_bytes(Exact().encode(first))]
                 self.places[name] = layer.topology
                 self._versions[name] += 1
             messages.append((header, frames))

@@ -39,8 +39,13 @@ class Move:
         >>> Move.between(a, b)
         Move(dropped=tensor([1]), grown=tensor([7]))
         """
-        old_slot = Remap.between(old, new).old_slot
-        goes = torch.ones(old.size, dtype=torch.bool)
+        return cls.along(Remap.between(old, new), new)
+
+    @classmethod
+    def along(cls, remap: Remap, new: Topology) -> Self:
+        """What a remap to these places did."""
+        old_slot = remap.old_slot
+        goes = torch.ones(remap.old_size, dtype=torch.bool)
         goes[old_slot[old_slot >= 0].cpu()] = False
         return cls(goes.nonzero()[:, 0], new.keys()[old_slot < 0].cpu())
 
