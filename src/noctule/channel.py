@@ -43,6 +43,11 @@ class Exchange(ABC):
     def share(self, message: bytes) -> list[bytes]:
         """What every worker has to say, in their order: for words, not for tensors."""
 
+    @property
+    def counts(self) -> bool:
+        """Whether what this worker gives now enters the aggregates: not where it has nothing, with a `Weigh` of zero."""
+        return True
+
     def rehearse(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> Work:
         """What an exchange of such tensors would take; nothing is sent and nothing kept."""
         raise NotImplementedError(
@@ -73,6 +78,8 @@ class Stage:
     """What turns the tensors into bytes; only the last stage may have one."""
     owes = False
     """It keeps what the others did not get, so the last stage hears what `arrived`."""
+    scale = 1.0
+    """By what the stages before it have multiplied, as the `Channel` says before `send`."""
 
     def weight(self) -> float:
         """How much this worker counts beside the others."""
@@ -157,7 +164,7 @@ class Channel(Exchange):
         seed: of what the codec draws; each worker draws its own.
 
     Raises:
-        ValueError: a stage compresses and is not the last, or needs a sum and the aggregate is not the mean.
+        ValueError: a stage compresses and is not the last, two have a weight, or one needs a sum and the aggregate is not the mean.
     """
 
     def __init__(self, *stages: Stage, path: Path, aggregate: Aggregate = mean, seed: int = 0) -> None:
@@ -173,6 +180,8 @@ class Channel(Exchange):
         for stage in stages[:-1]:
             if stage.codec is not None:
                 raise ValueError(f"{type(stage).__name__} turns tensors into bytes: it must be the last stage")
+        if sum(type(stage).weight is not Stage.weight for stage in stages) > 1:
+            raise ValueError(f"a worker has one weight, got two stages that say it: {', '.join(map(repr, stages))}")
         self.stages, self.path, self.aggregate, self.seed = stages, path, aggregate, seed
         self.calls = 0
         """How many exchanges are done."""
@@ -195,6 +204,7 @@ class Channel(Exchange):
             )
         weight, sent = 1.0, [list(tensors)]
         for stage in self.stages:
+            stage.scale = weight
             weight *= stage.weight()
             sent.append([stage.send(x, key) for x, key in zip(sent[-1], keys, strict=True)])
         turn = float(self.calls % 64)  # small, so that sums of its squares are exact even in float32
@@ -214,6 +224,11 @@ class Channel(Exchange):
             for x, delivered, key in zip(sent[-1], found.delivered, keys, strict=True):
                 self.stages[-1].arrived(x, delivered, key)
         return totals
+
+    @property
+    def counts(self) -> bool:
+        """Whether no stage has a weight of zero."""
+        return all(stage.weight() > 0.0 for stage in self.stages)
 
     def share(self, message: bytes) -> list[bytes]:
         """What every worker has to say, in their order."""

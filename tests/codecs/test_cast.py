@@ -29,3 +29,11 @@ def test_it_is_a_codec_and_refuses_integers():
     assert isinstance(Cast(), Codec)
     with pytest.raises(ValueError, match="floating"):
         Cast(torch.int8)
+
+
+def test_an_infinite_number_does_not_vanish():
+    for eight in (torch.float8_e4m3fn, torch.float8_e8m0fnu):
+        with pytest.raises(ValueError, match=r"use torch\.float8_e5m2"):
+            Cast(eight)
+    codec = Cast(torch.float8_e5m2)
+    assert not codec.decode(codec.encode(torch.tensor([torch.inf, -torch.inf, 1e6]))).isfinite().any()

@@ -5,6 +5,7 @@ import copy
 import math
 import os
 import signal
+import time
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from noctule.exchange import (
     EverySync,
     Group,
     LinkEstimate,
+    NoiseScale,
     PowerSGD,
     TwoPhase,
     Weigh,
@@ -281,6 +283,7 @@ def one_group_for_both(rank: int, world: int) -> list[str]:
         mine,
         models,
         PowerSGD(1, over=models),
+        NoiseScale(models, samples=lambda: (1, 2)),
         Auto({"a": mine, "b": models}, probe=lambda: LinkEstimate(0, 1)),
     ):
         try:
@@ -376,6 +379,55 @@ def overflown_in_ddp(rank: int, world: int, megabytes: float) -> list[bool]:
     found.append(as_before(*_data()[0]))
     Breaking.left = math.inf
     return found
+
+
+class FailingOnce(Half):
+    """Half, but for once."""
+
+    fails = False
+
+    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
+        if FailingOnce.fails:
+            FailingOnce.fails = False
+            raise LostWorkerError("for once")
+        return super().encode(x, generator)
+
+
+def failed_once_in_ddp(rank: int, world: int) -> list[bool]:
+    """A pass in several exchanges of which the first fails, and the others come about: is everything as before?"""
+    model = DistributedDataParallel(_network(sparse=False), bucket_cap_mb=0.001)
+    compress = Compress(FailingOnce())
+    channel = Channel(compress, path=AllGather(own_group()))
+    model.register_comm_hook(None, ddp_hook(channel, model, megabytes=1e-6))
+    found = []
+    for step, (x, y) in enumerate(_data()):
+        FailingOnce.fails = step == 2
+        before, calls = dict(compress.owed), channel.calls
+        model.zero_grad()
+        with contextlib.suppress(RuntimeError):
+            (model(x[rank::world]) - y[rank::world]).pow(2).mean().backward()
+        time.sleep(0.5)  # backward does not wait for the exchanges behind one that failed
+        same = all(key in before and torch.equal(before[key], x) for key, x in compress.owed.items())
+        found.append(same and channel.calls == calls)
+    return found
+
+
+def owed_over_a_plain_pass(rank: int, world: int) -> list[list[str]]:
+    """What is still owed of what a candidate left behind, after a plain pass that is not finite, and after one that is."""
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), bucket_cap_mb=1e-6)
+    auto = Auto({"plain": Channel(path=AllReduce(own_group()))}, probe=lambda: LinkEstimate(0.0, 1e15))
+    model.register_comm_hook(None, ddp_hook(auto, model))
+    auto.load_state_dict({**auto.state_dict(), "owed": {"1.bias": torch.ones(2)}})
+    found = []
+    for x in (torch.inf, 1.0):
+        model(torch.full((1, 2), x)).sum().backward()
+        model.zero_grad()
+        found.append([*auto.state_dict()["owed"]])
+    return found
+
+
+def near_the_largest(rank: int, world: int, path: str) -> list[float]:
+    return Channel(path=PATHS[path]())([torch.full((3,), 4e4, dtype=torch.float16)], ["x"])[0].tolist()
 
 
 def overflown_in_fsdp(rank: int, world: int, layer: int) -> dict[str, list[bool]]:

@@ -10,7 +10,7 @@ import torch
 from exchange_cases import KEYS, Half, given, together
 from noctule.channel import Channel, Exchange
 from noctule.codecs import NaturalCompression
-from noctule.exchange import Auto, Compress, LinkEstimate, PowerSGD
+from noctule.exchange import Auto, Compress, LinkEstimate, PowerSGD, Weigh
 from noctule.testing.link import Link, available, shaped_network
 from noctule.testing.processes import Workers
 
@@ -124,6 +124,34 @@ def test_those_whose_prices_are_near_show_what_they_take(plain, half, choice):
     assert turns["natural"] == 1  # so slow that it got no other
     assert settled
     check_conserved(everyone, 30)
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_debts_change_hands_as_gradients_not_times_a_workers_samples(idle):
+    """The half is left for the plain one, which pays; one that has no samples just then pays later."""
+
+    def work(path):
+        weigh, got, choices = Weigh(64.0), [], []
+        ways = {
+            "plain": Plain(weigh, path=path),
+            "half": Channel(weigh, Compress(Half()), path=path),
+        }
+        link = [SLOW]
+        auto = Auto(ways, probe=lambda: link[0], turns=0)
+        for call in range(4):
+            if call == 2:
+                link[0], auto.link = FAST, None
+            weigh.n = 0.0 if idle and call == 2 and path.rank == 0 else 64.0
+            (total,) = auto([torch.ones(1000)], ["x"])
+            got.append((float(total[0]), float(total[-1])))
+            choices.append(auto.choice)
+        assert choices == ["half", "half", "plain", "plain"]
+        assert not auto.release()
+        return got
+
+    # Each owes 2 of the last number. Of a worker without samples the others' mean is the aggregate.
+    paid = [(1.0, 3.0), (1.0, 2.0)] if idle else [(1.0, 3.0), (1.0, 1.0)]
+    assert together(2, work) == [[(1.0, 0.0), (1.0, 0.0), *paid]] * 2
 
 
 def check_conserved(everyone, calls):

@@ -153,6 +153,21 @@ def test_a_pass_in_ddp_is_delivered_as_a_whole_or_not_at_all(workers, megabytes)
         assert each == [False, False, True, False, False, True]
 
 
+def test_a_pass_in_ddp_of_which_one_exchange_fails_changes_nothing(workers):
+    for each in workers.call(jobs.failed_once_in_ddp):
+        assert each == [False, False, True, False, False]
+
+
+def test_over_a_plain_pass_in_ddp_that_is_not_finite_what_was_owed_still_is(workers):
+    assert workers.call(jobs.owed_over_a_plain_pass) == [[["1.bias"], []]] * WORLD
+
+
+@pytest.mark.parametrize("path", jobs.PATHS)
+def test_means_of_sixteen_bits_do_not_overflow(workers, path):
+    expected = torch.full((3,), 4e4, dtype=torch.float16).tolist()
+    assert workers.call(jobs.near_the_largest, path) == [expected] * WORLD
+
+
 @pytest.mark.parametrize("layer", [2, 4])
 def test_a_pass_in_fsdp_is_delivered_as_a_whole_or_not_at_all(workers, layer):
     for each in workers.call(jobs.overflown_in_fsdp, layer):

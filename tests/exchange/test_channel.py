@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from exchange_cases import KEYS, Half, given, together
 from noctule.aggregate import krum, mean, median, trimmed_mean
 from noctule.channel import Channel, Stage
-from noctule.codecs import Cast
+from noctule.codecs import Cast, NaturalCompression, RandomK, TopK
 from noctule.errors import ExchangeError
 from noctule.exchange import Clip, Compress, Weigh
 from noctule.exchange.messages import Format
@@ -188,6 +188,8 @@ def test_what_cannot_be_is_refused():
             Channel(Compress(Half()), Clip(1.0), path=path)
         with pytest.raises(ValueError, match="shows the sum of all workers only"):
             Channel(Weigh(1.0), path=path, aggregate=median)
+        with pytest.raises(ValueError, match="a worker has one weight"):
+            Channel(Weigh(2.0), Weigh(3.0), path=path)
         with pytest.raises(TypeError, match="made of Stage objects"):
             Channel(Half(), path=path)
         with pytest.raises(ValueError, match="key of its own"):
@@ -200,6 +202,7 @@ def test_what_cannot_be_is_refused():
         (lambda: Clip(0.0), "above 0"),
         (lambda: trimmed_mean(-1), "at least none"),
         (lambda: krum(-1), "faulty"),
+        (lambda: Compress(RandomK(0.1), error_feedback=True), "grow without bound"),
     ):
         with pytest.raises(ValueError, match=text):
             bad()
@@ -209,3 +212,24 @@ def test_what_cannot_be_is_refused():
         krum(1)([[torch.ones(1)]] * 4)
     with pytest.raises(ValueError, match="weight is at least 0"):
         Weigh(float("nan")).weight()
+
+
+@pytest.mark.parametrize("make", [trimmed_mean, krum])
+def test_workers_say_what_their_aggregate_stands(make):
+    def said(number):
+        return together(1, lambda path: repr(Channel(path=path, aggregate=make(number))))
+
+    assert said(1) == said(1) != said(2)
+
+
+@pytest.mark.parametrize("codec", [RandomK(0.1, values=Cast(torch.bfloat16)), TopK(0.1, values=NaturalCompression())])
+def test_what_is_owed_stays_bounded(codec):
+    def work(path):
+        compress = Compress(codec)
+        assert compress.owes
+        channel, generator = Channel(compress, path=path), torch.Generator().manual_seed(0)
+        for _ in range(150):
+            channel([torch.randn(300, generator=generator)], ["x"])
+        assert float(compress.owed["x"].norm()) < 20 * 300**0.5
+
+    together(1, work)

@@ -212,3 +212,59 @@ def test_training_over_a_skipped_step_is_training_without_that_batch():
         return same(weights(0, data, True), weights(1, data[:2] + data[3:], False))
 
     assert all(together(3, work))
+
+
+@settings(max_examples=60, deadline=None)
+@given_(st.lists(st.integers(0, 70), min_size=1, max_size=6), st.sampled_from(CODECS))
+def test_whatever_a_worker_counts_it_owes_what_was_not_delivered(weights, codec):
+    """A worker that has many samples in one step and few, or none, in the next owes gradients, not gradients times samples."""
+
+    def work(path):
+        weigh, compress = Weigh(1.0), Compress(codec, error_feedback=True)
+        channel = Channel(weigh, compress, path=path)
+        given_sum, got_sum = ([torch.zeros(x.shape, dtype=torch.float64) for x in given(0)] for _ in range(2))
+        for call, n in enumerate(weights):
+            weigh.n = float(n)
+            tensors = given(0, call)
+            for x, total, a, b in zip(tensors, channel(tensors, KEYS), given_sum, got_sum, strict=True):
+                a += x if n else 0.0
+                b += total
+        for key, a, b in zip(KEYS, given_sum, got_sum, strict=True):
+            torch.testing.assert_close(b + compress.owed.get(key, torch.zeros(())), a, atol=1e-4, rtol=1e-4)
+
+    together(1, work)
+
+
+def test_debts_are_kept_where_sixteen_bits_could_not_hold_them():
+    def work(path):
+        compress, x = Compress(TopK(0.5)), torch.tensor([1.0, 0.001], dtype=torch.bfloat16)
+        channel, got = Channel(compress, path=path), torch.zeros(2, dtype=torch.float64)
+        for _ in range(1000):
+            got += channel([x], ["x"])[0].double()
+        torch.testing.assert_close(got + compress.owed["x"], 1000.0 * x.double(), atol=0.0, rtol=1e-3)
+
+    together(1, work)
+
+
+def test_a_worker_without_samples_leaves_its_debts_of_low_rank_as_they_were():
+    def work(path):
+        weigh = Weigh(1.0)
+        power = PowerSGD(1, over=Channel(weigh, path=path))
+        power(given(path.rank), KEYS)
+        before = dict(power.owed)
+        weigh.n = float(path.rank)
+        power(given(path.rank, 1), KEYS)
+        return same(before, power.owed)
+
+    assert together(2, work) == [True, False]
+
+
+def test_low_rank_gives_away_what_its_other_exchange_owes_too():
+    def work(path):
+        power = PowerSGD(1, over=Channel(Compress(Half()), path=path))
+        power(given(path.rank), KEYS)
+        released = power.release()
+        assert {"a.weight", "a.bias", "scale"} <= released.keys() <= set(KEYS)
+        assert not power.release()
+
+    together(1, work)

@@ -23,9 +23,14 @@ class Cast:
     unbiased: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuses dtypes that are not floating."""
+        """Refuses dtypes that are not floating, and those in which an infinite number becomes a finite one."""
         if not self.dtype.is_floating_point:
             raise ValueError(f"Cast needs a floating dtype such as torch.bfloat16, got {self.dtype}")
+        beyond = torch.tensor([math.inf, -math.inf, 0.0]).to(self.dtype).float()
+        if bool(beyond[:2].isfinite().any()) or bool(beyond[2]):
+            raise ValueError(
+                f"{self.dtype} has no infinite number or no zero: use torch.float8_e5m2, or one of 16 bits"
+            )
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
         """``x`` in the smaller dtype."""

@@ -21,8 +21,10 @@ _BUCKET, _LONG = 1 << 16, (1 << 63) - 1
 class RandomK:
     """Keeps elements chosen by chance, scaled by n/k so that the mean is right, and zeros elsewhere.
 
-    The second moment is n/k times that of the tensor. Positions cost 8 bytes in all: both sides draw them from a seed. A tensor
-    with inf or NaN anywhere decodes to NaN at all positions that were chosen.
+    Where the values' codec is biased there is no mean to keep right, and nothing is scaled: then what is left out is to be sent
+    later, and of scaled numbers more would be left out than there was. The second moment is n/k times that of the tensor. Positions
+    cost 8 bytes in all: both sides draw them from a seed. A tensor with inf or NaN anywhere decodes to NaN at all positions that
+    were chosen.
 
     Args:
         fraction: of the elements, at least one.
@@ -57,14 +59,15 @@ class RandomK:
         return Payload((torch.tensor([seed], device=x.device), *kept.parts), tuple(x.shape), x.dtype)
 
     def decode(self, payload: Payload) -> Tensor:
-        """What was kept times n/k, and zeros."""
+        """What was kept, times n/k where the mean is to be right, and zeros."""
         seed, *parts = payload.parts
         n = math.prod(payload.shape)
         k = share(self.fraction, n)
         kept_K = self._values.decode(Payload(tuple(parts), (k,), payload.dtype))
         x_N = torch.zeros(n, dtype=payload.dtype, device=seed.device)
         wide_K = kept_K.to(torch.promote_types(payload.dtype, torch.float32))
-        x_N[_positions(int(seed) & _LONG, n, k, seed.device)] = (wide_K * (n / max(k, 1))).to(payload.dtype)
+        scale = n / max(k, 1) if self.unbiased else 1.0
+        x_N[_positions(int(seed) & _LONG, n, k, seed.device)] = (wide_K * scale).to(payload.dtype)
         return x_N.view(payload.shape)
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:

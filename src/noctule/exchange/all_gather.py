@@ -46,7 +46,7 @@ class AllGather:
         form = Format(tensors, codec, len(numbers))
         wire, delivered = form.write(tensors, numbers, generator)
         wires = self.group.gather(wire, fixed=form.nbytes is not None)
-        sums, arrivals, totals = [0.0] * len(numbers), [], [torch.zeros_like(x) for x in tensors]
+        sums, arrivals, totals = [0.0] * len(numbers), [], [_wide_zeros(x) for x in tensors]
         for sender, each in enumerate(wires):
             found, along = form.read(each, sender, keys)
             sums = [a + b for a, b in zip(sums, along, strict=True)]
@@ -56,7 +56,12 @@ class AllGather:
             else:
                 arrivals.append(found)
         if aggregate is mean:
-            totals = [total / self.world for total in totals]
+            totals = [(total / self.world).to(x.dtype) for total, x in zip(totals, tensors, strict=True)]
         else:
             totals = [x.to(like.device) for x, like in zip(aggregate(arrivals), tensors, strict=True)]
         return Arrived(totals, delivered, sums)
+
+
+def _wide_zeros(x: Tensor) -> Tensor:
+    """Of its shape, for a sum of several: 16 bits are added up in 32."""
+    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))

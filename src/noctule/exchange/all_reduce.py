@@ -56,8 +56,11 @@ class AllReduce:
             )
         along = torch.tensor(numbers, dtype=torch.float32, device=tensors[0].device if tensors else "cpu")
         likes = [*tensors, along]
-        *sums, along = unbundled([self._sum(x) for x in bundled(likes)], likes)
-        means = [x.div_(self.world) for x in sums]
+        shares = [
+            x.div_(self.world) if _is_narrow(x) else x for x in bundled(likes)
+        ]  # or a sum of 16 bits may overflow
+        *sums, along = unbundled([self._sum(x) for x in shares], likes)
+        means = [x if _is_narrow(x) else x.div_(self.world) for x in sums]
         return Arrived(means, list(tensors), along.tolist())
 
     def begin(self, x: Tensor) -> Future[Tensor]:
@@ -73,3 +76,7 @@ class AllReduce:
             return self.group.add_(x)
         a, b = self.group.gather(x.view(torch.uint8), fixed=True)
         return (a.view(x.dtype) + b.view(x.dtype)).to(x.device)
+
+
+def _is_narrow(x: Tensor) -> bool:
+    return torch.finfo(x.dtype).bits < 32

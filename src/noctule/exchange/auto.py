@@ -80,7 +80,7 @@ class Auto(Exchange):
         candidate = self.turn(tensors, keys)
         started = time.perf_counter()
         totals = candidate(self.paid(tensors, keys), keys)
-        self.took(time.perf_counter() - started, taken=not self._paying or all(map(all_finite, totals)))
+        self.took(time.perf_counter() - started, taken=not self.paying or all(map(all_finite, totals)))
         return totals
 
     # The three parts of a call, for whoever makes the exchange in another way, such as in pieces while backward goes on.
@@ -99,6 +99,8 @@ class Auto(Exchange):
 
     def paid(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> list[Tensor]:
         """The tensors, and what candidates that were left owed of them; it is paid when `took` says that it was taken."""
+        if not self.candidates[self.choice].counts:
+            return list(tensors)
         self._paying |= {key: self._owed.pop(key) for key in keys if key in self._owed}
         return [
             x + self._paying[key].view_as(x).to(x) if key in self._paying else x
@@ -111,6 +113,11 @@ class Auto(Exchange):
             self._paying = {}
         self._taken.append(seconds)
         self.calls += 1
+
+    @property
+    def paying(self) -> bool:
+        """Whether what candidates that were left owed is under way."""
+        return bool(self._paying)
 
     @property
     def settled(self) -> bool:

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from noctule.channel import Stage
-from noctule.codecs import Codec
+from noctule.codecs import Codec, RandomK
 from noctule.codecs.steps import all_finite
 from noctule.topology import Remap
 
@@ -27,9 +28,15 @@ class Compress(Stage):
         self.codec: Codec = codec
         self.owes = self.error_feedback = not codec.unbiased if error_feedback is None else error_feedback
         self.owed: dict[str, Tensor] = {}
-        """Key -> what of it is still to be sent."""
+        """Key -> what of it is still to be sent, whatever a `Weigh` before this stage makes of it; in float32 at least."""
         self.forgone: dict[str, float] = {}
         """Key -> the sum of what was owed to connections that are gone."""
+        self._rounded: dict[str, Tensor] = {}  # what 16 bits could not hold of what is under way
+        if self.owes and isinstance(codec, RandomK) and codec.unbiased:
+            raise ValueError(
+                f"{codec} scales what it keeps so that the mean is right, and with error feedback what it leaves out would grow "
+                "without bound: leave error_feedback out"
+            )
 
     def send(self, x: Tensor, key: str) -> Tensor:
         """``x`` and what is owed.
@@ -37,6 +44,7 @@ class Compress(Stage):
         Raises:
             ValueError: the tensor has another shape than before.
         """
+        self._rounded.pop(key, None)
         if not self.error_feedback or key not in self.owed:
             return x
         owed = self.owed[key]
@@ -45,14 +53,22 @@ class Compress(Stage):
                 f"{key!r} has the shape {tuple(x.shape)} but is owed {tuple(owed.shape)}: tell the channel of changed places "
                 "(EverySync does), or load the state that belongs to this model"
             )
-        return x + owed.to(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        exact = torch.add(x.to(wide), owed.to(x.device, wide), alpha=self.scale)
+        sent = exact.to(x.dtype)
+        if sent.dtype != wide:
+            self._rounded[key] = exact - sent
+        return sent
 
     def arrived(self, sent: Tensor, delivered: Tensor, key: str) -> None:
-        """The rest is owed; where it is not finite, what others cannot have taken, what was owed before still is."""
-        if self.error_feedback:
-            rest = sent - delivered
+        """The rest is owed; where it is not finite, or counted nothing, nobody has taken it, and what was owed before still is."""
+        if self.error_feedback and self.scale > 0.0:
+            wide = torch.promote_types(sent.dtype, torch.float32)
+            rest = sent.to(wide) - delivered.to(wide)
+            if key in self._rounded:
+                rest += self._rounded.pop(key)
             if all_finite(rest):
-                self.owed[key] = rest
+                self.owed[key] = rest if self.scale == 1.0 else rest.div_(self.scale)
 
     def release(self) -> dict[str, Tensor]:
         """What is owed; from now on it is not."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
-from torch.futures import Future
+from torch.futures import Future, collect_all
 from torch.nn.parallel import DistributedDataParallel
 
 from noctule.aggregate import mean
@@ -16,6 +16,7 @@ from noctule.channel import Channel, Exchange
 from noctule.codecs.steps import all_finite
 from noctule.exchange.all_reduce import AllReduce
 from noctule.exchange.auto import Auto
+from noctule.exchange.noise_scale import NoiseScale
 from noctule.exchange.power_sgd import PowerSGD
 
 Hook = Callable[[object, GradBucket], Future[Tensor]]
@@ -68,6 +69,8 @@ class _Buckets:
         self.names = {id(p): name for name, p in self.parameters.items()}
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="noctule-exchange")
         self.waiting: list[_Bucket] = []
+        self.plain: list[Future[Tensor]] = []
+        """All-reduces of this pass."""
         self.least_bytes = megabytes * 1e6
         self.started = 0.0
         self.before: dict[str, Any] = {}
@@ -80,8 +83,8 @@ class _Buckets:
         bucket = _Bucket(found, self.names)
         if (plain := _all_reduce(self.now)) is not None:
             self._pay(bucket)
-            done = plain.begin(bucket.buffer)
-            return done.then(self._took) if bucket.last else done
+            self.plain.append(plain.begin(bucket.buffer))
+            return collect_all(self.plain).then(self._took) if bucket.last else self.plain[-1]
         self.waiting.append(bucket)
         enough = not self.now.at_once and sum(b.buffer.nbytes for b in self.waiting) >= self.least_bytes
         if bucket.last or enough:
@@ -90,7 +93,7 @@ class _Buckets:
         return bucket.done
 
     def _begin(self) -> None:
-        self.waiting = []  # of a pass that did not end
+        self.waiting, self.plain = [], []  # of a pass that did not end
         if isinstance(self.exchange, Auto):
             with torch.no_grad():
                 self.now = self.exchange.turn(list(self.parameters.values()), list(self.parameters))
@@ -105,10 +108,13 @@ class _Buckets:
                     if sum_ is not x:
                         x.copy_(sum_)
 
-    def _took(self, done: Future[Tensor]) -> Tensor:
+    def _took(self, done: Future[list[Future[Tensor]]]) -> Tensor:
+        """All are there: the last one's."""
+        buffers = [each.value() for each in done.value()]
         if isinstance(self.exchange, Auto):
-            self.exchange.took(time.perf_counter() - self.started)
-        return done.value()
+            taken = not self.exchange.paying or all(map(all_finite, buffers))
+            self.exchange.took(time.perf_counter() - self.started, taken=taken)
+        return buffers[-1]
 
     def _exchange(self, exchange: Exchange, buckets: Sequence[_Bucket]) -> None:
         """On the thread."""
@@ -129,6 +135,7 @@ class _Buckets:
                     self.exchange.took(time.perf_counter() - self.started, taken=not self.failed)
                 self.before = {}
         except BaseException as error:  # shown where backward waits
+            self.failed = True
             if self.before:
                 exchange.load_state_dict(self.before)
             for bucket in buckets:
@@ -145,6 +152,8 @@ def process_groups(exchange: Exchange) -> Iterator[object]:
             yield from process_groups(candidate)
     elif isinstance(exchange, PowerSGD):
         yield from process_groups(exchange.over)
+    elif isinstance(exchange, NoiseScale):
+        yield from process_groups(exchange.exchange)
     elif isinstance(exchange, Channel):
         yield getattr(getattr(exchange.path, "group", None), "group", None)
 

@@ -53,6 +53,7 @@ class NoiseScale(Exchange):
         """Nothing is measured yet."""
         if not 0.0 < smoothing < 1.0 or not 0.0 < most_time <= 1.0:
             raise ValueError(f"smoothing lies in (0, 1) and most_time in (0, 1], got {smoothing} and {most_time}")
+        self.at_once = exchange.at_once
         self.exchange, self.samples, self.smoothing, self.most_time = exchange, samples, smoothing, most_time
         self.signal = self.noise = 0.0
         """Running sums of the squared norm of the true gradient, and of the variance of one sample's."""
@@ -92,6 +93,11 @@ class NoiseScale(Exchange):
             self.signal = self.smoothing * self.signal + (1.0 - self.smoothing) * signal
             self.noise = self.smoothing * self.noise + (1.0 - self.smoothing) * noise
             self.measured += 1
+
+    @property
+    def counts(self) -> bool:
+        """Whether the other exchange counts this worker."""
+        return self.exchange.counts
 
     def share(self, message: bytes) -> list[bytes]:
         """What every worker has to say, in their order."""

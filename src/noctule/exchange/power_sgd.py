@@ -67,6 +67,8 @@ class PowerSGD(Exchange):
             self.over.load_state_dict(before)
             return totals
         self.basis |= bases
+        if not self.over.counts:  # of a worker that has nothing nobody took anything
+            return totals
         for key, total in zip(keys, totals, strict=True):
             self.owed.pop(key, None)
             if key in matrices:
@@ -88,6 +90,11 @@ class PowerSGD(Exchange):
         right = self.over([_times(m.t(), thin[key]) for key, m in matrices.items()], [f"{key} Q" for key in matrices])
         bases = dict(zip(matrices, right, strict=True))
         return means | {key: thin[key] @ q.t() for key, q in bases.items()}, bases
+
+    @property
+    def counts(self) -> bool:
+        """Whether what averages the thin matrices counts this worker."""
+        return self.over.counts
 
     def share(self, message: bytes) -> list[bytes]:
         """What every worker has to say, in their order."""
@@ -114,9 +121,9 @@ class PowerSGD(Exchange):
         )
 
     def release(self) -> dict[str, Tensor]:
-        """What is owed."""
+        """What is owed; not of thin matrices, which others cannot send."""
         owed, self.owed = self.owed, {}
-        return owed
+        return owed | {key: x for key, x in self.over.release().items() if not key.endswith((" P", " Q"))}
 
     def remapped(self, key: str, remap: Remap, shape: tuple[int, ...]) -> None:
         """What is owed follows its connections; a matrix of another shape begins with another Q."""
