@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "local": {"strategy": "local", "meet": 100},
 }
 TARGET_POINTS = 0.3
-"""Accuracy may be lower by so much, so the interval of the difference must not lie below minus that."""
+"""The mean accuracy of all seeds may be lower by so much."""
 SECONDS = 1800.0
 """For one training."""
 

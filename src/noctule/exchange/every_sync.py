@@ -21,7 +21,7 @@ class EverySync(Method):
     An overflow on one worker is one on all, since what is not finite reaches everyone. Not in `before_step`: a step that one worker
     skips would pair different steps. A parameter that had no gradient here sends zeros, and gets what the others have. Before
     the first exchange, and the first one after a state was loaded, the workers compare their models; after connections have moved,
-    their places.
+    their places. Reentrant checkpoints (``use_reentrant=True``) are backward passes of their own, and cost an exchange each.
 
     Args:
         exchange: such as a `Channel`.

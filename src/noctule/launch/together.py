@@ -130,7 +130,7 @@ class Together(Team):
                     self._apart = (
                         True  # draws of its own, as for dropout: the workers' models are made by now, and alike
                     )
-                    torch.manual_seed(torch.initial_seed() + self.member * 0x9E3779B9)
+                    torch.manual_seed((torch.initial_seed() + self.member * 0x9E3779B9) % 2**64)
                 return training()
             except LostWorkerError:
                 if not self.rendezvous.again():
