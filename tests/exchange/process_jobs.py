@@ -355,6 +355,32 @@ def sharded(rank: int, world: int, codec: str, epochs: int) -> dict[str, Any]:
     }
 
 
+def resumed_in_fsdp(rank: int, world: int) -> bool:
+    """Whether a training that goes on from its state draws as one that never stopped."""
+    from torch.distributed.fsdp import fully_shard
+
+    def made() -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Compress]]:
+        model = _network(sparse=False)
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer)
+        stages = fsdp_hooks(model, NaturalCompression(), error_feedback=True)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1), stages
+
+    whole, first, second = made(), made(), made()
+    for step, (x, y) in enumerate(_data()):
+        part = slice(rank * 24 // world, (rank + 1) * 24 // world)
+        _step(*whole[:2], x[part], y[part])
+        if step == 2:
+            second[0].load_state_dict(first[0].state_dict())
+            for name, stage in first[2].items():
+                second[2][name].load_state_dict(copy.deepcopy(stage.state_dict()))
+        model, optimizer, _ = first if step < 2 else second
+        _step(model, optimizer, x[part], y[part])
+    mine, theirs = whole[0].parameters(), second[0].parameters()
+    return all(torch.equal(a.full_tensor(), b.full_tensor()) for a, b in zip(mine, theirs, strict=True))
+
+
 def overflown_in_ddp(rank: int, world: int, megabytes: float) -> list[bool]:
     """Below the second layer one worker's gradients are not finite in the third of five passes; in a sixth an exchange fails."""
     model = DistributedDataParallel(_network(sparse=False), bucket_cap_mb=0.001)

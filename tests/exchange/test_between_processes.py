@@ -147,6 +147,10 @@ def test_compressed_training_in_fsdp(workers):
         assert each["losses"] == everyone[0]["losses"]
 
 
+def test_resuming_in_fsdp_is_never_having_stopped(workers):
+    assert all(workers.call(jobs.resumed_in_fsdp))
+
+
 @pytest.mark.parametrize("megabytes", [0.0, 0.003, 25.0])
 def test_a_pass_in_ddp_is_delivered_as_a_whole_or_not_at_all(workers, megabytes):
     for each in workers.call(jobs.overflown_in_ddp, megabytes):

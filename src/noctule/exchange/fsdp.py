@@ -38,11 +38,11 @@ def fsdp_hooks(
     parts = {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
     if not parts:
         raise ValueError("nothing in this model is sharded: call torch.distributed.fsdp.fully_shard on it before")
-    stages = {name: Compress(codec, error_feedback=error_feedback) for name in parts}
+    stages = {name: _Part(codec, error_feedback=error_feedback) for name in parts}
     account = _Pass(list(stages.values()))
     for number, (name, part) in enumerate(parts.items()):
         part.set_custom_reduce_scatter(_Scatter(stages[name], account, seed * len(parts) + number))
-    return stages
+    return dict(stages)
 
 
 class _Pass:
@@ -72,12 +72,24 @@ class _Pass:
         self.before = None
 
 
+class _Part(Compress):
+    """What one part owes, and how many exchanges it has done, from which all that is drawn follows."""
+
+    calls = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "calls": self.calls}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.calls = int(state["calls"])
+
+
 class _Scatter(ReduceScatter):
     """One part's; it is called once in each backward pass."""
 
-    def __init__(self, compress: Compress, account: _Pass, seed: int) -> None:
+    def __init__(self, compress: _Part, account: _Pass, seed: int) -> None:
         self.compress, self.account, self.seed = compress, account, seed
-        self.calls = 0
 
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -105,7 +117,9 @@ class _Scatter(ReduceScatter):
         """The sum of this worker's shard, what was delivered of all that it sent, and whether everyone's is finite."""
         shards = list(sent.view(ends.world, -1))
         form = Format(shards[:1], self.compress.codec, 1)
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.calls * ends.world + ends.rank) % 2**63)
+        generator = torch.Generator().manual_seed(
+            (self.seed * 1_000_003 + self.compress.calls * ends.world + ends.rank) % 2**63
+        )
         coded, delivered = [], []
         for to, shard in enumerate(shards):
             part, (read,) = form.encode([shard], generator)
@@ -124,5 +138,5 @@ class _Scatter(ReduceScatter):
                 (shard,), said = form.read(wire, sender, [_KEY])
                 total += shard.to(total.device)
                 numbers += said
-        self.calls += 1
+        self.compress.calls += 1
         return total, torch.cat(delivered), all(numbers)
