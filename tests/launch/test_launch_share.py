@@ -1,14 +1,23 @@
 """All parts together are the batch, in its order, however many workers there are."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from noctule.data import Batches, Dataset
 from noctule.exchange import Weigh
+from noctule.launch.apart import Apart
 from noctule.launch.share import Share
+from noctule.launch.strategies import Strategy
 from noctule.launch.team import Team, as_member_of, team
+from noctule.method import attach
+from noctule.parallel.wire import serve
 
 
 class Member(Team):
@@ -29,10 +38,12 @@ def noisy(x, generator):
 def test_the_parts_are_the_batch(samples, size, world, augmented, epoch):
     batches = Batches(numbered(samples), size, seed=3, augment=noisy if augmented else None)
     weighs = [Weigh(-1.0) for _ in range(world)]
-    shares = [Share(batches, Member(rank, world), weigh).epoch(epoch) for rank, weigh in enumerate(weighs)]
+    members = [Share(batches, Member(rank, world), weigh) for rank, weigh in enumerate(weighs)]
+    shares = [member.epoch(epoch) for member in members]
     for inputs, targets in batches.epoch(epoch):
         parts = [next(share) for share in shares]
         counts = [int(weigh.n) for weigh in weighs]
+        assert [share.counts for share in members] == pytest.approx([n * world / len(targets) for n in counts])
         assert sum(counts) == len(targets)
         assert max(counts) - min(counts) <= 1
         assert all(len(x) == len(y) >= 1 for x, y in parts)
@@ -49,6 +60,43 @@ def test_a_share_goes_on_from_any_batch_and_follows_its_team():
     member.rank, member.world = 0, 1
     (whole, _), *_ = share.epoch(0, start=3)
     assert torch.equal(first, whole[4:])
+
+
+@pytest.mark.parametrize(("world", "samples"), [(2, 11), (3, 10), (4, 10), (4, 9)])
+def test_at_a_synchronous_server_all_parts_are_one_worker_on_the_batch(world, samples):
+    momentum = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    data = Dataset(
+        torch.randn(samples, 6, generator=torch.Generator().manual_seed(1)),
+        torch.arange(samples) % 3,
+        name="n",
+        classes=3,
+    )
+    batches = Batches(data, 8, seed=0)  # whose last ones are of 3, 2 or 1
+
+    def train(model, optimizer, source):
+        for epoch in range(3):
+            for x, y in source.epoch(epoch):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    plain = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    models = [copy.deepcopy(plain) for _ in range(world)]
+    expected = train(plain, momentum(plain.parameters()), batches)
+    with serve(momentum, workers=world) as server, ThreadPoolExecutor(world) as threads:
+
+        def job(rank):
+            here = Apart(server.ticket(rank), world=world, strategy=Strategy(strategy="bsp"), timeout_seconds=30)
+            model = models[rank]
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            with attach(model, optimizer, *here.methods(steps=6)):
+                return train(model, optimizer, here.share(batches))
+
+        found = list(threads.map(job, range(world)))
+    for ours in found:
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
 def test_a_part_that_cannot_be_is_refused():

@@ -45,6 +45,54 @@ def test_bound_0_and_several_workers_are_one_worker_on_all_their_batches(shards)
     assert server.staleness == {0: 18 * shards}
 
 
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("sizes", [[1, 2, 5], [0, 8], [3, 0, 0, 1]], ids=str)
+def test_parts_that_count_by_their_size_are_one_worker_on_their_union(sizes, every):
+    def parts(n):
+        """Of a batch, for each worker; who has none takes a sample of another's."""
+        batches = [[x[:size] for x in batch(rank, n)] for rank, size in enumerate(sizes)]
+        spare = [x[:1] for x in batch(9, n)]
+        return [each if len(each[0]) else spare for each in batches], [torch.cat(x) for x in zip(*batches)]
+
+    plain, steps = network(), 6
+    own = MOMENTUM(plain.parameters())
+    for n in range(0, steps, every):
+        own.zero_grad()
+        for m in range(n, n + every):  # a push is the sum of the gradients since the last
+            x, y = parts(m)[1]
+            (plain(x) - y).pow(2).mean().backward()
+        own.step()
+    with serve(MOMENTUM, workers=len(sizes)) as server:
+
+        def job(rank):
+            weight = sizes[rank] * len(sizes) / sum(sizes)
+            method = PushPull(server.ticket(rank), bound=0, push_every=every, pull_every=every, weigh=lambda: weight)
+            model = network(seed=rank)
+            still = torch.optim.SGD(model.parameters(), lr=0.0)
+            with attach(model, still, method):
+                return train(model, still, [parts(n)[0][rank] for n in range(steps)])
+
+        found = together([lambda r=r: job(r) for r in range(len(sizes))])
+    for p, *ours in zip(plain.parameters(), *found, strict=True):
+        for x in ours:
+            torch.testing.assert_close(x, p.detach(), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_weight_that_cannot_be_is_refused_and_nothing_is_sent(weight):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with serve(PLAIN) as server:
+        method = PushPull(server.ticket(0), weigh=lambda: weight)
+        with (
+            attach(model, optimizer, method),
+            pytest.raises(ValueError, match=f"at least 0 and finite, got {weight}"),
+        ):
+            train(model, optimizer, [batch(0, 0)])
+        assert not method.accrued
+        assert server.versions == [0]
+
+
 @pytest.mark.parametrize("bound", [0, 2])
 def test_the_bound_holds_for_workers_of_any_speed(bound):
     steps, ahead = 12, []

@@ -10,15 +10,21 @@ import push_pull_jobs as jobs
 import pytest
 import torch
 import zmq
-from push_pull_jobs import MOMENTUM, batch, network, together, train, work
+from moving_jobs import places, sparse
+from push_pull_jobs import MOMENTUM, PLAIN, batch, network, together, train, work
 
+from noctule import RunFolder, set_
 from noctule.codecs import TopK
+from noctule.data import Batches, Dataset
 from noctule.errors import ExchangeError
+from noctule.loop import fit
 from noctule.method import attach
 from noctule.parallel import PushPull, Ticket
 from noctule.parallel.messages import read, write
 from noctule.parallel.wire import Wires, serve
+from noctule.report import Journal
 from noctule.testing.processes import Workers
+from noctule.topology import Remap, Topology
 
 
 def begin(method, width=8):
@@ -196,6 +202,110 @@ def test_workers_that_do_not_fit_are_told_where():
         ):
             with pytest.raises(ExchangeError, match=match):
                 begin(method, width)
+
+
+def fails_without_its_server(optimizer, model, n, seconds):
+    """A step whose server is gone: it says so after the time-out, and once."""
+    began = time.monotonic()
+    with pytest.raises(ExchangeError, match="has not answered a pull"):
+        train(model, optimizer, [batch(0, n)])
+    assert time.monotonic() - began >= seconds
+
+
+def test_a_server_that_is_gone_when_connections_move_costs_nothing_that_is_accrued(tmp_path):
+    seconds = 1.0
+    model, options = sparse(), {"push_every": 2, "timeout_seconds": seconds}
+    optimizer = PLAIN(model.parameters())
+    server = serve(PLAIN, folder=tmp_path)
+    method = PushPull(server.ticket(0), **options)
+    with attach(model, optimizer, set_(every=3, seed=1), method) as session:
+        train(model, optimizer, [batch(0, n) for n in range(2)])
+        before = places(model)
+        server.close()
+        fails_without_its_server(optimizer, model, 2, seconds)  # it was to be pushed with the next one
+        assert places(model) != before
+        began = time.monotonic()
+        state = session.state_dict()
+        assert time.monotonic() - began < seconds / 2
+        told = state["methods"][1]["state"]
+        assert [Topology.from_state_dict(told["places"][name]) for name in ("0.values", "2.values")] == places(model)
+        moved = {name: (x.clone(), model[int(name[0])].topology) for name, x in method.accrued.items() if "val" in name}
+    assert all(x.any() for x, _ in moved.values())
+
+    def check(again):
+        """What was accrued for connections that there are still is there, and nothing else."""
+        for name, (x, topology) in moved.items():
+            kept = Remap.between(topology, again[int(name[0])].topology)
+            assert 0 < kept.grown < x.numel()
+            torch.testing.assert_close(method.accrued[name], kept.apply(x), rtol=0, atol=0)
+
+    with serve(PLAIN, folder=tmp_path) as server:
+        with attach(model, optimizer, set_(every=3, seed=1), method):  # the same worker goes on
+            assert places(model) == before
+            check(model)
+        again = sparse(seed=7)
+        optimizer, method = PLAIN(again.parameters()), PushPull(server.ticket(0), **options)
+        with attach(again, optimizer, set_(every=3, seed=1), method) as session:  # another process does
+            session.load_state_dict(state)
+            assert places(again) == before
+            check(again)
+            assert server.versions == [1]
+            train(again, optimizer, [batch(0, 3)])
+            assert server.versions == [2]
+
+
+class Ending:
+    """Batches; at one of them the server is gone."""
+
+    def __init__(self, batches, server, at):
+        self.batches, self.server, self.at = batches, server, at
+
+    def __len__(self):
+        return len(self.batches)
+
+    def epoch(self, epoch, start=0):
+        for n, each in enumerate(self.batches.epoch(epoch, start), start):
+            if n == self.at:
+                self.server.close()
+            yield each
+
+
+@pytest.mark.parametrize("push_every", [1, 2])
+def test_fit_leaves_a_checkpoint_when_the_server_is_gone_and_goes_on_when_it_is_back(tmp_path, push_every):
+    data = Dataset(torch.randn(32, 6), torch.arange(32) % 3, name="toy", classes=3)
+    folder = RunFolder.create(tmp_path / "run", recipe="test", options={}, seed=0)
+    journal, batches = Journal(folder, "toy"), Batches(data, 8, seed=0)
+
+    def run(server, model, source):
+        method = PushPull(server.ticket(0), push_every=push_every, pull_every=push_every, timeout_seconds=1.0)
+        moving, optimizer = set_(every=2, seed=1), torch.optim.SGD(model.parameters(), lr=0.1)
+        return fit(model, optimizer, source, validation=data, epochs=2, methods=[moving, method], journal=journal)
+
+    server = serve(MOMENTUM, folder=tmp_path / "server", snapshot_every=1)
+    with pytest.raises(ExchangeError, match="has not answered"):
+        run(server, sparse(), Ending(batches, server, at=1))  # its second step is one at which connections move
+    step, state = journal.checkpoints.latest() or (0, {})
+    assert (step, state["progress"]["batch"]) == (2, 2)
+    with serve(MOMENTUM, folder=tmp_path / "server") as server:
+        model = sparse(seed=5)
+        assert run(server, model, batches).step == 8
+        assert server.versions[0] >= 6 // push_every
+        assert places(model) == [ledger.topology for ledger in server.shards[0].ledgers.values()]
+
+
+def test_a_worker_that_leaves_while_the_disk_is_full_loses_nothing_that_the_server_had(tmp_path):
+    with serve(MOMENTUM, folder=tmp_path) as server:
+        ticket = server.ticket(0)
+        begin(PushPull(ticket))
+        (tmp_path / "shard-0").rename(tmp_path / "away")
+        (tmp_path / "shard-0").write_text("no folder: nothing can be written to it")
+        with pytest.warns(UserWarning, match="could not save"):
+            expected = work(PushPull(ticket), [batch(0, n) for n in range(3)])
+        (tmp_path / "shard-0").unlink()
+        (tmp_path / "away").rename(tmp_path / "shard-0")
+    with serve(MOMENTUM, folder=tmp_path) as server:
+        assert server.versions == [3]
+        assert all(torch.equal(a, b) for a, b in zip(work(PushPull(ticket), []), expected, strict=True))
 
 
 def test_a_shard_that_is_not_there_is_named():

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -35,12 +36,13 @@ def joined(workers, **options):
 class Talker:
     """A worker that says what it is told to, and counts by itself."""
 
-    def __init__(self, desk, worker):
+    def __init__(self, desk, worker, again=""):
         self.desk, self.worker, self.serial, self.number = desk, worker, 0, 0
+        self.session = f"session {worker}{again}"
 
     def say(self, kind, *tensors, **header):
         self.serial += 1
-        message = {"kind": kind, "session": f"session {self.worker}", "serial": self.serial, **header}
+        message = {"kind": kind, "session": self.session, "serial": self.serial, **header}
         return self.desk.handle(self.worker, b"%d" % self.worker, write(message, tensors))
 
     def push(self, x=(1.0, 0.0, 0.0), *, number=None, names=("x",)):
@@ -130,6 +132,125 @@ def test_the_bound_is_never_broken_and_never_makes_anyone_wait_in_vain(data, bou
     assert made.version + len(made._held) == total
     if bound > 0:
         torch.testing.assert_close(made.parameters["x"].detach(), torch.tensor([-float(total), 0.0, 0.0]))
+
+
+class Crowd:
+    """Workers that come, leave, die and return at any time, each of which waits for its answers."""
+
+    def __init__(self, count, **options):
+        self.now, self.count, self.bound = 0.0, count, options["bound"]
+        self.shard = shard(workers=count, patience_seconds=10, clock=lambda: self.now, **options)
+        self.desk, self.talkers, self.seen = Desk(self.shard), {}, {}
+        self.door, self.running, self.waiting, self.gone, self.silent = set(), set(), set(), set(), set()
+
+    def comes(self, worker):
+        """As a new process."""
+        self.talkers[worker] = Talker(self.desk, worker, f" at {self.now}")
+        self.gone.discard(worker)
+        self.silent.discard(worker)
+        self.door.add(worker)
+        self.hear(self.talkers[worker].say("join", facts=FACTS))
+
+    def pushes(self, worker):
+        """Also one that was silent, and comes back by that."""
+        self.running.discard(worker)
+        self.silent.discard(worker)
+        self.waiting.add(worker)
+        self.hear(self.talkers[worker].push())
+
+    def leaves(self, worker):
+        self.running.remove(worker)
+        self.gone.add(worker)
+        self.hear(self.talkers[worker].say("leave", number=self.talkers[worker].number))
+
+    def dies(self, worker):
+        """Or is silent for so long that the others must think so, and may go on when it was not waiting."""
+        (self.silent if worker in self.running else self.gone).add(worker)
+        self.running.discard(worker)
+        self.waiting.discard(worker)
+        self.passes()
+
+    def passes(self):
+        """So much time that whoever says nothing is silent."""
+        self.now += 11
+        for worker in self.running | self.waiting | self.door:
+            self.talkers[worker].say("ask", about=-1)
+        self.hear(self.desk.tick())
+
+    def hear(self, letters):
+        for route, frames in letters:
+            worker, answer = int(route), read(frames)[0]
+            assert "error" not in answer
+            assert "lost" not in answer
+            if worker in self.door:
+                self.door.remove(worker)
+                self.waiting.add(worker)
+                self.hear(self.talkers[worker].say("pull"))
+            elif worker in self.waiting:
+                self.waiting.remove(worker)
+                self.running.add(worker)
+
+    def check(self):
+        seats, warm_start = self.shard.seats, self.shard.warm_start
+        slowest = min((seat.clock for seat in seats.values() if seat.live), default=0)
+        warming = seats.keys() == {0} and seats[0].clock < warm_start
+        complete = len(seats) >= self.count
+        for worker in self.running:
+            assert warming or (complete and seats[worker].clock - slowest <= self.bound)
+        for worker in self.waiting:  # for somebody who is slower, or has not come
+            assert not complete or seats[worker].clock - slowest > self.bound
+        assert not (complete and self.waiting) or self.running
+        assert not self.door or not seats or (warming and 0 in self.running)
+        self.seen |= {(worker, seat.session): seat.seen for worker, seat in seats.items()}
+        total = sum(self.seen.values())
+        assert self.shard.version + len(self.shard._held) == total  # no push is lost
+        if self.bound > 0:
+            assert self.shard.parameters["x"].tolist() == [-float(total), 0.0, 0.0]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.integers(0, 2), st.integers(1, 3), st.sampled_from([0, 1, 3, 6]), st.sampled_from([5, 20, 50]))
+def test_the_bound_holds_whoever_comes_leaves_dies_or_returns_in_a_warm_start_or_later(data, bound, count, warm, steps):
+    crowd = Crowd(count, bound=bound, warm_start=warm)
+    for _ in range(steps):
+        here = crowd.running | crowd.waiting
+        could = (
+            *((crowd.pushes, each) for each in sorted(crowd.running | crowd.silent)),
+            *((crowd.comes, each) for each in sorted({*range(count + 1)} - here - crowd.door)),
+            *((crowd.leaves, each) for each in sorted(crowd.running)),
+            *((crowd.dies, each) for each in sorted(here)),
+        )
+        does, worker = data.draw(st.sampled_from(could))
+        does(worker)
+        crowd.check()
+    while crowd.running:
+        crowd.leaves(min(crowd.running))
+        crowd.check()
+
+
+@pytest.mark.parametrize("bound", [0, 1, None])
+def test_a_warm_start_is_over_for_good_when_others_are_let_in(bound):
+    now = [0.0]
+    made = shard(workers=3, bound=bound, warm_start=5, patience_seconds=10, clock=lambda: now[0])
+    first, second, third = talkers(made, 3)
+    first.say("join", facts=FACTS)
+    first.push()
+    assert not second.say("join", facts=FACTS)
+    now[0] = 11
+    assert [route for route, _ in first.desk.tick()] == [b"1"]  # worker 0 is silent
+    returned = Talker(first.desk, 0, " again")
+    assert returned.say("join", facts=FACTS)
+    assert not returned.say("pull")  # nor is it to be alone any more
+    letters = third.say("join", facts=FACTS)
+    assert {route for route, _ in letters} == {b"0", b"2"}  # who came in, and who waited for that
+    ahead = 0
+    while ahead < 5 and returned.push():
+        ahead += 1
+    assert ahead == (5 if bound is None else bound)
+    for talker in (second, third) * (0 if bound is None else 1):
+        talker.push()
+    assert made.version + len(made._held) == 1 + returned.number + second.number + third.number
+    assert not made._held
 
 
 def test_a_worker_that_leaves_or_falls_silent_is_not_waited_for_and_may_come_back():
@@ -225,6 +346,58 @@ def test_a_snapshot_is_all_there_is(tmp_path, bound, optimizer):
     assert torch.equal(ours.parameters["x"], theirs.parameters["x"])
     assert (ours.version, ours.staleness) == (18, theirs.staleness)
     assert [seat.clock for seat in ours.seats.values()] == [9, 9]
+
+
+@contextmanager
+def full(folder):
+    """Nothing can be written to it."""
+    away = folder.with_name("away")
+    folder.rename(away)
+    folder.write_text("no folder")
+    yield
+    folder.unlink()
+    away.rename(folder)
+
+
+@pytest.mark.parametrize("how", ["it closes", "time passes", "pushes come"])
+def test_a_snapshot_that_failed_is_owing(tmp_path, how):
+    now, folder = [0.0], tmp_path / "shard"
+    made = Shard(PLAIN, clock=lambda: now[0])
+    first, second = talkers(made, 2, folder=folder, snapshot_every=2)
+    desk = first.desk
+    frame = torch.zeros(3).numpy().tobytes()
+    first.say("seed", frame, shapes={"x": [3]}, facts=FACTS, bound=None, warm_start=0)
+    for talker in (first, second):
+        talker.say("join", facts=FACTS)
+    with full(folder):
+        first.push()
+        with pytest.warns(UserWarning, match="could not save .*; the shard goes on"):
+            assert header(first.push())["saved"] == 0
+        with pytest.warns(UserWarning, match="could not save"):
+            assert header(first.say("leave", number=2))["saved"] == 0  # and it forgets them all the same
+    now[0] = 4.0
+    desk.tick()
+    assert made.seats[0].saved == 0
+    now[0] = 5.0
+    match how:
+        case "it closes":
+            desk.close()
+        case "time passes":
+            desk.tick()
+        case "pushes come":
+            second.push()
+            second.push()
+    assert made.seats[0].saved == 2
+    again = Shard(PLAIN)
+    Desk(again, folder=folder)
+    assert again.version == made.version >= 2
+    written = [(path, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
+    now[0] = 100.0
+    desk.tick()
+    desk.close()
+    assert [
+        (path, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())
+    ] == written  # nothing is owing any more
 
 
 def test_what_is_not_finite_is_refused_and_changes_nothing():

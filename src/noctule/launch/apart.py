@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from noctule.data import Batches
-from noctule.exchange import Weigh
 from noctule.launch.journal import TeamJournal
 from noctule.launch.share import Share
 from noctule.launch.strategies import Strategy, codec
@@ -36,12 +35,13 @@ class Apart(Team):
         """Nothing is sent yet."""
         self.rank, self.world = ticket.worker, world
         self.ticket, self.strategy, self.timeout_seconds = ticket, strategy, timeout_seconds
-        self._weigh = Weigh(1.0)  # nobody asks it: pushes count alike
+        self._shared: Share | None = None
         self._pushing: PushPull | None = None
 
     def share(self, batches: Batches) -> Source:
         """See `Team`."""
-        return Share(batches, self, self._weigh)
+        self._shared = Share(batches, self)
+        return self._shared
 
     def methods(self, *, steps: int) -> Sequence[Method]:
         """See `Team`."""
@@ -56,6 +56,7 @@ class Apart(Team):
             bound=self.strategy.staleness_bound,
             codec=codec(self.strategy.codec),
             timeout_seconds=self.timeout_seconds,
+            weigh=lambda: 1.0 if self._shared is None else self._shared.counts,
         )
         return self._pushing
 

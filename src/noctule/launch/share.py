@@ -17,10 +17,13 @@ class Share:
     Args:
         batches: of all workers together.
         team: who takes them.
-        weigh: is told how many samples each part has.
+        weigh: is told how many samples each part has; None where `counts` is asked instead.
     """
 
-    def __init__(self, batches: Batches, team: Team, weigh: Weigh) -> None:
+    counts = 1.0
+    """What the mean over the last part counts beside those of the others', 1 on average."""
+
+    def __init__(self, batches: Batches, team: Team, weigh: Weigh | None = None) -> None:
         """Nothing is read yet."""
         self.batches, self.team, self.weigh = batches, team, weigh
 
@@ -30,9 +33,12 @@ class Share:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """This worker's parts of the batches of one epoch, from batch number ``start`` on."""
-        parts = self.batches.epoch(epoch, start, part=(self.team.rank, self.team.world))
+        world, size, samples = self.team.world, self.batches.batch_size, len(self.batches.dataset)
+        parts = self.batches.epoch(epoch, start, part=(self.team.rank, world))
         for batch, (inputs, targets) in enumerate(parts, start):
-            self.weigh.n = float(len(inputs))
+            self.counts = len(inputs) * world / min(size, samples - batch * size)
+            if self.weigh is not None:
+                self.weigh.n = float(len(inputs))
             if not len(inputs):
                 inputs, targets = (x[:1] for x in next(self.batches.epoch(epoch, batch)))
             yield inputs, targets

@@ -15,6 +15,9 @@ from noctule.parallel.places import Move, from_frame, to_frame
 from noctule.parallel.server import Shard
 from noctule.topology import MOST_FEATURES, Topology
 
+_RETRY_SECONDS = 5.0
+"""From a snapshot that failed to the next attempt."""
+
 Letter = tuple[bytes, list[bytes]]
 """The route to a worker, and the frames of an answer to it."""
 
@@ -55,6 +58,7 @@ class Desk:
         if self.checkpoints is not None and (found := self.checkpoints.latest()) is not None:
             shard.load_state_dict(found[1])
         self._unsaved = 0
+        self._owing: float | None = None  # when to try a snapshot that failed again: who has left sends nothing again
 
     def handle(self, worker: int, route: bytes, frames: Sequence[bytes]) -> list[Letter]:
         """What is to be sent, to this worker and to others whose turn has come."""
@@ -78,13 +82,15 @@ class Desk:
         return self._settle()
 
     def tick(self) -> list[Letter]:
-        """Time has passed: whoever fell silent is not waited for."""
+        """Time has passed: whoever fell silent is not waited for, and a snapshot that failed is tried again."""
         self.shard.forget_silent()
+        if self._owing is not None and self.shard.now() >= self._owing:
+            self._save()
         return self._settle()
 
     def close(self) -> None:
         """Keep everything."""
-        if self._unsaved:
+        if self._unsaved or self._owing is not None:
             self._save()
 
     def _told(self, worker: int, route: bytes, asked: dict[str, Any]) -> dict[str, Any]:
@@ -267,12 +273,13 @@ class Desk:
         return seat.seen if self.checkpoints is None else seat.saved
 
     def _save(self) -> None:
+        self._unsaved, self._owing = 0, None
         if self.checkpoints is not None:
             try:
                 self.shard.save(self.checkpoints)
             except CheckpointError as error:  # workers keep their pushes until it succeeds
-                warnings.warn(f"{error}; the shard goes on without a new snapshot", stacklevel=2)
-        self._unsaved = 0
+                self._owing = self.shard.now() + _RETRY_SECONDS
+                warnings.warn(f"{error}; the shard goes on, and tries again in {_RETRY_SECONDS:g} s", stacklevel=2)
 
 
 def _topology(frame: bytes, shape: list[int], weights: Any, name: str) -> Topology:

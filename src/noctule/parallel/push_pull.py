@@ -7,7 +7,7 @@ connections may move.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -54,9 +54,11 @@ class PushPull(Method):
             later; what the worker's own optimizer did meanwhile is kept on top of it, so make it like the server's.
         bound: by how many pushes this worker may be ahead of the slowest: it waits after a push or before a pull until that is so.
             0 is synchronous: the server makes one step with the mean of everybody's pushes. None waits for nobody.
-        warm_start: how many times worker 0 pushes before the others begin.
+        warm_start: how many times worker 0 pushes before the others begin; they begin sooner if it leaves or falls silent.
         codec: of the gradients, the same as the server's; what a biased one leaves out is pushed later.
         timeout_seconds: for any one answer.
+        weigh: says at each step how much this worker's gradient counts beside the others', 1 on average; None for 1. With bound 0
+            and batches of unequal size, its samples times the workers over everybody's samples makes all of them one worker.
         seed: of what the codec draws; each worker draws its own.
 
     >>> from functools import partial
@@ -83,6 +85,7 @@ class PushPull(Method):
         warm_start: int = 0,
         codec: Codec | None = None,
         timeout_seconds: float = 60.0,
+        weigh: Callable[[], float] | None = None,
         seed: int = 0,
     ) -> None:
         """Nothing is sent yet."""
@@ -97,14 +100,14 @@ class PushPull(Method):
             )
         self.server, self.push_every, self.pull_every, self.overlap = server, push_every, pull_every, overlap
         self.bound, self.warm_start, self.timeout_seconds, self.seed = bound, warm_start, timeout_seconds, seed
-        self.codec = Exact() if codec is None else codec
+        self.weigh, self.codec = weigh, Exact() if codec is None else codec
         self.compress = Compress(self.codec)
         self.steps = 0
         self.accrued: dict[str, Tensor] = {}
         """The gradients since the last push."""
         self._since: dict[str, Tensor] = {}
         """The weights here at the push whose answer is still to be taken."""
-        self._places: dict[str, Topology] = {}  # of them, and of what is owed
+        self._places: dict[str, Topology] = {}  # of them and of what is owed, today's of each layer
 
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Join, and take the server's weights.
@@ -122,7 +125,7 @@ class PushPull(Method):
             self.followed = Followed(model, self._carry)
             undo.callback(self.followed.close)
             self._lay(self._places)
-            self._places = self.followed.places
+            self._places = {name: layer.topology for name, layer in self.followed.layers.items()}
             seeds = [self._seed(names) if self.server.worker == 0 else None for names in self.dealt]
             self.links = Links(self.server, facts=self._facts(), seeds=seeds, timeout_seconds=self.timeout_seconds)
             undo.callback(self.links.close)
@@ -139,7 +142,7 @@ class PushPull(Method):
 
         Raises:
             NonFiniteError: it is NaN or infinite; nothing is sent.
-            ValueError: connections have moved here, and this is not worker 0.
+            ValueError: connections have moved here, and this is not worker 0; or what it counts is no weight.
         """
         self._tell()
         given = {name: p.grad.detach() for name, p in self.parameters.items() if p.grad is not None}
@@ -148,11 +151,15 @@ class PushPull(Method):
                 raise NonFiniteError(
                     f"the gradient of {name} is NaN or infinite, and is not pushed: lower the learning rate or clip"
                 )
+        factor = 1.0 if self.weigh is None else self.weigh()
+        if not 0.0 <= factor < float("inf"):
+            raise ValueError(f"what a gradient counts is at least 0 and finite, got {factor} from {self.weigh!r}")
         for name, x in given.items():  # in place, or steps of small networks spend more on memory than on adding
             if name in self.accrued:
-                self.accrued[name] += x
+                self.accrued[name].add_(x, alpha=factor)
             else:
-                self.accrued[name] = x.to(torch.float32, copy=True)
+                first = x.to(torch.float32, copy=True)
+                self.accrued[name] = first if factor == 1.0 else first.mul_(factor)
 
     def after_step(self) -> None:
         """Push and pull, when it is time."""
@@ -213,7 +220,7 @@ class PushPull(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """What is accrued and owed, and of which connections it is; the weights are the server's."""
-        if self.server.worker == 0:
+        if self.server.worker == 0 and not self.links.failed:
             self._tell()  # or what has moved would be lost with this worker
         places = {name: topology.state_dict() for name, topology in self._places.items()}
         accrued = {name: x.clone() for name, x in self.accrued.items()}
@@ -245,6 +252,7 @@ class PushPull(Method):
 
     def _carry(self, name: str, remap: Remap) -> None:
         """What is accrued and owed follows its connections; those that are new have not changed since."""
+        self._places[name] = self.followed.layers[name].topology
         if name in self.accrued:
             self.accrued[name] = remap.apply(self.accrued[name])
         if name in self._since:

@@ -146,7 +146,7 @@ class Shard:
     def may_run(self, worker: int) -> bool:
         """Whether this worker may go on from where it is."""
         clock = self.seats[worker].clock
-        if worker == 0 and clock < self.warm_start:
+        if worker == 0 and self._warming():
             return True
         return len(self.seats) >= self.workers and (
             self.bound is None or clock - self._slowest(default=clock) <= self.bound
@@ -255,9 +255,11 @@ class Shard:
                 )
 
     def _warming(self) -> bool:
-        """Whether worker 0 is here and has not yet pushed as often as it is to, alone."""
+        """Whether worker 0 is still to push alone; never again once another is in, who may be waiting for it."""
+        if not self.warm_start or self.seats.keys() - {0}:
+            return False
         first = self.seats.get(0)
-        return self.warm_start > 0 and (first is None or (first.live and first.clock < self.warm_start))
+        return first is None or (first.live and first.clock < self.warm_start)
 
     def _slowest(self, *, default: int) -> int:
         return min((seat.clock for seat in self.seats.values() if seat.live), default=default)

@@ -37,9 +37,21 @@ class Ticket:
         try:
             found = json.loads(Path(path).read_text())
             kept = {each.name: found[each.name] for each in fields(cls)}
+            for name, value in kept.items():
+                if not _fits(name, value):
+                    raise TypeError(f"its {name} cannot be one")  # without the value, which may be the secret
             return cls(**{**kept, "addresses": tuple(kept["addresses"])})
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} holds no ticket: write one with server.ticket(worker).save(path)") from error
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a field of a ticket can have a value that a file gives."""
+    if name == "worker":
+        return type(value) is int and value >= 0
+    if name == "addresses":
+        return isinstance(value, list) and bool(value) and all(isinstance(address, str) for address in value)
+    return isinstance(value, str)
 
 
 def write_secret(path: Path, content: dict[str, Any]) -> None:
