@@ -14,7 +14,7 @@ from torch import nn
 from exchange_cases import together
 from noctule import SparseLinear, ToSparse, convert_, set_
 from noctule.channel import Channel
-from noctule.errors import ExchangeError
+from noctule.errors import ExchangeError, LostWorkerError
 from noctule.method import attach
 from noctule.parallel.merging import Merge, largest, merge_workers
 from noctule.topology import Topology
@@ -184,6 +184,86 @@ def test_resuming_is_never_having_stopped():
     for stop in (3, 4, 6):
         for ours, theirs in zip(together(2, partial(job, stop=stop)), whole, strict=True):
             assert alike([ours, theirs])
+
+
+class Lost(Channel):
+    """A worker is lost before the word of this number."""
+
+    def __init__(self, path, before):
+        super().__init__(path=path)
+        self.before = before
+
+    def share(self, message):
+        self.before -= 1
+        if not self.before:
+            raise LostWorkerError("a worker was lost")
+        return super().share(message)
+
+
+def normed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 3))
+    return convert_(model, ToSparse(density=0.5)).model
+
+
+def test_a_merge_that_breaks_off_at_any_word_has_changed_nothing_and_can_be_repeated():
+    built = normed()  # here: threads share one generator
+
+    def job(path, words):
+        model, own = apart(path.rank, ADAM, steps=3 + path.rank, build=lambda: copy.deepcopy(built))
+        before = state_of(model, own)
+        for number in words:
+            with pytest.raises(LostWorkerError):
+                merge_workers(model, own, Lost(path, number))
+            assert alike([before, state_of(model, own)])
+        whole = Lost(path, 0)
+        merge_workers(model, own, whole)
+        assert not alike([before, state_of(model, own)])
+        return state_of(model, own), -whole.before
+
+    ((expected, words), _) = together(2, partial(job, words=()))
+    assert words >= 6  # what they are, three layers, what is dense, counters
+    found = together(2, partial(job, words=range(1, words + 1)))
+    assert alike([expected, *(state for state, _ in found)])
+
+
+@pytest.mark.parametrize("word", [2, 5])
+def test_a_worker_whom_an_answer_did_not_reach_keeps_the_others_from_merging(word):
+    """The words are the handshake, two layers, what is dense, counters, and that all have all of it."""
+
+    class Deaf(Channel):
+        left = word
+
+        def share(self, message):
+            found = super().share(message)
+            self.left -= 1
+            if not self.left:
+                raise LostWorkerError("the link is down")
+            return found
+
+    def job(path):
+        model, own = apart(path.rank)
+        before = state_of(model, own)
+        with pytest.raises(ExchangeError, match="link is down" if path.rank else "did not come"):
+            merge_workers(model, own, Deaf(path=path) if path.rank else Channel(path=path))
+        assert alike([before, state_of(model, own)])
+
+    together(2, job, timeout_seconds=0.5)
+
+
+def test_a_merge_that_somebody_here_cannot_follow_has_changed_nothing():
+    def refuse(layer, remap):
+        raise ValueError("cannot follow")
+
+    def job(path):
+        model, own = apart(path.rank)
+        before = state_of(model, own)
+        model[2].register_remap_check(refuse)
+        with pytest.raises(ValueError, match="cannot follow"):
+            merge_workers(model, own, Channel(path=path))
+        assert alike([before, state_of(model, own)])
+
+    together(2, job)
 
 
 def broken(rank, what):

@@ -1,6 +1,7 @@
 """Methods that follow one another: what each phase sees, and resuming in each of them."""
 
 import copy
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from push_pull_jobs import MOMENTUM, batch, network, train
 from noctule import set_
 from noctule.channel import Channel
 from noctule.data import Dataset
-from noctule.errors import ExchangeError
+from noctule.errors import ExchangeError, LostWorkerError
 from noctule.exchange import Local
 from noctule.loop import evaluate
 from noctule.method import Method, attach
@@ -58,6 +59,21 @@ class Noted(Method):
 
     def load_state_dict(self, state):
         self.steps = state["steps"]
+
+
+class Stumbles(Method):
+    """Fails once, at a step of all phases together, and writes down where it was to make up for it."""
+
+    def __init__(self, heard, at, made_up=None):
+        self.heard, self.at, self.made_up = heard, at, [] if made_up is None else made_up
+
+    def after_step(self):
+        self.heard.append(self)
+        if len(self.heard) == self.at:
+            raise LostWorkerError("somebody is away")
+
+    def settle(self):
+        self.made_up.append(len(self.heard))
 
 
 def run(phases, steps, start=0, model=None):
@@ -158,6 +174,118 @@ def test_resuming_is_never_having_stopped_in_every_phase(stop):
         train(again, optimizer, [batch(0, n) for n in range(stop, 9)])
     assert places(again) == places(whole)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("how", ["going on", "resuming"])
+@pytest.mark.parametrize("at", range(1, 10))
+def test_a_step_at_which_a_method_fails_is_a_step_like_all_others(at, how):
+    """The other methods hear of it, the phases change when they would have, and nobody settles who did not fail."""
+    heard: list[Method] = []
+    made_up: list[int] = []
+
+    def phases(at=0):
+        meeting = DiLoCo(Channel(path=Local.together(1)[0]), every=2)  # an extra meeting would change the weights
+        return Phases(
+            [set_(every=2, seed=1), Stumbles(heard, at)],
+            [set_(every=3, seed=2), meeting, Stumbles(heard, at, made_up)],
+            [Stumbles(heard, at), set_(every=2, seed=3)],
+            until=[3, 6],
+        )
+
+    whole = run(phases(), 9, model=sparse())
+    heard.clear()
+    with ExitStack() as stack:
+        model, method = sparse(), phases(at)
+        optimizer = MOMENTUM(model.parameters())
+        session = stack.enter_context(attach(model, optimizer, method))
+        for n in range(9):
+            try:
+                train(model, optimizer, [batch(0, n)])
+            except LostWorkerError:
+                saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), session.state_dict()])
+                if how == "resuming":
+                    stack.close()
+                    model, method = sparse(seed=5), phases()
+                    optimizer = MOMENTUM(model.parameters())
+                    session = stack.enter_context(attach(model, optimizer, method))
+                    for piece, state in zip((model, optimizer, session), saved, strict=True):
+                        piece.load_state_dict(state)
+                    assert str(session.state_dict()) == str(saved[2])
+        assert method.steps == session.steps == 9
+    assert len(heard) == 9
+    assert made_up == ([6] if at == 6 else [])
+    assert places(model) == places(whole)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+def test_of_several_methods_that_fail_the_first_error_is_raised_and_all_heard_of_the_step():
+    log: list[str] = []
+    phases = Phases([Noted("a", log, fails="after"), Noted("b", log), Noted("c", log, fails="after")], until=[])
+    with pytest.raises(RuntimeError, match="c failed"):
+        run(phases, 1)
+    assert log[-6:-3] == ["c after", "b after", "a after"]
+    assert phases.steps == 1
+
+
+def test_a_phase_does_not_end_before_what_failed_in_its_last_step_is_done():
+    log: list[str] = []
+    a, b, c = (Noted(name, log) for name in "abc")
+    model = network()
+    optimizer = MOMENTUM(model.parameters())
+    a.fails = "after"
+    with attach(model, optimizer, Phases([a, b], [c], until=[1])) as session:
+        with pytest.raises(RuntimeError, match="a failed"):
+            train(model, optimizer, [batch(0, 0)])
+        a.fails = "settle"
+        log.clear()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="a failed"):
+                train(model, optimizer, [batch(0, 1)])
+        a.fails = ""
+        session.settle()
+        assert log == ["a settle", "a settle", "a settle", "b end", "a end", "c begin", "c settle"]
+
+
+def test_what_could_not_be_made_up_for_before_the_last_step_is_when_a_resumed_session_settles():
+    for at, done in ((4, [4]), (3, [3])):  # at the last step of all, and of the first phase
+        heard: list[Method] = []
+        made_up: list[int] = []
+        model = network()
+        optimizer = MOMENTUM(model.parameters())
+        with attach(model, optimizer, Phases([Stumbles(heard, at)], [Stumbles(heard, at)], until=[3])) as session:
+            with pytest.raises(LostWorkerError):
+                train(model, optimizer, [batch(0, n) for n in range(at)])
+            saved = copy.deepcopy(session.state_dict())
+        again = Phases([Stumbles(heard, 0, made_up)], [Stumbles(heard, 0, made_up)], until=[3])
+        with attach(model, optimizer, again) as session:
+            session.settle()
+            assert made_up == []  # no step is done that anything could be left of
+            session.load_state_dict(saved)
+            session.settle()
+            assert made_up[:1] == done
+            assert again.state_dict()["failed"] == []
+
+
+def test_a_state_that_could_not_be_taken_back_waits_for_the_next_forward_pass():
+    class Away(Noted):
+        def load_state_dict(self, state):
+            super().load_state_dict(state)
+            self._note("load")
+
+    log: list[str] = []
+    method = Away("a", log, fails="load")
+    phases = Phases([method], until=[])
+    model = network()
+    with attach(model, MOMENTUM(model.parameters()), phases):
+        phases.load_state_dict({"steps": 4, "methods": [{"name": "Away", "state": {"steps": 4}}]})
+        before = str(phases.state_dict())
+        with pytest.raises(RuntimeError, match="a failed"):
+            model(torch.zeros(1, 6))
+        assert str(phases.state_dict()) == before
+        method.fails, method.steps = "", 0
+        model(torch.zeros(1, 6))
+        assert method.steps == 4
+        assert str(phases.state_dict()) == before
 
 
 def test_a_later_phase_is_resumed_without_what_the_earlier_ones_need():

@@ -2,6 +2,8 @@
 
 import copy
 import os
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -13,10 +15,15 @@ from push_pull_jobs import ADAGRAD, MOMENTUM, batch, train
 from exchange_cases import together
 from noctule import set_
 from noctule.channel import Channel
+from noctule.checkpoint import Checkpoints
+from noctule.data import Batches, Dataset
+from noctule.errors import ExchangeError, LostWorkerError
 from noctule.exchange import Local
+from noctule.loop import fit
 from noctule.method import Method, attach
 from noctule.parallel import PushPull
 from noctule.parallel.merging import Merge
+from noctule.parallel.phases import Phases
 from noctule.parallel.wasap import MOMENTUM as BUFFER
 from noctule.parallel.wasap import HandOver, wasap
 from noctule.parallel.wire import serve
@@ -134,6 +141,111 @@ def test_resuming_is_never_having_stopped(stop):
         saved = together(1, partial(job, server=server, resume=True))
         found = together(1, partial(go_on, server=server, saved=saved))
     assert alike([state_of(model, own) for model, own, _ in (*whole, *found)])
+
+
+@dataclass
+class Journal:
+    """Keeps checkpoints only."""
+
+    checkpoints: Checkpoints
+
+    def log(self, record):
+        pass
+
+    def rewind(self, epoch):
+        pass
+
+
+def lose():
+    raise LostWorkerError("a worker was lost")
+
+
+class After(Method):
+    """Does something after a step, once."""
+
+    def __init__(self, step, act):
+        self.left, self.act = step, act
+
+    def after_step(self):
+        self.left -= 1
+        if not self.left:
+            self.act()
+
+
+@pytest.mark.parametrize(("how", "pushed"), [("going on", True), ("going on", False), ("resuming", True)])
+def test_a_server_that_is_away_at_the_hand_over_is_asked_again_before_the_second_phase(tmp_path, how, pushed):
+    def job(folder, act):
+        server = serve(MOMENTUM, folder=folder)
+
+        def pieces():
+            push_pull = PushPull(server.ticket(0), timeout_seconds=2)
+            away = After(3, partial(act, server))
+            together = [HandOver(push_pull, at=3), *([away, push_pull] if pushed else [push_pull, away])]
+            model = sparse(seed=3)
+            own = MOMENTUM(model.parameters())
+            return model, own, Phases(together, [set_(every=2, seed=1)], until=[3])
+
+        with ExitStack() as stack:
+            model, own, method = pieces()
+            session = stack.enter_context(attach(model, own, method))
+            for n in range(6):
+                try:
+                    train(model, own, [batch(0, n)])
+                except ExchangeError:
+                    failed.append(n)
+                    saved = copy.deepcopy([model.state_dict(), own.state_dict(), session.state_dict()])
+                    server = stack.enter_context(serve(MOMENTUM, folder=folder))
+                    if how == "resuming":
+                        session.close()
+                        model, own, method = pieces()
+                        session = stack.enter_context(attach(model, own, method))
+                        for piece, state in zip((model, own, session), saved, strict=True):
+                            piece.load_state_dict(state)
+            assert method.steps == 6
+        server.close()
+        return state_of(model, own)
+
+    failed: list[int] = []
+    whole = job(tmp_path / "whole", lambda server: None)
+    assert not failed
+    assert alike([whole, job(tmp_path / "broken", lambda server: server.close())])
+    assert failed == [2]
+
+
+def test_a_merge_that_a_worker_missed_happens_when_the_training_is_resumed(tmp_path):
+    """The real loop and its checkpoints: one worker has done its last step, the other is started again."""
+    draws = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(24, 6, generator=draws), torch.randint(3, (24,), generator=draws)
+    dataset = Dataset(inputs, targets, name="some", classes=3)
+
+    def job(path, folder, fails=0):
+        model = sparse()
+        own = MOMENTUM(model.parameters())
+        alone = [Merge(Channel(path=path), every=6), set_(every=2, seed=path.rank)]
+        method = Phases([After(fails, lose)], alone, until=[6])
+        fitted = fit(
+            model,
+            own,
+            Batches(dataset, 4, seed=path.rank),
+            validation=dataset,
+            epochs=2,
+            methods=[method],
+            journal=Journal(Checkpoints(folder / str(path.rank))),
+        )
+        assert method.steps == fitted.step == 12
+        return state_of(model, own)
+
+    whole = together(2, partial(job, folder=tmp_path / "whole"))
+    assert alike(whole)
+    for fails in (4, 6):  # in the first phase, and at its last step
+        folder = tmp_path / f"broken-{fails}"
+        nobody = Local.together(2, timeout_seconds=0.2)
+        with pytest.raises(LostWorkerError):
+            job(nobody[0], folder, fails)
+        with pytest.raises(ExchangeError, match="did not come"):
+            job(nobody[0], folder)
+        for ours, theirs in zip(together(2, partial(job, folder=folder)), whole, strict=True):
+            assert alike([ours, theirs])
 
 
 def test_the_parts_of_each_worker():

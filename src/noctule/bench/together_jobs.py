@@ -50,7 +50,8 @@ class Enough(Exception):
 class Reached(Method):
     """Scores the network every so many steps; the first time it is good enough counts.
 
-    Given after the method that keeps workers together, it finds the same on all of them where they have just met.
+    Given before the method that keeps workers together, it hears of a step after that has: where they have just met it finds the
+    same on all of them.
     """
 
     validation: Dataset
@@ -117,7 +118,7 @@ def train(rank: int, plan: dict[str, Any], *, stop: bool) -> Trained:
             if plan["kind"] == "sparse"
             else ()
         )
-        methods = [*moving, *team.methods(steps=steps), reached]
+        methods = [reached, *moving, *team.methods(steps=steps)]
         fitted, sent, waited, started = None, TRAFFIC.sent_bytes, TRAFFIC.seconds, time.perf_counter()
         with suppress(Enough):
             fitted = team.train(

@@ -30,21 +30,32 @@ def merge_workers(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer],
     it had, the largest. Dense parameters, biases, buffers and their state become plain means; what counts, such as steps, the
     largest. What is frozen is left alone.
 
+    Nothing is changed before all workers have said that they have heard everything: a merge that breaks off until then can be
+    repeated.
+
     Raises:
-        ExchangeError: the workers' models or optimizers differ in more than numbers and places; nothing is changed.
+        ExchangeError: the workers' models or optimizers differ in more than numbers and places, or one was lost.
+        ValueError: somebody who keeps state for a sparse layer cannot follow its places.
     """
     several = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
     layers = {f"{name}.values" if name else "values": layer for name, layer in sparse_layers(model).items()}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     buffers = {name: f"{x.dtype} {tuple(x.shape)}" for name, x in model.named_buffers()}
     _agree(exchange, {name: _described(name, p, several, layers) for name, p in trained.items()} | buffers)
-    for name in trained:
-        if name in layers:
-            _merge_layer(layers[name], several, exchange, name)
+    sparse = [_merged_layer(layer, several, exchange, name) for name, layer in layers.items() if name in trained]
     dense = [x for name, p in trained.items() if name not in layers for x in (p, *_state(several, p).values())]
+    floats = [*dense, *(x for x in model.buffers() if x.is_floating_point())]
     counts = [x for p in trained.values() for x in _counters(several, p)]
-    _mean([*dense, *(x for x in model.buffers() if x.is_floating_point())], exchange)
-    _count([*counts, *(x for x in model.buffers() if not x.is_floating_point())], exchange)
+    whole = [*counts, *(x for x in model.buffers() if not x.is_floating_point())]
+    merged = [*_means(floats, exchange), *_most(whole, exchange)]
+    exchange.share(b"")  # all have all of it: who changed numbers before would merge them once more after a loss
+    for x, new in zip([*floats, *whole], merged, strict=True):
+        x.copy_(new)
+    for layer, topology, means in sparse:
+        if topology is not layer.topology:
+            layer.remap_(topology, Remap.between(layer.topology, topology))
+        for x, mean in zip([layer.values, *_state(several, layer.values).values()], means, strict=True):
+            x.copy_(mean)
 
 
 class Merge(Method):
@@ -110,8 +121,10 @@ def largest(topology: Topology, values: Tensor, count: int) -> tuple[Topology, T
     return Topology.from_keys(topology.shape, topology.keys()[kept]), kept
 
 
-def _merge_layer(layer: Any, optimizers: Sequence[Optimizer], exchange: Exchange, name: str) -> None:
-    """One sparse layer and its state."""
+def _merged_layer(
+    layer: Any, optimizers: Sequence[Optimizer], exchange: Exchange, name: str
+) -> tuple[Any, Topology, list[Tensor]]:
+    """A sparse layer, the places it is to have, and the values and state there; it is as it was."""
     old, p = layer.topology, layer.values
     mine = {"": p, **_state(optimizers, p)}
     arrived = _share(exchange, [old.keys(), *mine.values()], name)
@@ -121,23 +134,21 @@ def _merge_layer(layer: Any, optimizers: Sequence[Optimizer], exchange: Exchange
         united, mean = merge(places, [x.double() for x in several])
         means.append(mean)
     topology, kept = largest(united, means[0], old.size)
-    if topology != old:
-        topology = topology.to(old.device)
-        layer.remap_(topology, Remap.between(old, topology))
-    for x, mean in zip([layer.values, *_state(optimizers, layer.values).values()], means, strict=True):
-        x.copy_(mean[kept])
+    topology = old if topology == old else topology.to(old.device)
+    if topology is not old:
+        layer.check_remap(topology, Remap.between(old, topology))
+    return layer, topology, [mean[kept].to(x.dtype) for x, mean in zip(mine.values(), means, strict=True)]
 
 
-def _mean(tensors: Sequence[Tensor], exchange: Exchange) -> None:
-    """Each tensor becomes the mean over all workers."""
-    for x, *several in zip(tensors, *_share(exchange, tensors, "what is dense"), strict=True):
-        x.copy_(torch.stack([each.double() for each in several]).mean(0))
+def _means(tensors: Sequence[Tensor], exchange: Exchange) -> list[Tensor]:
+    """Of each tensor the mean over all workers."""
+    arrived = zip(tensors, *_share(exchange, tensors, "what is dense"), strict=True)
+    return [torch.stack([each.double() for each in several]).mean(0).to(x.dtype) for x, *several in arrived]
 
 
-def _count(counters: Sequence[Tensor], exchange: Exchange) -> None:
-    """Each counter becomes the largest of all workers'."""
-    for x, *several in zip(counters, *_share(exchange, counters, "counters"), strict=True):
-        x.copy_(torch.stack(several).amax(0))
+def _most(counters: Sequence[Tensor], exchange: Exchange) -> list[Tensor]:
+    """Of each counter the largest of all workers'."""
+    return [torch.stack(several).amax(0) for several in zip(*_share(exchange, counters, "counters"), strict=True)]
 
 
 def _state(optimizers: Sequence[Optimizer], p: Tensor) -> dict[str, Tensor]:

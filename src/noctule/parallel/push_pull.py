@@ -134,8 +134,8 @@ class PushPull(Method):
 
     @property
     def staleness(self) -> Counter[int]:
-        """How many pushes of this worker, to all shards, were how many pushes of others old."""
-        return self.links.staleness
+        """How many pushes of this worker, to all shards, were how many pushes of others old; none before a session opens."""
+        return self.links.staleness if hasattr(self, "links") else Counter()
 
     def before_step(self) -> None:
         """Accrue the gradient.

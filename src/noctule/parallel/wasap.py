@@ -83,7 +83,7 @@ class HandOver(Method):
     def __init__(self, push_pull: PushPull, *, at: int) -> None:
         """Nothing is asked for yet."""
         self.push_pull, self.at = push_pull, at
-        self.steps = 0
+        self.steps, self.due = 0, False
 
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Note who gets the momentum."""
@@ -92,19 +92,26 @@ class HandOver(Method):
     def after_step(self) -> None:
         """Take over, when it is time."""
         self.steps += 1
-        if self.steps == self.at:
-            found = self.push_pull.fetch(MOMENTUM)
-            for optimizer in self.optimizers:
-                for group in optimizer.param_groups if isinstance(optimizer, SGD) else ():
-                    for name, p in self.push_pull.parameters.items():
-                        if name in found and group["momentum"] and any(p is other for other in group["params"]):
-                            mean = found[name] / self.push_pull.push_every
-                            optimizer.state[p][MOMENTUM] = mean.to(p.device, p.dtype)
+        self.due = self.due or self.steps == self.at
+        self.settle()
+
+    def settle(self) -> None:
+        """Take over, if it could not be done when it was time."""
+        if not self.due:
+            return
+        found = self.push_pull.fetch(MOMENTUM)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups if isinstance(optimizer, SGD) else ():
+                for name, p in self.push_pull.parameters.items():
+                    if name in found and group["momentum"] and any(p is other for other in group["params"]):
+                        mean = found[name] / self.push_pull.push_every
+                        optimizer.state[p][MOMENTUM] = mean.to(p.device, p.dtype)
+        self.due = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps done."""
-        return {"steps": self.steps}
+        """The steps done, and whether it is time."""
+        return {"steps": self.steps, "due": self.due}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self.steps = int(state["steps"])
+        self.steps, self.due = int(state["steps"]), bool(state.get("due", False))  # older states do not say it
