@@ -33,10 +33,12 @@ class Followed:
         self.places: dict[str, Topology] = {name: layer.topology for name, layer in self.layers.items()}
         """Where the server and this worker agree."""
         self._versions = dict.fromkeys(self.layers, UNKNOWN)
+        self._now = dict(self.places)
+        self._moved: dict[str, tuple[Topology, Remap]] = {}  # from the places agreed on to these, in one go
         self._undo = ExitStack()
         for name, layer in self.layers.items():
             self._undo.callback(layer.register_remap_check(partial(_check, name)).remove)
-            self._undo.callback(layer.register_remap_hook(partial(_tell, carry, name)).remove)
+            self._undo.callback(layer.register_remap_hook(partial(self._note, carry, name)).remove)
 
     def facts(self) -> dict[str, str]:
         """What all workers must have alike; places they are told."""
@@ -69,7 +71,9 @@ class Followed:
             header, frames = {"names": mine, "versions": self.versions(names)}, []
             for name in mine:
                 old, layer = self.places[name], self.layers[name]
-                remap = Remap.between(old, layer.topology)
+                to, remap = self._moved.get(name, (None, None))
+                if remap is None or to is not layer.topology:
+                    remap = Remap.between(old, layer.topology)
                 first = layer.values.detach().float()[remap.old_slot < 0]
                 frames += [*Move.along(remap, layer.topology).write(old), to_bytes(Exact().encode(first))]
                 self.places[name] = layer.topology
@@ -110,6 +114,14 @@ class Followed:
         if rest:
             raise ExchangeError(f"an answer came with {len(rest)} frames too many")
 
+    def _note(self, carry: Callable[[str, Remap], None], name: str, layer: Any, old: Any, remap: Remap) -> None:
+        """A remap hook."""
+        before, self._now[name] = self._now[name], layer.topology
+        self._moved.pop(name, None)
+        if before is self.places[name]:
+            self._moved[name] = layer.topology, remap
+        carry(name, remap)
+
     def _entry(self, entry: Any) -> tuple[str, int, int | None]:
         """The name of a layer, the version of its places, and how many moves lead to it; None for all of them anew."""
         if isinstance(entry, list) and len(entry) == 3:
@@ -122,11 +134,6 @@ class Followed:
     def close(self) -> None:
         """Stop listening."""
         self._undo.close()
-
-
-def _tell(carry: Callable[[str, Remap], None], name: str, layer: nn.Module, old: Any, remap: Remap) -> None:
-    """A remap hook."""
-    carry(name, remap)
 
 
 def _check(name: str, layer: nn.Module, remap: Remap) -> None:
