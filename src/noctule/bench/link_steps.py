@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from noctule.channel import Channel, Exchange
@@ -42,12 +42,15 @@ EXCHANGES: dict[str, Callable[[], Exchange]] = {
 }
 ROWS: dict[str, Callable[[], Exchange] | None] = {
     "ddp fp32": None,
+    "ddp fp32, torch's hook": None,
     "ddp fp16": None,
     **EXCHANGES,
     "natural, all-gather": lambda: Channel(Compress(NaturalCompression()), path=AllGather(own_group())),
     "auto": lambda: Auto({name: make() for name, make in EXCHANGES.items()}, probe=_probe),
 }
-"""Plain DDP, torch's own hook, and Noctule's exchanges."""
+"""Plain DDP, torch's own hooks, and Noctule's exchanges."""
+TORCHS = {"ddp fp32, torch's hook": allreduce_hook, "ddp fp16": fp16_compress_hook}
+"""The first does what DDP does without one: what is over is the price of any hook."""
 
 
 @dataclass
@@ -80,8 +83,8 @@ def prepare(rank: int, world: int, row: str, megabytes: float, batch: int) -> in
     exchange = make() if make else None
     if exchange:
         wrapped.register_comm_hook(None, ddp_hook(exchange, wrapped))
-    elif row == "ddp fp16":
-        wrapped.register_comm_hook(None, fp16_compress_hook)
+    elif row in TORCHS:
+        wrapped.register_comm_hook(None, TORCHS[row])
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.01, momentum=0.9, fused=True)
     generator = torch.Generator().manual_seed(rank)
     x, y = torch.randn(batch, width, generator=generator), torch.randint(10, (batch,), generator=generator)
