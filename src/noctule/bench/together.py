@@ -26,7 +26,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "natural": {"strategy": "sync", "codec": "natural"},
     "topk": {"strategy": "sync", "codec": "topk"},
     "powersgd": {"strategy": "sync", "codec": "powersgd"},
-    "diloco": {"strategy": "diloco", "meet": 100, "outer_momentum": 0.5},  # in some hundred meetings 0.9 does not pay off
+    "diloco": {
+        "strategy": "diloco",
+        "meet": 100,
+        "outer_momentum": 0.5,
+    },  # in some hundred meetings 0.9 does not pay off
     "local": {"strategy": "local", "meet": 100},
 }
 TARGET_POINTS = 0.3
