@@ -62,7 +62,7 @@ def test_three_workers_are_one_and_go_on_when_any_is_killed(noctule_command, tmp
     # Worker 0 has no record of an epoch at whose very end it was killed: the others were in the next one by then.
     assert len(found) >= 19
     together = records(tmp_path / "killed")[-1]["together"]
-    assert together["workers"] in (2, 3)
+    assert 1 <= together["workers"] <= 3  # as many as had come back by then
     assert together["sent_bytes"] > 0
     assert together["noise_scale"]["batch"] == 64
     assert together["noise_scale"]["measured"] > 0
@@ -102,7 +102,7 @@ def own(run, *, fail: str = "", seed: int = 0):
         raise RuntimeError("no such sensor")
     if team().rank == 1 and fail == "die":
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60.0 if fail == "die" else 0.1)
+    time.sleep(60.0 if fail else 0.1)
 """
 
 
