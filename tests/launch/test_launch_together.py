@@ -59,8 +59,8 @@ def test_three_workers_are_one_and_go_on_when_any_is_killed(noctule_command, tmp
         for run in ("killed", "alone")
     )
     assert found == pytest.approx({epoch: expected[epoch] for epoch in found}, abs=1e-5)
-    # Worker 0 has no record of an epoch at whose very end it was killed: the others were in the next one by then.
-    assert len(found) >= 19
+    # Worker 0 has no records of epochs that it was not there for: the others went on, and may be further by the time it is back.
+    assert {*range(1, 9), 20} <= found.keys()
     together = records(tmp_path / "killed")[-1]["together"]
     assert 1 <= together["workers"] <= 3  # as many as had come back by then
     assert together["sent_bytes"] > 0
