@@ -61,8 +61,9 @@ def test_three_workers_are_one_and_go_on_when_any_is_killed(noctule_command, tmp
     assert found == pytest.approx({epoch: expected[epoch] for epoch in found}, abs=1e-5)
     # Worker 0 has no records of epochs that it was not there for: the others went on, and may be further by the time it is back.
     assert {*range(1, 9), 20} <= found.keys()
-    together = records(tmp_path / "killed")[-1]["together"]
-    assert 1 <= together["workers"] <= 3  # as many as had come back by then
+    several = [record["together"] for record in records(tmp_path / "killed") if record["together"]["workers"] > 1]
+    assert several[0]["workers"] == 3
+    together = several[-1]  # the others may be at the end before who was killed is back, and then it is alone
     assert together["sent_bytes"] > 0
     assert together["noise_scale"]["batch"] == 64
     assert together["noise_scale"]["measured"] > 0
