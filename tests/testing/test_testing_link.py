@@ -198,17 +198,18 @@ def test_three_workers_reach_each_other_and_two_share_the_line_of_the_third():
 
 @needs_network
 def test_opposite_directions_do_not_share(pair):
-    size = 3_000_000
-    with connection(pair, 0, 1) as (near, far):
-        there, back = Receiving(far, size), Receiving(near, size)
-        begin = time.monotonic()
-        senders = [threading.Thread(target=end.sendall, args=(bytes(size),)) for end in (near, far)]
-        for thread in senders:
-            thread.start()
-        for thread in [*senders, there, back]:
-            thread.join(20)
-        taken = time.monotonic() - begin
-    assert taken < 1.6 * size * 8e-6 / 100  # one after another would take twice
+    size, taken = 3_000_000, []
+    for _ in range(4):  # a machine that has other things to do delays some, and would have to delay all
+        with connection(pair, 0, 1) as (near, far):
+            there, back = Receiving(far, size), Receiving(near, size)
+            begin = time.monotonic()
+            senders = [threading.Thread(target=end.sendall, args=(bytes(size),)) for end in (near, far)]
+            for thread in senders:
+                thread.start()
+            for thread in [*senders, there, back]:
+                thread.join(20)
+            taken.append(time.monotonic() - begin)
+    assert min(taken) < 1.6 * size * 8e-6 / 100  # one after another would take twice
 
 
 @needs_network
