@@ -3,6 +3,7 @@ import gc
 import warnings
 import weakref
 from collections import OrderedDict
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -615,6 +616,47 @@ def test_an_end_that_fails_keeps_nobody_from_ending():
 
 
 # ---- what is kept
+
+
+def test_who_comes_after_one_that_failed_hears_of_the_step_before_the_next_forward_pass(model, tmp_path):
+    optimizer, log = SGD(model.parameters(), lr=0.1), []
+    methods = [Log(str(place), log) for place in range(3)]
+    methods[1].fails_in = "after"
+    with attach(model, optimizer, *methods) as session:
+
+        def step(raises: bool) -> list[str]:
+            """What is heard in it."""
+            log.clear()
+            backward(model)
+            with pytest.raises(ArithmeticError, match="no after") if raises else nullcontext():
+                optimizer.step()
+            return [entry for entry in log if "after" in entry]
+
+        assert step(raises=True) == ["after2", "after1"]
+        model.eval()(torch.ones(1, 3))
+        assert "after0" not in log
+        model.train()(torch.ones(1, 3))
+        assert log[-1] == "after0"
+        assert not model._forward_pre_hooks
+        assert step(raises=True) == ["after2", "after1"]
+        checkpoint.save(tmp_path / "session", session.state_dict())
+        assert step(raises=True) == ["after0", "after2", "after1"]
+        session.settle()
+        assert log[-1] == "after0"
+        step(raises=True)
+    assert session.steps == 4
+    assert not model._forward_pre_hooks
+    again = [Log(str(place)) for place in range(3)]
+    with attach(model, optimizer, *again) as session:
+        state = checkpoint.load(tmp_path / "session")
+        with pytest.raises(ValueError, match=r"3 methods, of which \[3\]"):
+            session.load_state_dict({**state, "waiting": [3]})
+        session.load_state_dict(state)
+        counts = [method.log.count(f"after{place}") for place, method in enumerate(again)]
+        model(torch.ones(1, 3))
+        assert [method.log.count(f"after{place}") for place, method in enumerate(again)] == [counts[0] + 1, *counts[1:]]
+        session.load_state_dict({name: part for name, part in state.items() if name != "waiting"})
+        assert not model._forward_pre_hooks
 
 
 def test_state_goes_through_a_checkpoint_and_comes_back(model, tmp_path):

@@ -1,7 +1,7 @@
 """Round `optimizer.step()`: `Method` is what a technique overrides, `attach` calls it at the right moments."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any, Self
 from weakref import WeakSet
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from noctule.optim import RunningSteps, carry_state, check_carry, sparse_layers, will_skip
 from noctule.topology import Remap
@@ -51,11 +52,73 @@ class Method:
         """Take back what `state_dict` gave."""
 
 
+class Turns:
+    """Tells methods of each step, in reverse; who comes after one that failed hears of it later.
+
+    One that could not finish, as where another worker was lost, can so make up for it first, in a forward pre-hook or when it is
+    asked to settle: the others are told right before the next forward pass in training mode, at the latest with the next step.
+
+    Args:
+        model: whose forward passes these are.
+        methods: in the order of `attach`.
+    """
+
+    def __init__(self, model: nn.Module, methods: Sequence[Method]) -> None:
+        """All have heard of all steps."""
+        self.waiting: list[int] = []
+        """The places, among the methods, of those that have not heard of a step, in the order in which they will."""
+        self._model, self._methods = model, methods
+        self._hook: RemovableHandle | None = None
+
+    def step(self) -> None:
+        """A step was done."""
+        self.wait([*self.waiting, *reversed(range(len(self._methods)))])
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Tell those who wait, up to one that fails."""
+        try:
+            while self.waiting:
+                self._methods[self.waiting.pop(0)].after_step()
+        finally:
+            self._listen()
+
+    def wait(self, waiting: Iterable[int]) -> None:
+        """These are the ones who wait.
+
+        Raises:
+            ValueError: there are not so many methods.
+        """
+        places = list(waiting)
+        if not {*places} <= {*range(len(self._methods))}:
+            raise ValueError(f"there are {len(self._methods)} methods, of which {places} are to hear of a step")
+        self.waiting = places
+        self._listen()
+
+    def close(self) -> None:
+        """Who has not heard will not."""
+        self.wait(())
+
+    def _listen(self) -> None:
+        """Have a hook on the model only while somebody waits: last in line, behind those of the methods."""
+        if self.waiting and self._hook is None:
+            hook: Any = torch.compiler.disable(self._before_forward)
+            self._hook = self._model.register_forward_pre_hook(hook)
+        elif not self.waiting and self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _before_forward(self, model: nn.Module, args: Any) -> None:
+        if model.training:
+            self.go_on()
+
+
 def attach(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer], *methods: Method) -> "Session":
     """Call `methods` round the steps of one or several optimizers, in your own loop, until the session is closed.
 
     `before_step` runs in the order of `methods`, `after_step` and `end` in reverse. With several optimizers a *round*
-    is one step of each: `before_step` comes before its first step, `after_step` after its last. An optimizer that steps
+    is one step of each: `before_step` comes before its first step, `after_step` after its last; if one raises there, the methods
+    whose turn comes later hear of the step before the next forward pass. An optimizer that steps
     again before the others have (as in adversarial training) closes the round first and opens the next; so does leaving
     the session. Steps that a GradScaler skips for an overflow do not count, nor do micro-batches.
 
@@ -119,6 +182,7 @@ class Session:
                 method.begin(model, optimizers)
                 self._begun.append(method)
                 self._undo.callback(lambda: self._begun.pop().end())
+            self._turns = self._undo.enter_context(closing(Turns(model, methods)))
             self._undo.callback(self._finish_round)
             _open.add(self)
             self._hooks.callback(_open.discard, self)
@@ -135,22 +199,25 @@ class Session:
         """Have every method finish what is under way, before the weights are judged or shipped; in reverse, as after a step."""
         for method in reversed(self.methods):
             method.settle()
+        self._turns.go_on()
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of finished rounds and every method's state, as plain data."""
+        """The number of finished rounds, who has not heard of the last one yet, and every method's state, as plain data."""
         entries = [{"name": type(method).__name__, "state": method.state_dict()} for method in self.methods]
-        return {"steps": self.steps, "methods": entries}
+        return {"steps": self.steps, "waiting": list(self._turns.waiting), "methods": entries}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave; raises ValueError, with no method touched, if it is of other methods."""
         try:
             steps, names = int(state["steps"]), [entry["name"] for entry in state["methods"]]
             parts = [entry["state"] for entry in state["methods"]]
+            waiting = [int(place) for place in state.get("waiting", ())]  # which older states lack
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"this is not what Session.state_dict() gave: {error!r}") from error
         have = [type(method).__name__ for method in self.methods]
         if names != have:
             raise ValueError(f"this state belongs to the methods {names}, the session has {have}: attach the same ones")
+        self._turns.wait(waiting)
         for method, part in zip(self.methods, parts, strict=True):
             method.load_state_dict(part)
         self.steps = steps
@@ -269,11 +336,4 @@ class Session:
         moved, self._round = any(self._round.values()), {}
         if moved:
             self.steps += 1
-            failed: list[Exception] = []
-            for method in reversed(self.methods):
-                try:
-                    method.after_step()
-                except Exception as error:  # the others hear of the step all the same: their counts stay together
-                    failed.append(error)
-            if failed:
-                raise failed[0]
+            self._turns.step()

@@ -97,7 +97,7 @@ def start_at_lighthouse(asked: Asked, out: Path, *, lighthouse: str, member: int
     """One worker, whose run is new or goes on; who the others are is said by the lighthouse."""
     strategy = _without_supervisor(asked.together, "with --lighthouse")
     here = _prepare(asked.threads, 1)
-    with Lighthouse(lighthouse, member=member) as rendezvous:
+    with Lighthouse(lighthouse, member=member, timeout_seconds=strategy.timeout_seconds) as rendezvous:
         folder = _create_or_open(asked, out, here)
         print(f"run: {folder.path}", flush=True)
         with as_member_of(Together(rendezvous, member=member, strategy=strategy)), folder:

@@ -56,3 +56,6 @@ def test_the_team_hears_that_its_group_is_no_more():
         with pytest.raises(LostWorkerError, match="a new group"):
             speak()
         assert team.broken
+    team.broken = False
+    assert Elastic(team, make, heeds_calls=False).share(b"x") == [b"x"]
+    assert not team.broken

@@ -35,6 +35,7 @@ def test_what_workers_attach():
     assert isinstance(local, DiLoCo)
     assert local.every == Strategy(strategy="local", meet=7).meet_every == 7
     assert Strategy(strategy="diloco").meet_every == 100
+    assert [Strategy(strategy=name).timeout_seconds for name in ("sync", "diloco")] == [30.0, 129.0]
     assert [Strategy(strategy=name, bound=5).staleness_bound for name in ("downpour", "ssp", "bsp")] == [None, 5, 0]
     assert codec("none") is codec("powersgd") is None
 

@@ -46,32 +46,43 @@ def finished(process: subprocess.Popen[str], seconds: float = 180.0) -> str:
 
 
 def test_three_workers_are_one_and_go_on_when_any_is_killed(noctule_command, tmp_path):
-    words = ["run", "sparse_mlp", *OPTIONS, "--epochs", 20, "--rewire", "set"]
+    """Each comes back, and then they are three again; momentum SGD, since AdamW makes much of the last digits in time."""
+    words = ["run", "sparse_mlp", *OPTIONS[:5], "--dropout", 0, "--batch", 64, "--compare", "none", "--original"]
+    words += ["--checkpoint-seconds", 1000, "--epochs", 10000]
     killed = noctule_command(*words, "--workers", 3, "--out", "killed")
-    for victim, epoch in ((1, 2), (0, 8)):  # the first worker keeps the run's records
-        until(lambda at=epoch: len(records(tmp_path / "killed")) > at, killed)
-        os.kill(workers_of(killed)[victim], signal.SIGKILL)
-    assert finished(killed).count("was ended by SIGKILL") == 2
+    run = tmp_path / "killed"
+
+    def workers() -> int:
+        return records(run)[-1]["together"]["workers"]
+
+    until(lambda: len(records(run)) > 2, killed)
+    assert workers() == 3
+    os.kill(workers_of(killed)[1], signal.SIGKILL)
+    until(lambda: workers() == 2, killed)
+    until(lambda: workers() == 3, killed)
+    os.kill(workers_of(killed)[0], signal.SIGKILL)  # which keeps the run's records
+    before = len(records(run))
+    until(lambda: len(records(run)) > before + 2 and workers() == 3, killed)
+    killed.send_signal(signal.SIGINT)
+    _, err = killed.communicate(timeout=60)
+    assert killed.returncode == 130, err
+    assert err.count("was ended by SIGKILL") == 2
+    found = {record["epoch"]: record["validation_loss"] for record in records(run)}
+    back, last = records(run)[before]["epoch"], records(run)[-1]["epoch"]
+    assert [*found] == [*range(1, before + 1), *range(back, last + 1)]  # all epochs that the first worker was there for
     alone = noctule_command(*words, "--threads", 1, "--out", "alone")
-    finished(alone)
-    found, expected = (
-        {record["epoch"]: record["validation_loss"] for record in records(tmp_path / run)}
-        for run in ("killed", "alone")
-    )
-    assert found == pytest.approx({epoch: expected[epoch] for epoch in found}, abs=1e-5)
-    # Worker 0 has no records of epochs that it was not there for: the others went on, and may be further by the time it is back.
-    assert {*range(1, 9), 20} <= found.keys()
-    several = [record["together"] for record in records(tmp_path / "killed") if record["together"]["workers"] > 1]
-    assert several[0]["workers"] == 3
-    together = several[-1]  # the others may be at the end before who was killed is back, and then it is alone
+    until(lambda: len(records(tmp_path / "alone")) >= last, alone)
+    alone.send_signal(signal.SIGINT)
+    alone.communicate(timeout=60)
+    expected = losses(tmp_path / "alone")
+    assert found == pytest.approx({epoch: expected[epoch - 1] for epoch in found}, abs=1e-5)
+    together = records(run)[-1]["together"]
     assert together["sent_bytes"] > 0
     assert together["noise_scale"]["batch"] == 64
     assert together["noise_scale"]["measured"] > 0
-    assert (tmp_path / "killed" / "report.html").exists()
-    finished(noctule_command("run", "--resume", "killed"))  # though there is nothing to do
 
 
-@pytest.mark.parametrize("strategy", [("--codec", "topk"), ("--strategy", "diloco", "--meet", 3, "--every", 6)])
+@pytest.mark.parametrize("strategy", [("--codec", "topk"), ("--strategy", "diloco", "--meet", 3, "--every", 3)])
 def test_ctrl_c_stops_all_at_one_step_and_resuming_is_never_having_stopped(noctule_command, tmp_path, strategy):
     words = ["run", "sparse_mlp", *OPTIONS, "--epochs", 40, "--workers", 2, *strategy]
     stopped = noctule_command(*words, "--out", "stopped")
@@ -135,6 +146,8 @@ def test_workers_that_compare_what_their_growers_saw_go_on_alike(noctule_command
     assert finished(process).count("was ended by SIGKILL") == 2
     assert [record["epoch"] for record in records(tmp_path / "run")] == list(range(1, 13))
     assert records(tmp_path / "run")[-1]["validation_accuracy"] > 0.85
+    assert (tmp_path / "run" / "report.html").exists()
+    finished(noctule_command("run", "--resume", "run"))  # though there is nothing to do
 
 
 def test_workers_of_a_parameter_server_and_the_server_may_be_killed(noctule_command, tmp_path):

@@ -1,19 +1,25 @@
 """Workers that meet every so many steps: local SGD is the mean of their weights, and nothing else changes between meetings."""
 
 import copy
+import threading
+from contextlib import ExitStack
+from functools import partial
 
+import diloco_cases as cases
 import pytest
 import torch
 from torch import nn
 
 from exchange_cases import Half, together
-from noctule import ToSparse, convert_, set_
+from noctule import ToSparse, convert_, rigl, set_
 from noctule.channel import Channel
 from noctule.codecs import NaturalCompression
-from noctule.errors import ExchangeError
+from noctule.errors import ExchangeError, LostWorkerError
 from noctule.exchange import Compress
 from noctule.method import attach
 from noctule.parallel import AVERAGE, NESTEROV, DiLoCo
+
+_DRAWING = threading.Lock()
 
 
 def network(seed: int = 0, *, sparse: bool = False) -> nn.Module:
@@ -155,6 +161,54 @@ def test_connections_that_move_alike_are_followed():
     (first, places), (second, others) = together(2, work)
     assert places == others
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("lost_at", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("how", "moving"),
+    [  # what RigL saw in a step is in no state: resumed there, it would not move connections
+        *((how, set_) for how in ("going on", "resuming", "settling")),
+        *((how, partial(rigl, until=100)) for how in ("going on", "settling")),
+    ],
+)
+def test_connections_move_after_the_meeting_also_where_that_failed_and_is_made_up_for(how, lost_at, moving):
+    """Or they would move by weights that differ from worker to worker, and not alike."""
+
+    def session(path, stack, *lost):
+        with _DRAWING:
+            model = network(sparse=True)
+        optimizer, sight = sgd(model), Channel(path=path)
+        meeting = DiLoCo(cases.Told(Channel(path=path), lost_at=lost), every=2)
+        move = moving(every=4, seed=1, exchange=sight)
+        return model, optimizer, stack.enter_context(attach(model, optimizer, move, meeting))
+
+    def work(path):
+        with ExitStack() as stack:
+            whole, optimizer, _ = session(path, stack)
+            expected = train(whole, optimizer, steps(path.rank, 10))
+        with ExitStack() as stack:
+            model, optimizer, opened = session(path, stack, lost_at)
+            for data in steps(path.rank, 10):
+                try:
+                    train(model, optimizer, [data])
+                except LostWorkerError:
+                    if how == "resuming":
+                        saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), opened.state_dict()])
+                        stack.close()
+                        model, optimizer, opened = session(path, stack)
+                        for piece, state in zip((model, optimizer, opened), saved, strict=True):
+                            piece.load_state_dict(state)
+                    elif how == "settling":
+                        opened.settle()
+            found = [p.detach().clone() for p in model.parameters()]
+            assert opened.steps == 10
+        assert not model._forward_pre_hooks
+        return expected, found, whole[0].topology, model[0].topology
+
+    first, second = together(2, work)
+    assert first[2] == first[3] == second[3]
+    for expected, found, *_ in (first, second):
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 def test_a_new_connection_has_gone_nowhere_yet():

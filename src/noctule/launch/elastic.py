@@ -31,11 +31,16 @@ class Elastic(Exchange):
     """Made anew by ``make`` in every group; what it kept comes back with the state that the training resumes from.
 
     What a worker owes is its own: one that goes on from another's state owes nothing.
+
+    Args:
+        team: whose group it is.
+        make: the exchange, in a group that is new.
+        heeds_calls: whether it leaves a group that is whole, where the others wait for a new one.
     """
 
-    def __init__(self, team: Grouped, make: Callable[[], Exchange]) -> None:
+    def __init__(self, team: Grouped, make: Callable[[], Exchange], *, heeds_calls: bool = True) -> None:
         """Nothing is made yet."""
-        self._team, self._make = team, make
+        self._team, self._make, self._heeds_calls = team, make, heeds_calls
         self._inner: Exchange | None = None
         self._generation = -1
         self._loaded: dict[str, Any] | None = None  # waits for the group
@@ -94,7 +99,8 @@ class Elastic(Exchange):
     @contextmanager
     def _noticing(self) -> Iterator[None]:
         try:
-            self._team.check()
+            if self._heeds_calls:
+                self._team.check()
             yield
         except LostWorkerError:
             self._team.broken = True

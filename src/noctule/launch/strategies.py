@@ -105,6 +105,11 @@ class Strategy:
         return self.meet or (100 if self.strategy in ("diloco", "local") else 1)
 
     @property
+    def timeout_seconds(self) -> float:
+        """After which a silent worker is taken to be lost; the more steps between two meetings, the longer all are silent."""
+        return 29.0 + self.meet_every
+
+    @property
     def staleness_bound(self) -> int | None:
         """By how many pushes a worker may be ahead at the server."""
         return {"ssp": self.bound, "bsp": 0}.get(self.strategy)

@@ -66,17 +66,14 @@ class Supervisor:
         workers: how many.
         strategy: how they train together.
         threads: of each worker.
-        timeout_seconds: after which a silent peer, or a worker that does not come to a meeting, is taken to be lost.
     """
 
-    def __init__(
-        self, run: Path, *, workers: int, strategy: Strategy, threads: int, timeout_seconds: float = 30.0
-    ) -> None:
+    def __init__(self, run: Path, *, workers: int, strategy: Strategy, threads: int) -> None:
         """Nothing is started yet."""
         if workers < 1:
             raise ValueError(f"there has to be at least one worker, got {workers}")
         self.run_folder, self.strategy, self.threads = run, strategy, threads
-        self.workers, self.timeout_seconds = workers, timeout_seconds
+        self.workers, self.timeout_seconds = workers, strategy.timeout_seconds
         self.groups = 0
         """How many have been formed."""
         self.lost: list[str] = []

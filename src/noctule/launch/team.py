@@ -44,6 +44,14 @@ class Team:
         """This worker's part of every batch."""
         return batches
 
+    def before_batch(self, step: int, *, first: bool) -> None:
+        """What `share` gives says so before each of its batches.
+
+        Args:
+            step: how many batches of the training come before it.
+            first: whether it is the first of its epoch.
+        """
+
     def methods(self, *, steps: int) -> Sequence[Method]:
         """What keeps the workers together in a training of so many steps; to be attached after all others, and after `rewire`."""
         return ()

@@ -27,6 +27,7 @@ from noctule.rewire import Rewire
 
 T = TypeVar("T")
 _LOOK_SECONDS = 0.002
+_CALLED = "the workers form a new group: one has joined, or all are to stop"
 
 
 class Rendezvous(Protocol):
@@ -65,8 +66,9 @@ class Together(Team):
         self.rendezvous, self.member, self.strategy = rendezvous, member, strategy
         self.rank, self.world, self.generation = member, 0, 0
         self.weigh = Weigh(1.0)
-        self.exchange = Elastic(self, lambda: strategy.exchange(self.weigh))
-        self._sights = Elastic(self, lambda: Channel(path=AllReduce()))
+        # A group that is whole ends where no step is half done: before its gradients are exchanged, or see `before_batch`.
+        self.exchange = Elastic(self, lambda: strategy.exchange(self.weigh), heeds_calls=strategy.equal_weights)
+        self._sights = Elastic(self, lambda: Channel(path=AllReduce()), heeds_calls=False)
         self.broken = False
         self._link: LinkEstimate | None = None
         self._noise: NoiseScale | None = None
@@ -88,7 +90,17 @@ class Together(Team):
     def check(self) -> None:
         """See `noctule.launch.elastic.Grouped`."""
         if self.rendezvous.called:
-            raise LostWorkerError("the workers form a new group: one has joined, or all are to stop")
+            raise LostWorkerError(_CALLED)
+
+    def before_batch(self, step: int, *, first: bool) -> None:
+        """See `Team`: workers that go apart between meetings vote right after one whether they form a new group.
+
+        All are at the same step then, each has moved its connections, and no one's work since a meeting is at stake.
+        """
+        voting = not self.strategy.equal_weights and (first or step % self.strategy.meet_every == 0)
+        if voting and any(self._sights.share(b"called" if self.rendezvous.called else b"")):
+            self.broken = True
+            raise LostWorkerError(_CALLED)
 
     def share(self, batches: Batches) -> Source:
         """See `Team`."""
