@@ -223,6 +223,8 @@ def test_a_server_that_is_gone_when_connections_move_costs_nothing_that_is_accru
         before = places(model)
         server.close()
         fails_without_its_server(optimizer, model, 2, seconds)  # it was to be pushed with the next one
+        assert places(model) == before
+        model(batch(0, 3)[0])
         assert places(model) != before
         began = time.monotonic()
         state = session.state_dict()

@@ -64,9 +64,10 @@ def test_all_have_one_network_at_the_end_and_moved_connections_together_and_then
         assert all(moved[together_at] == found[0][2][together_at] for *_, moved in found)
     if world > 1:
         assert found[0][2][apart_at] != found[1][2][apart_at]
-    for model, _, moved in found:
+    for worker, (model, _, moved) in enumerate(found):
         assert [m.size for m in moved[-1]] == [24, 12]
-        assert len({m[0] for m in moved}) >= 4
+        # One whom nobody waits for may hear of all moves of worker 0 at once.
+        assert len({m[0] for m in moved}) >= (4 if bound == 0 or worker == 0 else 3)
         assert model[0].weights == 24
 
 
