@@ -225,8 +225,11 @@ def test_a_shaped_link_is_measured():
     with shaped_network(2, link=Link(megabits=100, delay_ms=5)) as network, Workers(2, network=network) as workers:
         for megabits, delay in ((100, 5), (20, 25)):
             network.change(Link(megabits=megabits, delay_ms=delay))
-            first, second = workers.call(jobs.probed)
-            assert first == second
-            latency, speed = first
-            assert 0.4 * megabits < speed * 8e-6 < 1.3 * megabits  # on a machine that may be busy
+            probes = []
+            for _ in range(3):  # other processes may keep these two from the processor meanwhile
+                first, second = workers.call(jobs.probed)
+                assert first == second
+                probes.append(first)
+            latency, speed = min(latency for latency, _ in probes), max(speed for _, speed in probes)
+            assert 0.4 * megabits < speed * 8e-6 < 1.3 * megabits
             assert delay <= latency * 1e3 <= 2 * delay + 10

@@ -97,10 +97,11 @@ class Together(Team):
 
         All are at the same step then, each has moved its connections, and no one's work since a meeting is at stake.
         """
-        voting = not self.strategy.equal_weights and (first or step % self.strategy.meet_every == 0)
-        if voting and any(self._sights.share(b"called" if self.rendezvous.called else b"")):
-            self.broken = True
-            raise LostWorkerError(_CALLED)
+        if not self.strategy.equal_weights and (first or step % self.strategy.meet_every == 0):
+            (votes,) = self._sights([torch.tensor([float(self.rendezvous.called)])], ["a new group"])
+            if votes > 0:
+                self.broken = True
+                raise LostWorkerError(_CALLED)
 
     def share(self, batches: Batches) -> Source:
         """See `Team`."""

@@ -29,8 +29,9 @@ def available() -> str | None:
     try:
         ip("netns", "add", name)
         ip("-n", name, "tuntap", "add", "mode", "tun", "name", "try0")
-    except FileNotFoundError:
-        return "there is no ip command (apt-get install iproute2)"
+        tc(*f"-n {name} qdisc replace dev try0 root tbf rate 1mbit burst 32kb latency 1s".split())
+    except FileNotFoundError as error:
+        return f"there is no {error.filename} command on the PATH (apt-get install iproute2)"
     except RuntimeError as error:
         return str(error)
     finally:
