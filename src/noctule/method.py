@@ -72,7 +72,7 @@ class Turns:
 
     def step(self) -> None:
         """A step was done."""
-        self.wait([*self.waiting, *reversed(range(len(self._methods)))])
+        self.waiting += reversed(range(len(self._methods)))
         self.go_on()
 
     def go_on(self) -> None:
