@@ -644,7 +644,11 @@ def test_who_comes_after_one_that_failed_hears_of_the_step_before_the_next_forwa
         session.settle()
         assert log[-1] == "after0"
         step(raises=True)
-    assert session.steps == 4
+        log.clear()
+        with pytest.raises(ArithmeticError, match="no after"):
+            optimizer.step()  # with gradients from elsewhere
+        assert log == ["after0", *(f"before{place}" for place in range(3)), "after2", "after1"]
+    assert session.steps == 5
     assert not model._forward_pre_hooks
     again = [Log(str(place)) for place in range(3)]
     with attach(model, optimizer, *again) as session:

@@ -56,7 +56,7 @@ class Turns:
     """Tells methods of each step, in reverse; who comes after one that failed hears of it later.
 
     One that could not finish, as where another worker was lost, can so make up for it first, in a forward pre-hook or when it is
-    asked to settle: the others are told right before the next forward pass in training mode, at the latest with the next step.
+    asked to settle: the others are told right before the next forward pass in training mode, at the latest before the next step.
 
     Args:
         model: whose forward passes these are.
@@ -320,6 +320,7 @@ class Session:
     def _announce(self) -> None:
         self._moving = True
         if not any(self._round.values()):
+            self._turns.go_on()
             for method in self.methods:
                 method.before_step()
 

@@ -111,16 +111,16 @@ def test_what_cannot_be_is_refused(options, text):
 DYING = """
 import os, signal
 from noctule.bench.faults_recipe import training as train
-from noctule.launch.worker import Supervised
+from noctule.launch import worker
 
 def training(run, *, once: str = "", data: str = "digits", hidden: tuple[int, ...] = (32,)):
-    form = Supervised._await_all
-    def die(self, name, rank, world):
-        if world == 3 and rank == 1 and not os.path.exists(once):
+    join = worker.join_group
+    def die(store, **where):
+        if where["world"] == 3 and where["rank"] == 1 and not os.path.exists(once):
             open(once, "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
-        form(self, name, rank, world)
-    Supervised._await_all = die
+        join(store, **where)
+    worker.join_group = die
     train(run, data=data, hidden=hidden)
 """
 

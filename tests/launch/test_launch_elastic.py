@@ -14,8 +14,8 @@ class Alone:
     def __init__(self, member=0):
         self.member, self.generation, self.broken, self.called = member, 1, False, False
 
-    def check(self):
-        if self.called:
+    def check(self, *, heeds_calls):
+        if self.called and heeds_calls:
             raise LostWorkerError("a new group")
 
 

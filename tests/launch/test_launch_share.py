@@ -10,12 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from noctule.channel import Channel
 from noctule.data import Batches, Dataset
-from noctule.exchange import Weigh
+from noctule.errors import LostWorkerError
+from noctule.exchange import Local, Weigh
 from noctule.launch.apart import Apart
+from noctule.launch.elastic import Elastic
 from noctule.launch.share import Share
 from noctule.launch.strategies import Strategy
 from noctule.launch.team import Team, as_member_of, team
+from noctule.launch.together import Together
 from noctule.method import attach
 from noctule.parallel.wire import serve
 
@@ -60,6 +64,39 @@ def test_a_share_goes_on_from_any_batch_and_follows_its_team():
     member.rank, member.world = 0, 1
     (whole, _), *_ = share.epoch(0, start=3)
     assert torch.equal(first, whole[4:])
+
+
+def test_a_team_hears_before_each_batch_but_the_one_that_it_resumes_at():
+    heard = []
+
+    class Hearing(Member):
+        def before_batch(self, step, *, first):
+            heard.append((step, first))
+
+    share = Share(Batches(numbered(32), 8, seed=0), Hearing(0, 1))
+    for epoch, start in ((0, 0), (1, 2), (1, 4)):
+        for _ in share.epoch(epoch, start):
+            heard.append(None)
+    assert heard == [(0, True), None, (1, False), None, (2, False), None, (3, False), None, None, (7, False), None]
+
+
+@pytest.mark.parametrize("strategy", ["sync", "diloco"])
+def test_only_workers_that_go_apart_vote_and_only_right_after_a_meeting(strategy):
+    class Called:
+        called, lost, stopped = True, False, False
+
+    together = Together(
+        Called(), member=0, strategy=Strategy(strategy=strategy, meet=None if strategy == "sync" else 4)
+    )
+    together._sights = Elastic(together, lambda: Channel(path=Local.together(1)[0]), heeds_calls=False)
+    voted = []
+    for step in range(12):
+        try:
+            together.before_batch(step, first=step % 6 == 0)
+        except LostWorkerError:
+            voted.append(step)
+            assert together.broken
+    assert voted == ([] if strategy == "sync" else [0, 4, 6, 8])
 
 
 @pytest.mark.parametrize(("world", "samples"), [(2, 11), (3, 10), (4, 10), (4, 9)])

@@ -32,7 +32,7 @@ DENSITY, LEARNING_RATE, WEIGHT_DECAY, DROPOUT, EVERY, FRACTION = 0.045, 0.002, 0
 class InGroup:
     """A `Rendezvous` of workers that are in a group already and lose nobody."""
 
-    called = stopped = False
+    called = lost = stopped = False
 
     def form(self) -> None:
         """They are in it."""

@@ -22,8 +22,8 @@ class Grouped(Protocol):
     broken: bool
     """Whether the group is no more."""
 
-    def check(self) -> None:
-        """LostWorkerError where the others wait for a new group."""
+    def check(self, *, heeds_calls: bool) -> None:
+        """LostWorkerError where one of the group is gone or, to an exchange that heeds it, where the others wait for a new one."""
         ...
 
 
@@ -99,8 +99,7 @@ class Elastic(Exchange):
     @contextmanager
     def _noticing(self) -> Iterator[None]:
         try:
-            if self._heeds_calls:
-                self._team.check()
+            self._team.check(heeds_calls=self._heeds_calls)
             yield
         except LostWorkerError:
             self._team.broken = True

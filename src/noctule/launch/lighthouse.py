@@ -5,7 +5,7 @@
 
 Of torchft this takes the quorum alone. Each worker asks the lighthouse again and again, beside its training, who there are, and
 says whether it waits for a group; all who are told of one quorum are told the same. Where all of them wait, they are the next
-group; where some do, the others leave theirs before their next exchange. A worker that is silent is in no quorum.
+group; where some do, the others leave theirs as soon as no step is half done. A worker that is silent is in no quorum.
 """
 
 import fcntl
@@ -65,7 +65,7 @@ class Lighthouse:
         if member < 0:
             raise UsageError(f"workers are numbered from 0 on, got member={member}")
         self.address, self.member, self.timeout_seconds = address, member, timeout_seconds
-        self.called = False
+        self.called = self.lost = False
         self._client, own = _reach(address)
         _speak_from(own)
         self._timeout = timedelta(seconds=timeout_seconds)
@@ -156,11 +156,12 @@ class Lighthouse:
             return
         self._twins = 0
         if all(waiting):
-            self._waits = self.called = False
+            self._waits = self.called = self.lost = False
             self._on_their_way = set(names)
             self._groups.put(quorum)
-        elif any(waiting) or not self._on_their_way <= set(names):
-            self.called = True
+        else:
+            self.lost = not self._on_their_way <= set(names)
+            self.called = self.called or self.lost or any(waiting)
 
     # In the training.
 

@@ -36,7 +36,8 @@ class Share:
         world, size, samples = self.team.world, self.batches.batch_size, len(self.batches.dataset)
         parts = self.batches.epoch(epoch, start, part=(self.team.rank, world))
         for batch, (inputs, targets) in enumerate(parts, start):
-            self.team.before_batch(epoch * len(self) + batch, first=batch == 0)
+            if batch > start or not batch:  # one that resumes may have a meeting to make up for first
+                self.team.before_batch(epoch * len(self) + batch, first=not batch)
             self.counts = len(inputs) * world / min(size, samples - batch * size)
             if self.weigh is not None:
                 self.weigh.n = float(len(inputs))

@@ -107,7 +107,7 @@ class Strategy:
     @property
     def timeout_seconds(self) -> float:
         """After which a silent worker is taken to be lost; the more steps between two meetings, the longer all are silent."""
-        return 29.0 + self.meet_every
+        return min(29.0 + self.meet_every, 300.0)
 
     @property
     def staleness_bound(self) -> int | None:

@@ -1,9 +1,9 @@
 """Local workers, watched: who dies is replaced, and the others are left alone but for being told to meet anew.
 
 The store where groups meet lives here, outside of all workers. A worker says ``join`` when it is in no group; when all who can
-have said so, they are sent off in a new one. A worker that joins later has the others called out of their group at their next
-exchange. Workers of a parameter server meet nobody: only who dies is started again, the server too. A worker's own error is not a
-fault of the machine: it ends the run.
+have said so, they are sent off in a new one. A worker that joins later has the others called out of their group before their next
+exchange, or after their next meeting. Workers of a parameter server meet nobody: only who dies is started again, the server too. A
+worker's own error is not a fault of the machine: it ends the run.
 """
 
 import os
@@ -223,7 +223,7 @@ class Supervisor:
         return futile
 
     def _call(self) -> None:
-        """Have all who are in a group leave it before their next exchange."""
+        """Have all who are in a group leave it as soon as no step is half done."""
         for member in self.members:
             if member.state == "working" and not self.strategy.served:
                 member.line.tell(called=True)

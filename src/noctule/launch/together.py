@@ -27,7 +27,7 @@ from noctule.rewire import Rewire
 
 T = TypeVar("T")
 _LOOK_SECONDS = 0.002
-_CALLED = "the workers form a new group: one has joined, or all are to stop"
+_CALLED = "the workers form a new group: one has joined or is lost, or all are to stop"
 
 
 class Rendezvous(Protocol):
@@ -35,6 +35,8 @@ class Rendezvous(Protocol):
 
     called: bool
     """Whether the others wait for a new group."""
+    lost: bool
+    """Whether one of the group is known to be gone, who would be waited for in vain."""
     stopped: bool
     """Whether the training is to stop, where all are at the same step."""
 
@@ -87,9 +89,9 @@ class Together(Team):
         if self.world > 1 and b"" in Group().share(b"" if self._link is None else b"known"):
             self._link = probe_link(Group(), repeats=3, seconds=0.05, most_bytes=1 << 20)
 
-    def check(self) -> None:
+    def check(self, *, heeds_calls: bool) -> None:
         """See `noctule.launch.elastic.Grouped`."""
-        if self.rendezvous.called:
+        if self.rendezvous.lost or (heeds_calls and self.rendezvous.called):
             raise LostWorkerError(_CALLED)
 
     def before_batch(self, step: int, *, first: bool) -> None:

@@ -27,7 +27,7 @@ def under_torchrun() -> bool:
 class Torchrun:
     """How a worker finds the others: as torchrun's variables say."""
 
-    called = stopped = False
+    called = lost = stopped = False
 
     def __init__(self, *, timeout_seconds: float = 60.0) -> None:
         """In no group yet."""

@@ -26,6 +26,8 @@ from noctule.parallel.ticket import Ticket
 class Supervised:
     """How a worker finds the others: the supervisor says when, and in which place."""
 
+    lost = False  # on one machine the group itself is the first to know
+
     def __init__(self, line: Line, *, store: int, timeout_seconds: float, stops_alone: bool = False) -> None:
         """Listen from now on; the end of the supervisor is the end of this process.
 

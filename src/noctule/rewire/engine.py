@@ -180,7 +180,11 @@ class Rewire(Method):
         self._layers, self._sights = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps done, connections moved and what a grower that listens keeps; where they are is the layers' own state."""
+        """Steps done, connections moved and what a grower that listens keeps; where they are is the layers' own state.
+
+        What growers saw in a step is not in it: where another method failed after that step, and the training goes on from a state
+        of then, those that look at gradients or activations move nothing in it.
+        """
         state: dict[str, Any] = {"steps": self.steps, "moved": dict(self.moved)}
         return state | {"grow": self.grow.state_dict()} if isinstance(self.grow, Listener) else state
 
