@@ -67,6 +67,8 @@ class Turns:
         """All have heard of all steps."""
         self.waiting: list[int] = []
         """The places, among the methods, of those that have not heard of a step, in the order in which they will."""
+        self.failed: list[int] = []
+        """That of the one that failed when they were last told, if any."""
         self._model, self._methods = model, methods
         self._hook: RemovableHandle | None = None
 
@@ -77,22 +79,36 @@ class Turns:
 
     def go_on(self) -> None:
         """Tell those who wait, up to one that fails."""
+        self.failed = []
         try:
             while self.waiting:
-                self._methods[self.waiting.pop(0)].after_step()
+                place = self.waiting.pop(0)
+                try:
+                    self._methods[place].after_step()
+                except Exception:
+                    self.failed = [place]
+                    raise
         finally:
             self._listen()
 
-    def wait(self, waiting: Iterable[int]) -> None:
-        """These are the ones who wait.
+    def make_up(self) -> None:
+        """Who failed is asked to settle, then those who wait are told."""
+        for place in self.failed:
+            self._methods[place].settle()
+        self.go_on()
+
+    def wait(self, waiting: Iterable[int], failed: Iterable[int] = ()) -> None:
+        """These are the ones who wait, and who failed.
 
         Raises:
             ValueError: there are not so many methods.
         """
-        places = list(waiting)
-        if not {*places} <= {*range(len(self._methods))}:
-            raise ValueError(f"there are {len(self._methods)} methods, of which {places} are to hear of a step")
-        self.waiting = places
+        places, failures = list(waiting), list(failed)
+        if not {*places, *failures} <= {*range(len(self._methods))}:
+            raise ValueError(
+                f"there are {len(self._methods)} methods, of which {places} wait to hear of a step that {failures} failed in"
+            )
+        self.waiting, self.failed = places, failures
         self._listen()
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from noctule.codecs import NaturalCompression
 from noctule.errors import ExchangeError, LostWorkerError
 from noctule.exchange import Compress
 from noctule.method import attach
-from noctule.parallel import AVERAGE, NESTEROV, DiLoCo
+from noctule.parallel import AVERAGE, NESTEROV, DiLoCo, Phases
 
 _DRAWING = threading.Lock()
 
@@ -164,6 +164,7 @@ def test_connections_that_move_alike_are_followed():
 
 
 @pytest.mark.parametrize("lost_at", [1, 2, 4])
+@pytest.mark.parametrize("where", ["side by side", "both in a phase", "one in a phase"])
 @pytest.mark.parametrize(
     ("how", "moving"),
     [  # what RigL saw in a step is in no state: resumed there, it would not move connections
@@ -171,7 +172,7 @@ def test_connections_that_move_alike_are_followed():
         *((how, partial(rigl, until=100)) for how in ("going on", "settling")),
     ],
 )
-def test_connections_move_after_the_meeting_also_where_that_failed_and_is_made_up_for(how, lost_at, moving):
+def test_connections_move_after_the_meeting_also_where_that_failed_and_is_made_up_for(how, lost_at, moving, where):
     """Or they would move by weights that differ from worker to worker, and not alike."""
 
     def session(path, stack, *lost):
@@ -180,7 +181,12 @@ def test_connections_move_after_the_meeting_also_where_that_failed_and_is_made_u
         optimizer, sight = sgd(model), Channel(path=path)
         meeting = DiLoCo(cases.Told(Channel(path=path), lost_at=lost), every=2)
         move = moving(every=4, seed=1, exchange=sight)
-        return model, optimizer, stack.enter_context(attach(model, optimizer, move, meeting))
+        methods = {
+            "side by side": lambda: (move, meeting),
+            "both in a phase": lambda: (Phases([move, meeting], [], until=[100]),),
+            "one in a phase": lambda: (move, Phases([meeting], [], until=[100])),
+        }
+        return model, optimizer, stack.enter_context(attach(model, optimizer, *methods[where]()))
 
     def work(path):
         with ExitStack() as stack:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from noctule.method import Method
+from noctule.method import Method, Turns
 from noctule.topology import Remap
 
 
@@ -18,8 +18,8 @@ class Phases(Method):
     The first one begins with the first forward pass of the model: a state that is loaded before decides which phase that is, and
     the earlier ones never begin. Within a phase the order is that of `attach`.
 
-    A method that fails in the last step of its phase, as where another worker is lost, is asked to `settle` before the phase ends:
-    at the next forward pass, also in a training that goes on from the state of then.
+    A method that fails in the last step of its phase, as where a worker is lost, is asked to `settle` before the phase ends, at
+    the next forward pass. So is one that failed in any step, in the first forward pass of a training that goes on from then.
 
     Args:
         phases: the methods of each.
@@ -44,8 +44,7 @@ class Phases(Method):
         """Steps done."""
         self._running: list[Method] = []
         self._begun: int | None = None
-        self._waiting: list[dict[str, Any]] | None = None
-        self._failed: list[int] = []  # in the last step of their phase, which has not ended yet
+        self._loaded: dict[str, Any] | None = None  # waits for its phase to begin
         self._undo = ExitStack()
 
     @property
@@ -56,6 +55,7 @@ class Phases(Method):
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Wait for the first forward pass."""
         self.model, self.optimizers = model, optimizers
+        self._turns = Turns(model, self._running)
         hook: Any = torch.compiler.disable(self._forward)
         self._undo.callback(model.register_forward_pre_hook(hook).remove)
 
@@ -67,17 +67,8 @@ class Phases(Method):
 
     def after_step(self) -> None:
         """That of the phase; if this was its last step, and none failed, the next one begins."""
-        failed: dict[int, Exception] = {}
-        for number, method in reversed([*enumerate(self._running)]):
-            try:
-                method.after_step()
-            except Exception as error:  # the others hear of the step all the same: their counts stay together
-                failed[number] = error
         self.steps += 1
-        if self.phase != self._begun:
-            self._failed = [*failed]
-        if failed:
-            raise next(iter(failed.values()))
+        self._turns.step()
         self._ensure()
 
     def remapped(self, layer: nn.Module, remap: Remap) -> None:
@@ -96,6 +87,7 @@ class Phases(Method):
             self._ensure()
         for method in reversed(self._running):
             method.settle()
+        self._turns.go_on()
 
     def end(self) -> None:
         """That of the phase."""
@@ -105,11 +97,16 @@ class Phases(Method):
             self._undo.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps done, which methods failed in the last one of their phase, and the states of those that run."""
-        states = self._waiting
-        if self._begun is not None:
-            states = [{"name": type(method).__name__, "state": method.state_dict()} for method in self._running]
-        return {"steps": self.steps, "failed": list(self._failed), "methods": states}
+        """The steps done, which methods failed in the last one and which have not heard of it, and the states of those that run."""
+        if self._begun is None:
+            return self._loaded or {"steps": self.steps, "failed": [], "waiting": [], "methods": None}
+        states = [{"name": type(method).__name__, "state": method.state_dict()} for method in self._running]
+        return {
+            "steps": self.steps,
+            "failed": list(self._turns.failed),
+            "waiting": list(self._turns.waiting),
+            "methods": states,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave.
@@ -118,8 +115,8 @@ class Phases(Method):
             ValueError: it is of other methods, or of another phase than the one that runs.
         """
         steps, found = int(state["steps"]), state["methods"]
-        failed = list(state.get("failed", ()))  # which older states lack
-        phase = self._at(steps - bool(failed))
+        state = {"steps": steps, "failed": [], "waiting": [], **state}  # which older ones lack
+        phase = self._last(state)
         have = [type(method).__name__ for method in self.phases[phase]]
         if found is not None and [entry["name"] for entry in found] != have:
             raise ValueError(
@@ -130,15 +127,17 @@ class Phases(Method):
             raise ValueError(
                 f"phase {self._begun} has begun, and this state is of phase {phase}: load it before the first forward pass"
             )
-        self.steps, self._failed = steps, failed
-        if self._begun is None:
-            self._waiting = found
-        else:
-            self._load(found)
+        self.steps, self._loaded = steps, state
+        if self._begun is not None:
+            self._load()
 
     def _at(self, steps: int) -> int:
         """The phase of the step that comes after so many."""
         return sum(steps >= step for step in self.until)
+
+    def _last(self, state: dict[str, Any]) -> int:
+        """The phase that this state is of: that of its last step, where that is not done with."""
+        return self._at(int(state["steps"]) - bool(state["failed"] or state["waiting"]))
 
     def _forward(self, model: nn.Module, args: Any) -> None:
         self._ensure()
@@ -146,11 +145,10 @@ class Phases(Method):
     def _ensure(self) -> None:
         """Begin the phase, unless it has begun; the one before ends first."""
         if self._begun is None:
-            self._begin(self._at(self.steps - bool(self._failed)))
+            self._begin(self.phase if self._loaded is None else self._last(self._loaded))
+            self._turns.make_up()  # hooks that began in a forward pass are no part of it
         if self._begun != self.phase:
-            for number in self._failed:
-                self._running[number].settle()
-            self._failed = []
+            self._turns.make_up()
             self._stop()
             self._begin(self.phase)
 
@@ -160,19 +158,23 @@ class Phases(Method):
             for method in self.phases[phase]:
                 method.begin(self.model, self.optimizers)
                 self._running.append(method)
-            self._load(self._waiting)
-            self._waiting = None  # no sooner: a server that is away now may be there at the next forward pass
+            self._load()
         except BaseException:
             self._stop()
             raise
 
-    def _load(self, states: Sequence[dict[str, Any]] | None) -> None:
-        for method, entry in zip(self._running, states or (), strict=False):
-            method.load_state_dict(entry["state"])
+    def _load(self) -> None:
+        """Give the methods that run what was loaded, if anything."""
+        if (state := self._loaded) is not None:
+            for method, entry in zip(self._running, state["methods"] or (), strict=False):
+                method.load_state_dict(entry["state"])
+            self._turns.wait(state["waiting"], state["failed"])
+            self._loaded = None  # no sooner: a server that is away now may be there at the next forward pass
 
     def _stop(self) -> None:
         """End the methods that run, in reverse, each whatever the others do."""
         self._begun = None
+        self._turns.wait(())
         with ExitStack() as stack:
             for _ in self._running:
                 stack.callback(lambda: self._running.pop().end())
