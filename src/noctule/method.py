@@ -79,15 +79,11 @@ class Turns:
 
     def go_on(self) -> None:
         """Tell those who wait, up to one that fails."""
-        self.failed = []
         try:
             while self.waiting:
-                place = self.waiting.pop(0)
-                try:
-                    self._methods[place].after_step()
-                except Exception:
-                    self.failed = [place]
-                    raise
+                self.failed = [self.waiting.pop(0)]  # until it has not
+                self._methods[self.failed[0]].after_step()
+            self.failed = []
         finally:
             self._listen()
 
