@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, Self
 from weakref import WeakValueDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 
-MOST_FEATURES = 2**31 - 1
-SHUFFLED = 1 << 10
-"""Up to so many places are shuffled all together; among more, the few are drawn one by one."""
+from noctule.keys import counts_up_to, distinct, in_order, merged, slots_of
 
+MOST_FEATURES = 2**31 - 1
 _WHOLE = (torch.uint16, torch.int32, torch.int64)
 
 _serial = itertools.count()
@@ -104,7 +102,7 @@ class Topology:
         for name, index, size in (("row", rows, out_features), ("column", columns, in_features)):
             if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
                 raise ValueError(f"{name}s must lie in [0, {size}), got {int(index.min())} to {int(index.max())}")
-        keys = _sorted(rows * in_features + columns)
+        keys = in_order(rows * in_features + columns)
         if (keys[1:] == keys[:-1]).any():
             raise ValueError("a place appears twice: give each (row, column) once")
         return cls.from_keys((out_features, in_features), keys)
@@ -115,7 +113,7 @@ class Topology:
         out_features, in_features = _checked_shape(shape)
         places = out_features * in_features
         check_weights(weights, shape)
-        return cls.from_keys(shape, _distinct(weights, places, generator))
+        return cls.from_keys(shape, distinct(weights, places, generator))
 
     # -- reading it -----------------------------------------------------------------------------------------------
 
@@ -147,7 +145,7 @@ class Topology:
 
     def keys(self) -> Tensor:
         """``row * I + column`` of each place (N,), int64, sorted."""
-        return self.rows() * self.shape[1] + self.columns.to(torch.int64)
+        return self.rows().mul_(self.shape[1]).add_(self.columns.to(torch.int64))
 
     @property
     def transposed(self) -> Transposed:
@@ -166,15 +164,15 @@ class Topology:
             return torch.argsort(self.columns.to(torch.int64), stable=True)
         both = self.columns.to(torch.int64) << 32  # the slot goes with its column, so that a sort of numbers is enough
         both |= torch.arange(self.size, device=self.device)
-        return _sorted(both).to(torch.int32)  # the lower half
+        return in_order(both).to(torch.int32)  # the lower half
 
     def missing(self, count: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Keys (sorted) of ``count`` places that are not here, drawn uniformly; fewer where fewer are missing."""
         keys, absent = self.keys().cpu(), self.places - self.size
-        ranks = _distinct(min(count, absent), absent, generator)
+        ranks = distinct(min(count, absent), absent, generator)
         # keys[k] - k places are missing before the k-th stored one, so rank r lies behind all that have at most r before them
         before = keys - torch.arange(self.size, device="cpu")
-        return ranks + torch.searchsorted(before, ranks, right=True)
+        return ranks + counts_up_to(before, ranks)
 
     def to(self, device: torch.device | str) -> "Topology":
         """This topology on another device; on ``meta`` it stays where it is, since places cannot be made up later."""
@@ -274,7 +272,7 @@ class Remap:
                 f"expected one number for each of the {self.old_size} old slots, got shape {tuple(x.shape)}"
             )
         old_slot = self.old_slot.to(x.device)
-        moved = x[old_slot.clamp(min=0)] if self.old_size else x.new_zeros(self.new_size)
+        moved = x.index_select(0, old_slot.clamp(min=0)) if self.old_size else x.new_zeros(self.new_size)
         return torch.where(old_slot < 0, torch.as_tensor(new, dtype=x.dtype, device=x.device), moved)
 
     def of(self, name: str) -> "Remap | None":
@@ -300,7 +298,7 @@ class Remap:
         """From the places of one topology to those of another of the same shape."""
         if old.shape != new.shape:
             raise ValueError(f"topologies of shapes {old.shape} and {new.shape} share no places: use resize")
-        return cls(_slots_of(old.keys(), new.keys()), old.size)
+        return cls(slots_of(old.keys(), new.keys()), old.size)
 
 
 def exchange(topology: Topology, dropped: Tensor, grown: Tensor) -> tuple[Topology, Remap]:
@@ -314,14 +312,11 @@ def exchange(topology: Topology, dropped: Tensor, grown: Tensor) -> tuple[Topolo
     stays = torch.ones(topology.size, dtype=torch.bool, device=topology.device)
     stays[dropped] = False
     slots = stays.nonzero()[:, 0]
-    kept, grown = topology.keys().index_select(0, slots), _sorted(grown)
-    # both are sorted: a new key comes after the kept ones below it and after the new ones before it
-    at = torch.searchsorted(kept, grown) + torch.arange(grown.numel(), device=grown.device)
-    old = torch.ones(kept.numel() + grown.numel(), dtype=torch.bool, device=kept.device)
-    old[at] = False
-    keys, old_slot = kept.new_empty(old.numel()), torch.full((old.numel(),), -1, device=kept.device)
-    keys.masked_scatter_(old, kept)[at] = grown
-    old_slot.masked_scatter_(old, slots)
+    kept, grown = topology.keys().index_select(0, slots), in_order(grown)
+    keys, new = merged(kept, grown)
+    old = torch.ones_like(keys, dtype=torch.bool)
+    old[new] = False
+    old_slot = torch.full_like(keys, -1).masked_scatter_(old, slots)
     return Topology.from_keys(topology.shape, keys), Remap(old_slot, topology.size)
 
 
@@ -423,40 +418,3 @@ def _listed(x: Any) -> Tensor:
     if not isinstance(x, Tensor) or x.layout != torch.strided or x.dim() != 1 or x.dtype not in _WHOLE:
         raise TypeError("not a list of whole numbers")
     return x.to(torch.int64)
-
-
-def _slots_of(keys: Tensor, wanted: Tensor) -> Tensor:
-    """For each wanted key its position among the sorted keys, or -1."""
-    if not keys.numel():
-        return torch.full_like(wanted, -1)
-    slot = torch.searchsorted(keys, wanted).clamp(max=keys.numel() - 1)
-    return torch.where(keys[slot] == wanted, slot, -1)
-
-
-def _sorted(keys: Tensor) -> Tensor:
-    """Numbers in order: numpy takes a tenth of the time of torch, which makes the order of the places too."""
-    return torch.from_numpy(np.sort(keys.numpy())) if keys.is_cpu else keys.sort().values
-
-
-def _distinct(count: int, places: int, generator: torch.Generator | None) -> Tensor:
-    """Sorted ``count`` distinct numbers below ``places``, each set equally likely, in O(count)."""
-    if places <= SHUFFLED:
-        return _sorted(torch.randperm(places, generator=generator, device="cpu")[:count])
-    if count > places // 2:
-        return _without(torch.arange(places, device="cpu"), places - count, generator)
-    keys = torch.empty(0, dtype=torch.int64, device="cpu")
-    while keys.numel() < count:
-        short = count - keys.numel()
-        more = short + round(short * count / places * 1.5) + 16  # about as many as will be drawn twice, and some
-        keys = torch.cat([keys, torch.randint(places, (more,), generator=generator, device="cpu")])
-        keys = _sorted(keys).unique_consecutive()
-    return _without(keys, keys.numel() - count, generator)
-
-
-def _without(keys: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Without ``count`` of them, each set equally likely."""
-    if not count:
-        return keys
-    keep = torch.ones(keys.numel(), dtype=torch.bool, device="cpu")
-    keep[_distinct(count, keys.numel(), generator)] = False
-    return keys[keep]

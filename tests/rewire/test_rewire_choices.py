@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional as F
 
 from noctule.layers import SparseLinear
@@ -65,6 +66,16 @@ def test_each_sign_loses_its_own_nearest_to_zero(x, fraction):
         rest[mine] = False
         if mine.numel() and rest.any():
             assert x[mine].abs().max() <= x[rest].abs().min()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_of_equals_the_first_go(dtype):
+    x = torch.tensor([1.0, -2.0, 1.0, 0.0, -1.0, 1.0], dtype=dtype)
+    assert smallest(nn.Parameter(x), 0.5).sort().values.tolist() == [0, 2, 3]
+
+
+def test_numbers_of_double_precision_are_told_apart():
+    assert smallest(torch.tensor([1.0 + 1e-12, 1.0], dtype=torch.float64), 0.5).tolist() == [1]
 
 
 def test_what_is_not_a_number_does_not_look_small():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from noctule.channel import Exchange
+from noctule.keys import in_order, slots_of
 from noctule.layers import SparseLayer
 from noctule.method import Method
 from noctule.optim import check_carry
@@ -232,6 +233,8 @@ class Rewire(Method):
             raise ValueError(
                 f"the schedule of Rewire gave the fraction {fraction} at step {self.steps}, it must lie in [0, 1]"
             )
+        if old.size == old.places:
+            return 0
         dropped = self.drop(layer.values.detach(), fraction)
         keys = old.keys()
         grown = sight.choose(min(dropped.numel(), old.places - old.size), keys, keys[dropped]).to(keys.device)
@@ -248,8 +251,9 @@ def _without_regrown(keys: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tens
     """The slots that go and the keys that come, without the places that are in both."""
     if not grown.numel():
         return dropped, grown
-    slot = torch.searchsorted(keys, grown).clamp_(max=keys.numel() - 1)
-    again = keys[slot] == grown
+    grown = in_order(grown)
+    slot = slots_of(keys, grown)
+    again = slot >= 0
     stays = torch.zeros_like(keys, dtype=torch.bool)
     stays[slot[again]] = True
     return dropped[~stays[dropped]], grown[~again]
