@@ -188,7 +188,8 @@ class Topology:
         return self is other or (
             self.shape == other.shape
             and self.size == other.size
-            and bool((self.keys().cpu() == other.keys().cpu()).all())
+            and torch.equal(self.row_ptr.cpu().long(), other.row_ptr.cpu().long())
+            and torch.equal(self.columns.cpu().long(), other.columns.cpu().long())
         )
 
     __hash__ = object.__hash__

@@ -41,7 +41,7 @@ def asynchronous(
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
     epochs: int = 15,
     apart: int = 8,
-    apart_wasap: int = 32,
+    apart_wasap: int = 64,
     overlap: bool = True,
     bf16: bool = True,
     steps: int = 10,

@@ -63,11 +63,11 @@ class Followed:
             if layer.topology is not self.places[name] and layer.topology != self.places[name]
         ]
 
-    def tell(self, dealt: Sequence[Sequence[str]]) -> list[tuple[dict[str, Any], list[bytes]]]:
-        """For each shard what has moved here, with the first values of what has come; from now on that is agreed."""
-        moved, messages = set(self.elsewhere()), []
+    def tell(self, moved: Iterable[str], dealt: Sequence[Sequence[str]]) -> list[tuple[dict[str, Any], list[bytes]]]:
+        """For each shard what has moved here in these layers, and the first values of what has come; from now on that is agreed."""
+        several, messages = set(moved), []
         for names in dealt:
-            mine = [name for name in names if name in moved]
+            mine = [name for name in names if name in several]
             header, frames = {"names": mine, "versions": self.versions(names)}, []
             for name in mine:
                 old, layer = self.places[name], self.layers[name]

@@ -55,10 +55,7 @@ class Weights:
         for name, p in self.parameters.items():
             given = [each[name] for each in several if name in each]
             if given:
-                total = given[0].clone()
-                for other in given[1:]:
-                    total += other
-                p.grad = total / len(several) if len(several) > 1 else total
+                p.grad = given[0] if len(several) == 1 else sum(given[1:], given[0]) / len(several)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
