@@ -80,7 +80,7 @@ class Auto(Exchange):
         candidate = self.turn(tensors, keys)
         started = time.perf_counter()
         totals = candidate(self.paid(tensors, keys), keys)
-        self.took(time.perf_counter() - started, taken=not self.paying or all(map(all_finite, totals)))
+        self.took(time.perf_counter() - started, taken=not self.owes or all(map(all_finite, totals)))
         return totals
 
     # The three parts of a call, for whoever makes the exchange in another way, such as in pieces while backward goes on.
@@ -115,9 +115,9 @@ class Auto(Exchange):
         self.calls += 1
 
     @property
-    def paying(self) -> bool:
-        """Whether what candidates that were left owed is under way."""
-        return bool(self._paying)
+    def owes(self) -> bool:
+        """Whether something that candidates owed that were left is not taken yet."""
+        return bool(self._owed or self._paying)
 
     @property
     def settled(self) -> bool:

@@ -69,6 +69,8 @@ class _Buckets:
         self.names = {id(p): name for name, p in self.parameters.items()}
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="noctule-exchange")
         self.waiting: list[_Bucket] = []
+        self.reduce: AllReduce | None = None
+        """That of this pass, where it takes nothing else."""
         self.plain: list[Future[Tensor]] = []
         """All-reduces of this pass."""
         self.least_bytes = megabytes * 1e6
@@ -80,11 +82,9 @@ class _Buckets:
     def ready(self, found: GradBucket) -> Future[Tensor]:
         if found.index() == 0:
             self._begin()
+        if self.reduce is not None:
+            return self._reduced(self.reduce, found)
         bucket = _Bucket(found, self.names)
-        if (plain := _all_reduce(self.now)) is not None:
-            self._pay(bucket)
-            self.plain.append(plain.begin(bucket.buffer))
-            return collect_all(self.plain).then(self._took) if bucket.last else self.plain[-1]
         self.waiting.append(bucket)
         enough = not self.now.at_once and sum(b.buffer.nbytes for b in self.waiting) >= self.least_bytes
         if bucket.last or enough:
@@ -97,8 +97,21 @@ class _Buckets:
         if isinstance(self.exchange, Auto):
             with torch.no_grad():
                 self.now = self.exchange.turn(list(self.parameters.values()), list(self.parameters))
-        self.before, self.failed = self.now.state_dict(), False  # no copies: debts are replaced, not changed
+        self.reduce = _all_reduce(self.now)
+        if self.reduce is None:
+            self.before, self.failed = self.now.state_dict(), False  # no copies: debts are replaced, not changed
         self.started = time.perf_counter()
+
+    def _reduced(self, reduce: AllReduce, found: GradBucket) -> Future[Tensor]:
+        """With little Python: on a fast link this is what an exchange costs more than none of ours."""
+        auto = self.exchange if isinstance(self.exchange, Auto) else None
+        owes = auto is not None and auto.owes
+        if owes:
+            self._pay(_Bucket(found, self.names))
+        self.plain.append(reduce.begin(found.buffer()))
+        if auto is None or not found.is_last():
+            return self.plain[-1]
+        return collect_all(self.plain).then(self._took_all) if owes else self.plain[-1].then(self._took)
 
     def _pay(self, bucket: _Bucket) -> None:
         """What a candidate owed that was left goes with the gradients."""
@@ -108,13 +121,15 @@ class _Buckets:
                     if sum_ is not x:
                         x.copy_(sum_)
 
-    def _took(self, done: Future[list[Future[Tensor]]]) -> Tensor:
-        """All are there: the last one's."""
-        buffers = [each.value() for each in done.value()]
+    def _took(self, done: Future[Tensor], *, taken: bool = True) -> Tensor:
         if isinstance(self.exchange, Auto):
-            taken = not self.exchange.paying or all(map(all_finite, buffers))
             self.exchange.took(time.perf_counter() - self.started, taken=taken)
-        return buffers[-1]
+        return done.value()
+
+    def _took_all(self, done: Future[list[Future[Tensor]]]) -> Tensor:
+        """Debts are paid where all have come, and are finite."""
+        several = done.value()
+        return self._took(several[-1], taken=all(all_finite(each.value()) for each in several))
 
     def _exchange(self, exchange: Exchange, buckets: Sequence[_Bucket]) -> None:
         """On the thread."""
