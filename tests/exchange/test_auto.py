@@ -126,6 +126,20 @@ def test_those_whose_prices_are_near_show_what_they_take(plain, half, choice):
     check_conserved(everyone, 30)
 
 
+@pytest.mark.parametrize(("pause", "choice"), [(0.0, "half"), (0.2, "plain")])
+def test_the_plain_one_stays_where_whole_steps_are_hardly_slower(pause, choice):
+    def work(path):
+        ways = {name: Slowed(way) for name, way in candidates(path).items()}
+        ways["plain"].seconds, ways["half"].seconds, ways["natural"].seconds = 0.025, 0.015, 0.1
+        auto = Auto(ways, probe=lambda: SLOW, turns=1)
+        for call in range(10):
+            auto(given(path.rank, call), KEYS)
+            time.sleep(pause)  # the rest of the step
+        return auto.choice, auto.settled
+
+    assert together(2, work) == [(choice, True)] * 2
+
+
 @pytest.mark.parametrize("idle", [False, True])
 def test_debts_change_hands_as_gradients_not_times_a_workers_samples(idle):
     """The half is left for the plain one, which pays; one that has no samples just then pays later."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -21,7 +22,8 @@ _SLOW = 1.5, 1.2
 """How many times as slow as the best a candidate may be, after its first turn and after more, to get another."""
 
 _PLAIN_STAYS = 1.1
-"""How many times as slow as the best the plain one, which leaves nothing out, may be to be chosen all the same."""
+"""How many times as slow as the best the plain one, which leaves nothing out, may be to be chosen all the same, in its exchanges or
+in whole steps: an exchange that is half of a step may well be a little slower."""
 
 
 class Auto(Exchange):
@@ -68,9 +70,12 @@ class Auto(Exchange):
         """What each candidate takes, by name; of the worker that it takes most."""
         self.seconds: dict[str, list[float]] = {}
         """What the exchanges of those that were tried took the slowest worker, one number a turn."""
+        self.steps: dict[str, list[float]] = {}
+        """The same from the end of one exchange to that of the next."""
         self.calls = 0
         self._tries: list[str] = []  # whose turns they are, from this one on
         self._taken: list[float] = []
+        self._ends: list[float] = []  # when those were done
         self._usual: float | None = None
         self._owed: dict[str, Tensor] = {}
         self._paying: dict[str, Tensor] = {}  # what of it is under way
@@ -112,6 +117,7 @@ class Auto(Exchange):
         if taken:
             self._paying = {}
         self._taken.append(seconds)
+        self._ends.append(time.perf_counter())
         self.calls += 1
 
     @property
@@ -199,7 +205,8 @@ class Auto(Exchange):
         numbers = [number for work in works for number in (work.seconds, work.sent_bytes, work.rounds)]
         most = iter(agreed(self.share, numbers))
         self.works = {name: Work(next(most), next(most), round(next(most))) for name in self.candidates}
-        self._taken, self._usual, self.seconds = [], None, {}
+        self._usual, self.seconds, self.steps = None, {}, {}
+        self._forget()
         prices = self.prices()
         first, *others = sorted(prices, key=lambda name: prices[name])
         plain = next(iter(self.candidates))
@@ -209,17 +216,19 @@ class Auto(Exchange):
 
     def _next_turn(self) -> None:
         """Note how the one whose turn it was did, and go on to the next, or to the fastest where nobody is left to beat it."""
-        (seconds,) = agreed(self.share, [min(self._taken[1:])])  # the first has much to catch up on, and to send
+        least = min(self._taken[1:]), min(end - begin for begin, end in pairwise(self._ends))
+        seconds, step = agreed(self.share, least)  # the first has much to catch up on, and to send
         self.seconds.setdefault(self.choice, []).append(seconds)
+        self.steps.setdefault(self.choice, []).append(step)
         fastest = min(self.seconds, key=lambda name: median(self.seconds[name]))
         limit = median(self.seconds[fastest])
         slow = {name for name, several in self.seconds.items() if min(several) > _SLOW[len(several) > 1] * limit}
         self._tries = [name for name in self._tries[1:] if name not in slow]
         if set(self._tries) <= {fastest}:
             self._tries = []
-        self._taken = []
+        self._forget()
         plain = next(iter(self.candidates))
-        if plain in self.seconds and median(self.seconds[plain]) <= _PLAIN_STAYS * limit:
+        if any(median(x[plain]) <= _PLAIN_STAYS * median(x[fastest]) for x in (self.seconds, self.steps) if plain in x):
             fastest = plain
         self._choose(self._tries[0] if self._tries else fastest)
 
@@ -232,7 +241,11 @@ class Auto(Exchange):
     def _changed(self) -> bool:
         """Whether exchanges take another time than they did; asked of all workers, so all say the same."""
         (now,) = agreed(self.share, [median(self._taken)])
-        self._taken = []
+        self._forget()
         if self._usual is None:
             self._usual = now
         return not 1.0 / self.change < now / max(self._usual, 1e-9) < self.change
+
+    def _forget(self) -> None:
+        """How long exchanges took, before others are looked at."""
+        self._taken, self._ends = [], []
