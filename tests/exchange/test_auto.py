@@ -6,11 +6,13 @@ from dataclasses import replace
 import process_jobs as jobs
 import pytest
 import torch
+from torch.futures import Future
 
 from exchange_cases import KEYS, Half, given, together
 from noctule.channel import Channel, Exchange
 from noctule.codecs import NaturalCompression
-from noctule.exchange import Auto, Compress, LinkEstimate, PowerSGD, Weigh
+from noctule.exchange import Auto, Compress, LinkEstimate, Local, PowerSGD, Weigh
+from noctule.exchange.ddp import _Plain
 from noctule.testing.link import Link, available, shaped_network
 from noctule.testing.processes import Workers
 
@@ -247,3 +249,26 @@ def test_a_shaped_link_is_measured():
             latency, speed = min(latency for latency, _ in probes), max(speed for _, speed in probes)
             assert 0.6 * megabits < speed * 8e-6 < 1.3 * megabits
             assert delay <= latency * 1e3 <= 2 * delay + 10
+
+
+def test_a_pass_of_all_reduces_is_over_when_the_last_has_arrived_not_when_the_last_bucket_has():
+    begun: list[Future] = []
+
+    class Slow(Channel):
+        def begin(self, x):
+            begun.append(Future())
+            return begun[-1]
+
+    class Bucket:
+        def __init__(self, last):
+            self.is_last, self.buffer = (lambda: last), (lambda: torch.ones(3))
+
+    auto = Auto({"plain": Channel(path=Local.together(1)[0])}, probe=lambda: FAST)
+    one_pass = _Plain(Slow(path=Local.together(1)[0]), auto)
+    large, small = one_pass.begin(Bucket(last=False)), one_pass.begin(Bucket(last=True))
+    begun[1].set_result([torch.ones(3)])
+    assert small.wait().tolist() == [1.0] * 3
+    assert auto.calls == 0
+    begun[0].set_result([torch.ones(3)])
+    assert large.wait().tolist() == [1.0] * 3
+    assert auto.calls == 1

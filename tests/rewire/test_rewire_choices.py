@@ -80,6 +80,9 @@ def test_numbers_of_double_precision_are_told_apart():
 
 def test_what_is_not_a_number_does_not_look_small():
     assert smallest(torch.tensor([torch.nan, 1.0, 2.0, 3.0]), 0.5).tolist() == [1, 2]
+    mostly = smallest(torch.tensor([torch.nan, 1.0, torch.nan, torch.nan]), 0.5)
+    assert mostly.numel() == 2
+    assert 1 in mostly.tolist()
 
 
 # -- grow ---------------------------------------------------------------------------------------------------------

@@ -90,6 +90,7 @@ def trained(rank: int, world: int, plan: dict[str, Any]) -> dict[str, Any]:
 def minimised(rank: int, world: int, plan: dict[str, Any]) -> dict[str, Any]:
     """L-BFGS on the whole training set in portions, by Sandblaster or, alone, by torch."""
     splits = _data(plan)
+    _first_step(splits)
     inputs, targets = splits.train.inputs, splits.train.targets
     torch.manual_seed(plan["seed"])
     model = mlp(splits.train.features, 64, splits.train.classes)

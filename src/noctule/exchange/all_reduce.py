@@ -1,7 +1,6 @@
 """The plain sum of all workers, by the collective that torch's own data-parallel training uses."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +24,6 @@ class AllReduce:
         """Between the members of a process group, by default of all processes."""
         self.group = Group(group)
         self.rank, self.world = self.group.rank, self.group.world
-        self._spare: list[Tensor] = []  # for what comes of the other of two
 
     def share(self, message: bytes) -> list[bytes]:
         """See `noctule.channel.Path`."""
@@ -65,29 +63,12 @@ class AllReduce:
         means = [x if _is_narrow(x) else x.div_(self.world) for x in sums]
         return Arrived(means, list(tensors), along.tolist())
 
-    def begin(self, x: Tensor) -> Future[Tensor]:
-        """The mean in the place of ``x`` (n,), some time: without a thread or a copy, as torch's own data-parallel training has it.
-
-        Two workers swap, which takes one round and fewer passes over memory than gloo's sum: they keep a tensor of that size.
-        """
-        x.mul_(1.0 / self.world)  # multiplied, as torch does
+    def begin(self, x: Tensor) -> Future[list[Tensor]]:
+        """The mean in the place of ``x``, some time: without a copy or a thread, as torch's own data-parallel training has it."""
+        work = dist.all_reduce(x.mul_(1.0 / self.world), group=self.group.group, async_op=True)  # multiplied, as there
+        assert work is not None  # it is for processes outside the group
         self.group.count(round(2 * (self.world - 1) / self.world * x.nbytes))
-        if self.world != 2 or self.group.device.type != "cpu":
-            work: Any = dist.all_reduce(x, group=self.group.group, async_op=True)
-            return work.get_future().then(lambda done: done.value()[0])
-        found = [each for each in self._spare if each.shape == x.shape and each.dtype == x.dtype]
-        self._spare = [each for each in self._spare if each is not found[0]] if found else []
-        other = found[0] if found else torch.empty_like(x)
-        sizes = [0, x.numel()] if self.rank == 0 else [x.numel(), 0]
-        work = dist.all_to_all_single(other, x, sizes, sizes, group=self.group.group, async_op=True)
-
-        def add(done: Future[Any]) -> Tensor:
-            done.value()  # raises where the other is gone
-            x.add_(other)
-            self._spare.append(other)
-            return x
-
-        return work.get_future().then(add)
+        return work.get_future()
 
     def _sum(self, x: Tensor) -> Tensor:
         """Over all workers; of two, who would send each other as many bytes in two rounds, small ones in one."""

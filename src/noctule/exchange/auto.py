@@ -31,7 +31,8 @@ class Auto(Exchange):
 
     At the first exchange each gets a price: encoding and decoding, as timed on the tensors themselves, plus bytes over the measured
     bandwidth, plus rounds times the latency. Those whose price is not far from the lowest, and the first one, then do the next
-    exchanges in turns, and the fastest stays: what hides behind a backward pass, or slows it down, no price knows. All workers
+    exchanges in turns, and the fastest stays, or the plain one where its exchanges, or whole steps with it, are hardly slower: what
+    hides behind a backward pass, or slows it down, no price knows. All workers
     decide alike, and again when exchanges have become slower or faster than they were. What a candidate that was left still owed is
     sent by the next one, so nothing is lost.
 
@@ -145,7 +146,10 @@ class Auto(Exchange):
         for name, seconds in sorted(self.prices().items(), key=lambda item: item[1]):
             work = self.works[name]
             line = f"  {name}: {seconds * 1e3:.2f} ms = {work.seconds * 1e3:.2f} ms of work, {work.sent_bytes / 1e6:.3f} MB, "
-            tried = f"; took {median(self.seconds[name]) * 1e3:.2f} ms" if self.seconds.get(name) else ""
+            tried = ""
+            if name in self.seconds:
+                took, step = (1e3 * median(several[name]) for several in (self.seconds, self.steps))
+                tried = f"; took {took:.2f} ms, in steps of {step:.2f} ms"
             lines.append(f"{line}{work.rounds} rounds{tried}")
         return "\n".join(lines)
 

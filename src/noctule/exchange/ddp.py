@@ -1,5 +1,6 @@
 """Exchanges inside `DistributedDataParallel`: its buckets, overlapped with backward."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
-from torch.futures import Future, collect_all
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from noctule.aggregate import mean
@@ -69,10 +70,8 @@ class _Buckets:
         self.names = {id(p): name for name, p in self.parameters.items()}
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="noctule-exchange")
         self.waiting: list[_Bucket] = []
-        self.reduce: AllReduce | None = None
-        """That of this pass, where it takes nothing else."""
-        self.plain: list[Future[Tensor]] = []
-        """All-reduces of this pass."""
+        self.plain: _Plain | None = None
+        """This pass, where it takes nothing but all-reduces."""
         self.least_bytes = megabytes * 1e6
         self.started = 0.0
         self.before: dict[str, Any] = {}
@@ -82,8 +81,10 @@ class _Buckets:
     def ready(self, found: GradBucket) -> Future[Tensor]:
         if found.index() == 0:
             self._begin()
-        if self.reduce is not None:
-            return self._reduced(self.reduce, found)
+        if self.plain is not None:
+            if self.plain.owes:
+                self._pay(_Bucket(found, self.names))
+            return self.plain.begin(found)
         bucket = _Bucket(found, self.names)
         self.waiting.append(bucket)
         enough = not self.now.at_once and sum(b.buffer.nbytes for b in self.waiting) >= self.least_bytes
@@ -93,25 +94,15 @@ class _Buckets:
         return bucket.done
 
     def _begin(self) -> None:
-        self.waiting, self.plain = [], []  # of a pass that did not end
+        self.waiting = []  # of a pass that did not end
         if isinstance(self.exchange, Auto):
             with torch.no_grad():
                 self.now = self.exchange.turn(list(self.parameters.values()), list(self.parameters))
-        self.reduce = _all_reduce(self.now)
-        if self.reduce is None:
+        path = _all_reduce(self.now)
+        self.plain = None if path is None else _Plain(path, self.exchange if isinstance(self.exchange, Auto) else None)
+        if path is None:
             self.before, self.failed = self.now.state_dict(), False  # no copies: debts are replaced, not changed
         self.started = time.perf_counter()
-
-    def _reduced(self, reduce: AllReduce, found: GradBucket) -> Future[Tensor]:
-        """With little Python: on a fast link this is what an exchange costs more than none of ours."""
-        auto = self.exchange if isinstance(self.exchange, Auto) else None
-        owes = auto is not None and auto.owes
-        if owes:
-            self._pay(_Bucket(found, self.names))
-        self.plain.append(reduce.begin(found.buffer()))
-        if auto is None or not found.is_last():
-            return self.plain[-1]
-        return collect_all(self.plain).then(self._took_all) if owes else self.plain[-1].then(self._took)
 
     def _pay(self, bucket: _Bucket) -> None:
         """What a candidate owed that was left goes with the gradients."""
@@ -120,16 +111,6 @@ class _Buckets:
                 for x, sum_ in zip(bucket.gradients, self.exchange.paid(bucket.gradients, bucket.keys), strict=True):
                     if sum_ is not x:
                         x.copy_(sum_)
-
-    def _took(self, done: Future[Tensor], *, taken: bool = True) -> Tensor:
-        if isinstance(self.exchange, Auto):
-            self.exchange.took(time.perf_counter() - self.started, taken=taken)
-        return done.value()
-
-    def _took_all(self, done: Future[list[Future[Tensor]]]) -> Tensor:
-        """Debts are paid where all have come, and are finite."""
-        several = done.value()
-        return self._took(several[-1], taken=all(all_finite(each.value()) for each in several))
 
     def _exchange(self, exchange: Exchange, buckets: Sequence[_Bucket]) -> None:
         """On the thread."""
@@ -158,6 +139,31 @@ class _Buckets:
         else:
             for bucket in buckets:
                 bucket.done.set_result(bucket.buffer)
+
+
+class _Plain:
+    """All-reduces of one backward pass, with little Python: on a fast link this is what a hook costs."""
+
+    def __init__(self, path: AllReduce, auto: Auto | None) -> None:
+        self.path, self.auto = path, auto
+        self.owes = auto is not None and auto.owes
+        self.started = time.perf_counter()
+        self.buffers: list[Tensor] = []
+        self.arrivals, self.all = itertools.count(1), 0
+
+    def begin(self, bucket: GradBucket) -> Future[Tensor]:
+        self.buffers.append(bucket.buffer())
+        if bucket.is_last():
+            self.all = len(self.buffers)
+        return self.path.begin(self.buffers[-1]).then(self._arrived)
+
+    def _arrived(self, done: Future[list[Tensor]]) -> Tensor:
+        """On a thread of the process group; not always in their order."""
+        (buffer,) = done.value()
+        if next(self.arrivals) == self.all and self.auto is not None:
+            taken = not self.owes or all(map(all_finite, self.buffers))
+            self.auto.took(time.perf_counter() - self.started, taken=taken)
+        return buffer
 
 
 def process_groups(exchange: Exchange) -> Iterator[object]:

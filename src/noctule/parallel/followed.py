@@ -63,11 +63,11 @@ class Followed:
             if layer.topology is not self.places[name] and layer.topology != self.places[name]
         ]
 
-    def tell(self, moved: Iterable[str], dealt: Sequence[Sequence[str]]) -> list[tuple[dict[str, Any], list[bytes]]]:
+    def tell(self, moved: Sequence[str], dealt: Sequence[Sequence[str]]) -> list[tuple[dict[str, Any], list[bytes]]]:
         """For each shard what has moved here in these layers, and the first values of what has come; from now on that is agreed."""
-        several, messages = set(moved), []
+        messages = []
         for names in dealt:
-            mine = [name for name in names if name in several]
+            mine = [name for name in names if name in moved]
             header, frames = {"names": mine, "versions": self.versions(names)}, []
             for name in mine:
                 old, layer = self.places[name], self.layers[name]

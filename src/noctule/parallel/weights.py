@@ -50,7 +50,7 @@ class Weights:
 
     @torch.no_grad()
     def step(self, gradients: Iterable[Mapping[str, Tensor]]) -> None:
-        """Go by the mean of several gradients."""
+        """Go by the mean of several gradients, which the optimizer may change."""
         several = list(gradients)
         for name, p in self.parameters.items():
             given = [each[name] for each in several if name in each]

@@ -21,6 +21,8 @@ def smallest(values: Tensor, fraction: float) -> Tensor:
         return sizes.topk(count, largest=False, sorted=False).indices
     known = (sizes.float() if sizes.dtype is torch.bfloat16 else sizes).numpy()  # which takes a fifth of the time
     bound = np.partition(known, count - 1)[count - 1]
+    if np.isnan(bound):
+        return sizes.topk(count, largest=False, sorted=False).indices
     below, equal = np.flatnonzero(known < bound), np.flatnonzero(known == bound)
     return torch.from_numpy(np.concatenate([below, equal[: count - below.size]]))
 
