@@ -32,9 +32,8 @@ class Auto(Exchange):
     At the first exchange each gets a price: encoding and decoding, as timed on the tensors themselves, plus bytes over the measured
     bandwidth, plus rounds times the latency. Those whose price is not far from the lowest, and the first one, then do the next
     exchanges in turns, and the fastest stays, or the plain one where its exchanges, or whole steps with it, are hardly slower: what
-    hides behind a backward pass, or slows it down, no price knows. All workers
-    decide alike, and again when exchanges have become slower or faster than they were. What a candidate that was left still owed is
-    sent by the next one, so nothing is lost.
+    hides behind a backward pass, or slows it down, no price knows. All workers decide alike, and again when exchanges have become
+    slower or faster than they were. What a candidate that was left still owed is sent by the next one, so nothing is lost.
 
     Args:
         candidates: by name; the first should be the plain one, which is tried where it is anywhere near, and stays where others are
