@@ -14,8 +14,9 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.hooks import RemovableHandle
 
 from noctule import checkpoint
+from noctule.follow import listeners_of
 from noctule.layers.sparse_linear import SparseLinear
-from noctule.method import Method, attach, sessions_of
+from noctule.method import Method, attach
 from noctule.optim import param_groups
 from noctule.topology import Remap, Topology, resize, resize_full
 
@@ -900,9 +901,9 @@ def test_a_session_is_found_by_the_modules_of_its_model(model):
     nested = nn.Sequential(model)
     optimizer = SGD(nested.parameters(), lr=0.1)
     with attach(nested, optimizer) as session:
-        assert sessions_of(model) == sessions_of(nested) == [session]
-        assert sessions_of(nn.Linear(3, 2)) == []
-    assert sessions_of(model) == []
+        assert listeners_of(model) == listeners_of(nested) == [session]
+        assert listeners_of(nn.Linear(3, 2)) == []
+    assert listeners_of(model) == []
 
 
 def test_a_dense_module_may_change_too(model):

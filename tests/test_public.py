@@ -6,9 +6,9 @@ import sys
 import noctule
 
 PUBLIC = """
-AllReLU Batches Checkpoints Conversion Dataset Decay FuseEpilogue ImportancePruning KeepLayout Method Remap Rewire
-RunFolder Session SparseConv2d SparseLinear SparseMLPClassifier SparseMLPRegressor ToDense ToSparse Topology attach
-convert_ ctre erdos_renyi evaluate fit footprint gse keep_freed_memory load_model merge mlp param_groups resize rigl
+AllReLU Batches Checkpoints Conversion Dataset Decay ExponentialAverage FuseEpilogue ImportancePruning KeepLayout Method
+Remap Rewire RunFolder Session SparseConv2d SparseLinear SparseMLPClassifier SparseMLPRegressor ToDense ToSparse Topology attach
+convert_ ctre erdos_renyi evaluate fit follow footprint gse keep_freed_memory load_model merge mlp param_groups resize rigl
 save_model set_ shrink uniform write_report
 """.split()
 

@@ -15,6 +15,7 @@ _HOME = {
     "Conversion": "convert",
     "Dataset": "data",
     "Decay": "decay",
+    "ExponentialAverage": "average",
     "FuseEpilogue": "layers",
     "ImportancePruning": "prune",
     "KeepLayout": "layers",
@@ -36,6 +37,7 @@ _HOME = {
     "erdos_renyi": "budget",
     "evaluate": "loop",
     "fit": "loop",
+    "follow": "follow",
     "footprint": "measure",
     "gse": "rewire",
     "keep_freed_memory": "allocator",
@@ -56,12 +58,14 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from noctule.allocator import keep_freed_memory
+    from noctule.average import ExponentialAverage
     from noctule.budget import erdos_renyi, uniform
     from noctule.checkpoint import Checkpoints, load_model, save_model
     from noctule.convert import Conversion, convert_
     from noctule.data import Batches, Dataset
     from noctule.decay import Decay
     from noctule.estimators import SparseMLPClassifier, SparseMLPRegressor
+    from noctule.follow import follow
     from noctule.layers import AllReLU, FuseEpilogue, KeepLayout, SparseConv2d, SparseLinear, ToDense, ToSparse
     from noctule.loop import evaluate, fit
     from noctule.measure import footprint

@@ -11,13 +11,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from noctule.optim import RunningSteps, carry_state, check_carry, sparse_layers, will_skip
+from noctule.follow import listeners
+from noctule.optim import (
+    RunningSteps,
+    carry_state,
+    check_carry,
+    replace_parameter,
+    sparse_layers,
+    unwrapped,
+    will_skip,
+)
 from noctule.topology import Remap
 
 _attached: WeakSet[Any] = WeakSet()
 """Optimizers and sparse layers that an open session dispatches for: moving their state twice would scramble it."""
-
-_open: WeakSet["Session"] = WeakSet()
 
 
 class Method:
@@ -115,7 +122,7 @@ class Turns:
         """Have a hook on the model only while somebody waits: last in line, behind those of the methods."""
         if self.waiting and self._hook is None:
             hook: Any = torch.compiler.disable(self._before_forward)
-            self._hook = self._model.register_forward_pre_hook(hook)
+            self._hook = before_forward(self._model, hook)
         elif not self.waiting and self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -135,6 +142,9 @@ def attach(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer], *metho
     the session. Steps that a GradScaler skips for an overflow do not count, nor do micro-batches.
 
     When a sparse layer changes its places, or any module its width, the optimizers' state follows, then every method is told.
+    An optimizer may hold another one inside (Lookahead, SAM, ZeroRedundancyOptimizer, what accelerate or Lightning prepared): it
+    is one of the round, whichever of the two steps, and the state of both follows. Model, optimizers and session may load their
+    states in any order: where places come with a model, what was loaded before since the last step is of these places already.
 
     Raises:
         ValueError: a trainable parameter is in none of the optimizers (looked at again at the first step).
@@ -152,7 +162,7 @@ def attach(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer], *metho
     several = tuple(optimizers) if isinstance(optimizers, Iterable) else (optimizers,)
     for kind, things in ((Optimizer, several), (Method, methods)):
         for thing in things:
-            if not isinstance(thing, kind):
+            if not (isinstance(thing, Method) if kind is Method else unwrapped(thing)):
                 raise TypeError(f"attach(model, optimizers, *methods) needs {kind.__name__} objects, got {thing!r}")
         if len({id(thing) for thing in things}) < len(things):
             raise ValueError(f"attach got the same {kind.__name__} twice: name each once")
@@ -161,9 +171,24 @@ def attach(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer], *metho
     return Session(model, several, methods)
 
 
-def sessions_of(module: nn.Module) -> list["Session"]:
-    """The open sessions of models that this module is part of."""
-    return [session for session in _open if any(m is module for m in session.model.modules())]
+def before_forward(model: nn.Module, hook: Callable[[nn.Module, Any], None]) -> RemovableHandle:
+    """Register a forward pre-hook that stays with this model: in a copy of the model it does nothing."""
+    return model.register_forward_pre_hook(_OwnHook(hook))
+
+
+class _OwnHook:
+    def __init__(self, hook: Callable[[nn.Module, Any], None] | None) -> None:
+        self._hook = hook
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        if self._hook is not None:
+            self._hook(model, args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_OwnHook":
+        return _OwnHook(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _OwnHook, (None,)
 
 
 class Session:
@@ -171,13 +196,17 @@ class Session:
 
     def __init__(self, model: nn.Module, optimizers: tuple[Optimizer, ...], methods: tuple[Method, ...]) -> None:
         """Open a session; use `attach`, which checks what it is given."""
-        self.model, self.optimizers, self.methods = model, optimizers, methods
+        self.model, self.optimizers, self.methods = model, tuple(unwrapped(given)[0] for given in optimizers), methods
+        self._places = {inner: place for place, given in enumerate(self.optimizers) for inner in unwrapped(given)}
+        """All optimizers, those inside others too, and which of the given ones each belongs to."""
+        self._restored: set[Optimizer | Method] = set()
+        """What has loaded its state since the last step."""
         self.steps = 0
         """How many rounds of steps are done."""
         self._begun: list[Method] = []
         self._layers: set[nn.Module] = set()
         self._checked = False
-        self._round: dict[int, bool] = {}  # id of each optimizer that had its turn -> did it really step?
+        self._round: dict[int, bool] = {}  # place of each optimizer that had its turn -> did it really step?
         self._moving = False  # the step in progress is a real one, and the methods know of it
         self._running = RunningSteps()
         self._undo = ExitStack()
@@ -185,19 +214,23 @@ class Session:
         try:
             before: Any = torch.compiler.disable(self._before)
             after: Any = torch.compiler.disable(self._after)
-            for optimizer in optimizers:
+            for optimizer in self._places:
                 self._claim(optimizer, type(optimizer).__name__)
-                self._hooks.callback(optimizer.register_step_pre_hook(before).remove)
-                self._hooks.callback(optimizer.register_step_post_hook(after).remove)
+                if "_optimizer_step_pre_hooks" in vars(
+                    optimizer
+                ):  # not so in a wrapper that never called super().__init__()
+                    self._hooks.callback(optimizer.register_step_pre_hook(before).remove)
+                    self._hooks.callback(optimizer.register_step_post_hook(after).remove)
+                    self._hooks.callback(optimizer.register_load_state_dict_post_hook(self._restored.add).remove)
             self._check_model()
             for method in methods:
-                method.begin(model, optimizers)
+                method.begin(model, self.optimizers)
                 self._begun.append(method)
                 self._undo.callback(lambda: self._begun.pop().end())
             self._turns = self._undo.enter_context(closing(Turns(model, methods)))
             self._undo.callback(self._finish_round)
-            _open.add(self)
-            self._hooks.callback(_open.discard, self)
+            listeners.add(self)
+            self._hooks.callback(listeners.discard, self)
         except BaseException:
             self._undo.close()
             raise
@@ -232,6 +265,7 @@ class Session:
         self._turns.wait(waiting)
         for method, part in zip(self.methods, parts, strict=True):
             method.load_state_dict(part)
+        self._restored.update(self.methods)
         self.steps = steps
 
     def close(self) -> None:
@@ -281,7 +315,7 @@ class Session:
             part = remap.of(name)
             if part is None:
                 continue
-            check_carry(self.optimizers, parameter)
+            check_carry(self._followers(remap), parameter)
             if part.new_size != part.old_size and any(
                 isinstance(m, DistributedDataParallel) for m in self.model.modules()
             ):
@@ -294,9 +328,16 @@ class Session:
         """A module's weights changed: move the optimizers' state of its parameters, `old` by name, and tell the methods."""
         for name, before in old.items():
             if (part := remap.of(name)) is not None:
-                carry_state(self.optimizers, before, getattr(module, name), part)
+                new = getattr(module, name)
+                carry_state(self._followers(remap), before, new, part)
+                for optimizer in self._places:
+                    replace_parameter(optimizer, before, new)
         for method in self._begun:
-            method.remapped(module, remap)
+            method.remapped(module, remap.stays() if remap.loaded and method in self._restored else remap)
+
+    def _followers(self, remap: Remap) -> list[Optimizer]:
+        """The optimizers whose state is of the places before."""
+        return [o for o in self._places if not (remap.loaded and o in self._restored)]
 
     # What the optimizers call.
 
@@ -306,9 +347,10 @@ class Session:
         if not self._checked:
             self._check_model()
             self._checked = True
-        if id(optimizer) in self._round:
+        if self._places[optimizer] in self._round:
             self._finish_round()
         self._moving = False
+        self._restored.clear()
         if will_skip(optimizer):
             return None
         if len(args) > 1 and callable(args[1]):
@@ -339,11 +381,11 @@ class Session:
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         outer = self._running.leave()
         if outer is None:
-            self._round[id(optimizer)] = self._moving
+            self._round[self._places[optimizer]] = self._moving
             if len(self._round) == len(self.optimizers):
                 self._finish_round()
-        elif outer is not optimizer:
-            self._round[id(optimizer)] = True
+        elif self._places[outer] != self._places[optimizer]:
+            self._round[self._places[optimizer]] = True
 
     def _finish_round(self) -> None:
         moved, self._round = any(self._round.values()), {}

@@ -13,8 +13,10 @@ from torch.optim import LBFGS, Optimizer
 from noctule.topology import Remap
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_SIGNED = frozenset({"momentum_buffer", "exp_avg", "grad_avg", "prev", "ax"})
-"""State of either sign in torch's optimizers; a small layer's can be non-negative by accident, so it goes by name."""
+_SIGNED = frozenset(
+    {"momentum_buffer", "exp_avg", "grad_avg", "prev", "ax", "z", "old_p", "e_w", "slow_params", "slow_param"}
+)
+"""State of either sign in torch's optimizers and well-known others; a small layer's can be non-negative by accident."""
 
 
 def sparse_layers(model: nn.Module) -> dict[str, Any]:
@@ -22,7 +24,7 @@ def sparse_layers(model: nn.Module) -> dict[str, Any]:
     return {
         name: module
         for name, module in model.named_modules()
-        if "values" in dict(module.named_parameters(recurse=False)) and hasattr(module, "topology")
+        if hasattr(module, "topology") and "values" in dict(module.named_parameters(recurse=False))
     }
 
 
@@ -57,12 +59,48 @@ def param_groups(model: nn.Module, *, weight_decay: float | None = None) -> list
     ]
 
 
+def unwrapped(optimizer: Any) -> list[Optimizer]:
+    """An optimizer, if it is one, and those inside it, as Lookahead, SAM, ZeroRedundancyOptimizer or accelerate's hold them."""
+    found: list[Optimizer] = []
+    seen: set[int] = set()
+
+    def look(thing: Any, depth: int) -> None:
+        if id(thing) in seen or isinstance(thing, Tensor | nn.Module | type):
+            return
+        seen.add(id(thing))
+        if isinstance(thing, Optimizer):
+            found.append(thing)
+            depth = 0
+        if not depth:
+            inside = [x for key, x in getattr(thing, "__dict__", {}).items() if key not in ("state", "param_groups")]
+        elif depth < _DEPTH and isinstance(thing, dict | list | tuple):
+            inside = list(thing.values()) if isinstance(thing, dict) else list(thing)
+        else:
+            return
+        for value in inside:
+            look(value, depth + 1)
+
+    look(optimizer, 0)
+    return found
+
+
+_DEPTH = 3
+"""How deep in lists and dicts of an optimizer another one is looked for."""
+
+
 def check_carry(optimizers: Optimizer | Iterable[Optimizer], parameter: Tensor) -> None:
     """Raise ValueError, saying why and what to do, if an optimizer's state for `parameter` cannot follow a `Remap`."""
     for optimizer in _several(optimizers):
         if not _knows(optimizer, parameter):
             continue
         name = type(optimizer).__name__
+        for key, value in vars(optimizer).items():
+            if key not in ("state", "param_groups", "defaults") and _holds(value, parameter):
+                raise ValueError(
+                    f"{name} keeps numbers for these {parameter.numel()} weights in its attribute {key!r}, outside of its state, "
+                    "where they cannot follow a change of places: use one that keeps them in optimizer.state, or use a Method "
+                    "that follows, such as ExponentialAverage or DiLoCo (whose anchor is Lookahead's slow weights)"
+                )
         if isinstance(optimizer, LBFGS):
             raise ValueError(
                 f"{name} keeps a history over all weights together, which cannot follow a change of places: "
@@ -99,16 +137,25 @@ def carry_state(optimizers: Optimizer | Iterable[Optimizer], old: Tensor, new: T
             f"the remap leads from {remap.old_size} weights to {remap.new_size}, "
             f"but the old values have shape {tuple(old.shape)} and the new ones {tuple(new.shape)}"
         )
+    moved: set[int] = set()  # a wrapper may show the state of the optimizer inside as its own
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["params"][:] = [new if parameter is old else parameter for parameter in group["params"]]
-        if old not in optimizer.state:
-            continue
-        state = optimizer.state.pop(old)
+        known = old in optimizer.state
+        replace_parameter(optimizer, old, new)
+        state = optimizer.state[new] if known else {}
         for key, value in state.items():
-            if _per_weight(key, value, old):
+            if id(value) not in moved and _per_weight(key, value, old):
                 state[key] = _moved(key, value, remap, new.shape)
-        optimizer.state[new] = state
+                moved.add(id(state[key]))
+
+
+def replace_parameter(optimizer: Optimizer, old: Tensor, new: Tensor) -> None:
+    """Have an optimizer train another tensor in the place of one, with the state that is there as it is."""
+    if old is new:
+        return
+    for group in optimizer.param_groups:
+        group["params"][:] = [new if parameter is old else parameter for parameter in group["params"]]
+    if old in optimizer.state:
+        optimizer.state[new] = optimizer.state.pop(old)
 
 
 def will_skip(optimizer: Optimizer) -> bool:
@@ -176,6 +223,18 @@ def _several(optimizers: Optimizer | Iterable[Optimizer]) -> tuple[Optimizer, ..
     return (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
 
 
+def _holds(tree: Any, parameter: Tensor) -> bool:
+    """Whether a tensor of an optimizer's attribute has one number for each weight of a parameter, and is not a parameter itself."""
+    return any(
+        type(leaf) is Tensor
+        and leaf.dim() > 0
+        and leaf.numel() > 1
+        and leaf.shape == parameter.shape
+        and not leaf.requires_grad
+        for leaf in _leaves(tree)
+    )
+
+
 def _knows(optimizer: Optimizer, parameter: Tensor) -> bool:
     return parameter in optimizer.state or any(p is parameter for g in optimizer.param_groups for p in g["params"])
 
@@ -189,6 +248,8 @@ def _obstacle(value: Any, parameter: Tensor) -> str | None:
     if isinstance(value, Tensor):
         if value.numel() != 1 and value.shape != parameter.shape:
             return f"of shape {tuple(value.shape)} for {parameter.numel()} weights"
+        if value.numel() != 1 and value.dtype in (torch.uint8, torch.int8):
+            return f"as {value.dtype}, the codes of quantised numbers"
         if type(value) not in (Tensor, nn.Parameter, nn.Buffer):
             return f"a {type(value).__name__}, not a plain tensor"
     elif isinstance(value, dict | list | tuple | set) and any(isinstance(leaf, Tensor) for leaf in _leaves(value)):

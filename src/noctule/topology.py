@@ -255,6 +255,8 @@ class Remap:
     rows: "Remap | None" = None
     """Where each new row comes from; None: the rows are what they were."""
     columns: "Remap | None" = None
+    loaded: bool = False
+    """Whether the new numbers come with the new places, from a state dict: what was loaded with them is of these places already."""
 
     @property
     def new_size(self) -> int:
@@ -275,6 +277,10 @@ class Remap:
         old_slot = self.old_slot.to(x.device)
         moved = x.index_select(0, old_slot.clamp(min=0)) if self.old_size else x.new_zeros(self.new_size)
         return torch.where(old_slot < 0, torch.as_tensor(new, dtype=x.dtype, device=x.device), moved)
+
+    def stays(self) -> "Remap":
+        """The same change to one that keeps numbers of the new places already: each stays in its slot."""
+        return Remap(torch.arange(self.new_size, device=self.old_slot.device), self.new_size)
 
     def of(self, name: str) -> "Remap | None":
         """What happened to a layer's parameter of this name: this to its weight, to the bias what happened to the rows."""

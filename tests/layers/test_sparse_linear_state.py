@@ -1,8 +1,10 @@
 """What a sparse layer keeps: its places travel with its values, and whoever holds state is told when they move."""
 
 import copy
+import gc
 import io
 import pickle
+from contextlib import nullcontext
 from multiprocessing.reduction import ForkingPickler
 
 import pytest
@@ -77,9 +79,11 @@ def test_missing_and_unexpected_keys_are_those_of_any_layer():
     state = layer(seed=1).state_dict()
     for key in ("values", "bias", "_extra_state"):
         rest = {k: v for k, v in state.items() if k != key}
-        with pytest.raises(RuntimeError, match=f'Missing key.*"{key}"'):
+        warned = pytest.warns(UserWarning, match="came without") if key == "_extra_state" else nullcontext()
+        with warned, pytest.raises(RuntimeError, match=f'Missing key.*"{key}"'):
             layer().load_state_dict(rest)
-        assert layer().load_state_dict(rest, strict=False).missing_keys == [key]
+        with warned:
+            assert layer().load_state_dict(rest, strict=False).missing_keys == [key]
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"weight"'):
         layer().load_state_dict({**state, "weight": torch.zeros(20, 30)})
     assert layer().load_state_dict({**state, "more": torch.zeros(1)}, strict=False).unexpected_keys == ["more"]
@@ -98,9 +102,22 @@ def bad_states():
     yield "values 2-d", {**state, "values": torch.zeros(60, 1)}, "do not match 60 places"
     yield "another shape", {**SparseLinear(20, 30, weights=60).state_dict(), "bias": state["bias"]}, "does not fit"
     yield "no topology", {**state, "_extra_state": {}}, "not a topology"
-    yield "other places", {**state, "_extra_state": {**places, "columns": places["columns"][:-1]}}, "not a topology"
-    yield "twice", {**state, "_extra_state": {**places, "columns": torch.zeros(60, dtype=torch.int64)}}, "twice"
     yield "text", {**state, "_extra_state": "places"}, "not a topology"
+    yield "nothing", {**state, "_extra_state": places[:0]}, "not the places"
+    yield "cut off", {**state, "_extra_state": places[:-1]}, "not the places"
+    yield "a digit of another", {**state, "_extra_state": places + (torch.arange(len(places)) == 40)}, "not the places"
+    yield "no digits", {**state, "_extra_state": torch.full_like(places, 200)}, "not the places"
+    yield "no numbers", {**state, "_extra_state": places * torch.nan}, "not the places"
+    yield "a newer format", {**state, "_extra_state": places + (torch.arange(len(places)) == 0)}, "newer version"
+    mean = (places + layer(seed=2).state_dict()["_extra_state"]) / 2
+    yield (
+        "mean of other places",
+        {**state, "_extra_state": mean},
+        "averaged with those of a model whose places are others",
+    )
+    old = layer(seed=1).topology.state_dict()
+    yield "dict, cut off", {**state, "_extra_state": {**old, "columns": old["columns"][:-1]}}, "not a topology"
+    yield "dict, twice", {**state, "_extra_state": {**old, "columns": torch.zeros(60, dtype=torch.int64)}}, "twice"
 
 
 @pytest.mark.parametrize(("name", "state", "message"), [pytest.param(*case, id=case[0]) for case in bad_states()])
@@ -121,18 +138,158 @@ def test_the_error_names_the_layer():
         model.load_state_dict(state)
 
 
-def test_the_state_is_plain_tensors():
-    state = layer().state_dict()
-    tensors = {
-        "values": state["values"],
-        "bias": state["bias"],
-        **{k: v for k, v in state["_extra_state"].items() if k != "shape"},
+def test_the_state_is_a_dict_of_tensors_that_safetensors_takes():
+    state = nn.Sequential(layer(), nn.ReLU(), layer()).state_dict()
+    assert all(type(value) is torch.Tensor for value in state.values())
+    again = safetensors.torch.load(safetensors.torch.save(state))
+    ours = nn.Sequential(layer(7, seed=3), nn.ReLU(), layer(8, seed=4))
+    ours.load_state_dict(again)
+    assert same(ours[0], layer())
+    assert same(ours[2], layer())
+
+
+def test_a_state_from_before_places_were_a_tensor_loads():
+    ours, theirs = layer(7, seed=3), layer()
+    ours.load_state_dict({**theirs.state_dict(), "_extra_state": theirs.topology.state_dict()})
+    assert same(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "through",
+    [
+        lambda x: x.half(),
+        lambda x: x.bfloat16(),
+        lambda x: x.double(),
+        lambda x: x.long(),
+        lambda x: torch.tensor(x.numpy()),
+        lambda x: (x + x) / 2,
+        lambda x: sum([0.3 * x, 0.5 * x, 0.2 * x]),
+        lambda x: 0.999 * (0.999 * x + 0.001 * x) + 0.001 * x,
+    ],
+    ids=["half", "bfloat16", "double", "long", "numpy", "soup", "weighted mean", "moving average"],
+)
+def test_what_tools_do_to_a_state_leaves_the_places(through):
+    ours, theirs = layer(7, seed=3), layer()
+    ours.load_state_dict({key: through(value) for key, value in theirs.state_dict().items()})
+    assert ours.topology == theirs.topology
+    assert torch.allclose(ours.values, through(theirs.values.detach()).float())
+
+
+# -- values and places come together, or not at all -----------------------------------------------------------------
+
+
+def test_values_without_their_places_are_taken_for_no_others():
+    theirs, ours = layer(seed=1), layer(seed=0)
+    before = copy.deepcopy(ours)
+    alone = {"values": theirs.values.detach().clone(), "bias": theirs.bias.detach().clone()}
+    with pytest.warns(UserWarning, match="nothing"), pytest.raises(RuntimeError, match=r'Missing key.*"_extra_state"'):
+        ours.load_state_dict(alone)
+    assert torch.equal(ours.values, before.values)
+    with pytest.warns(UserWarning, match="values came without _extra_state, their places: nothing was loaded"):
+        assert ours.load_state_dict(alone, strict=False).missing_keys == ["_extra_state"]
+    assert torch.equal(ours.values, before.values)
+    for use in (lambda: ours(X), ours.state_dict, ours.to_dense, lambda: copy.deepcopy(ours)):
+        with pytest.raises(RuntimeError, match="60 values of a SparseLinear were loaded without their places"):
+            use()
+    ours.load_state_dict(theirs.state_dict())
+    assert same(ours, theirs)
+    assert torch.equal(ours(X), theirs(X))
+
+
+@pytest.mark.parametrize("order", [("values", "_extra_state", "bias"), ("_extra_state", "bias", "values")])
+@pytest.mark.parametrize("weights", [60, 9])
+@pytest.mark.filterwarnings("ignore:values came without")
+def test_a_state_in_parts_is_the_state_whatever_the_order(order, weights):
+    theirs, ours = layer(weights, seed=1), layer(seed=0)
+    state = theirs.state_dict()
+    for key in order:
+        ours.load_state_dict({key: state[key]}, strict=False)
+    assert same(ours, theirs)
+    assert torch.equal(ours(X), theirs(X))
+
+
+def test_places_without_values_keep_the_numbers_by_place():
+    theirs, ours = layer(seed=1), layer(seed=0)
+    dense = ours.to_dense().weight.detach()
+    ours.load_state_dict({"_extra_state": theirs.state_dict()["_extra_state"]}, strict=False)
+    assert ours.topology == theirs.topology
+    assert torch.equal(ours.values, dense.flatten()[theirs.topology.keys()])
+    ours.remap_(*exchange(ours.topology, torch.arange(9), ours.topology.missing(9)))  # those are the layer's own now
+    with pytest.warns(UserWarning, match="nothing was loaded"):
+        ours.load_state_dict({"values": theirs.state_dict()["values"]}, strict=False)
+
+
+# -- copies that are written to ------------------------------------------------------------------------------------
+
+
+def moved(ours: SparseLinear) -> None:
+    ours.remap_(*exchange(ours.topology, torch.arange(9), ours.topology.missing(9)))
+
+
+WRITERS = {
+    "lerp_": lambda e, p: torch.lerp(e.data, p.data, 0.1, out=e.data),
+    "in place": lambda e, p: e.mul_(0.9).add_(p, alpha=0.1),
+    "data": lambda e, p: e.data.mul_(0.9).add_(p.data, alpha=0.1),
+    "assigned": lambda e, p: setattr(e, "data", 0.9 * e.data + 0.1 * p.data),
+    "copied": lambda e, p: e.copy_(0.9 * e + 0.1 * p),
+    "foreach": lambda e, p: torch._foreach_lerp_([e], [p], 0.1),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=list(WRITERS))
+@pytest.mark.parametrize("user", ["copy", "original", "state", "dense"])
+def test_a_copy_is_not_averaged_over_other_places(write, user):
+    ours = layer()
+    average = copy.deepcopy(ours)
+    uses = {
+        "copy": lambda: average(X),
+        "original": lambda: ours(X),
+        "state": average.state_dict,
+        "dense": average.to_dense,
     }
-    again = safetensors.torch.load(safetensors.torch.save(tensors))
-    places = {"shape": state["_extra_state"]["shape"], "row_ptr": again["row_ptr"], "columns": again["columns"]}
-    ours = layer(7, seed=3)
-    ours.load_state_dict({"values": again["values"], "bias": again["bias"], "_extra_state": places})
-    assert same(ours, layer())
+    with torch.no_grad():
+        write(average.values, ours.values)
+        uses[user]()
+        moved(ours)
+        uses[user]()  # a copy that is only kept is what it was
+        write(average.values, ours.values)
+    with pytest.raises(RuntimeError, match=r"written to after.*ExponentialAverage"):
+        uses[user]()
+
+
+def test_a_copy_that_is_trained_or_loaded_is_on_its_own():
+    ours = layer()
+    trained, loaded, again = (copy.deepcopy(ours) for _ in range(3))
+    moved(ours)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+    trained(X).sum().backward()
+    optimizer.step()
+    loaded.load_state_dict(ours.state_dict())
+    assert same(loaded, ours)
+    again = copy.deepcopy(again)
+    with torch.no_grad():
+        again.values.mul_(0.5)
+        loaded.values.mul_(0.5)
+    for use in (ours, trained, loaded, again):
+        use(X)
+        use.state_dict()
+    moved(ours)
+    with torch.no_grad():
+        loaded.values.mul_(0.5)
+    with pytest.raises(RuntimeError, match="written to after"):  # a target network that was loaded, then averaged
+        ours(X)
+
+
+def test_a_copy_that_is_gone_asks_for_nothing():
+    ours = layer()
+    snapshot = copy.deepcopy(ours)
+    moved(ours)
+    ours(X)
+    assert ours.doubtful
+    del snapshot
+    gc.collect()
+    ours(X)
+    assert not ours.doubtful
 
 
 def test_loading_casts_to_the_dtype_of_the_layer():

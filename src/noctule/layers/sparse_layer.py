@@ -3,6 +3,8 @@
 Shapes: O rows and I columns of the weight as a matrix, N stored weights.
 """
 
+import copy
+import warnings
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from noctule.kernels import IDENTITY, Epilogue
+from noctule.layers.copies import Kinship
+from noctule.layers.places import from_tensor, to_tensor
 from noctule.layers.product import Watch
 from noctule.topology import Remap, Topology, check_weights
 
@@ -35,6 +39,9 @@ class SparseLayer(nn.Module):
 
     values: nn.Parameter
     bias: nn.Parameter | None
+    kinship: Kinship
+    doubtful: bool
+    """Whether the numbers may belong to other places than these: looked at in every use."""
     origin: type[nn.Module] | None = None
     """The class of the dense layer that it was made from, where that is not the one of its kind (see `noctule.layers.foreign`)."""
 
@@ -64,6 +71,9 @@ class SparseLayer(nn.Module):
         elif topology.shape != shape:
             raise ValueError(f"the topology has shape {topology.shape}, the layer {shape} (out, in)")
         self.epilogue = IDENTITY
+        self.kinship, self.doubtful = Kinship(), False
+        self._held: Tensor | None = None
+        self._awaits_values = False
         self.watch: Watch | None = None
         self.topology = topology.to(device) if device is not None else topology
         factory: dict[str, Any] = {"device": self.topology.device if device is None else device, "dtype": dtype}
@@ -157,6 +167,14 @@ class SparseLayer(nn.Module):
             self.topology = topology
             for name, part in parts.items():
                 setattr(self, name, carried(old[name], moved[name], part))
+        self._told(old, remap)
+
+    def _told(self, old: dict[str, nn.Parameter], remap: Remap) -> None:
+        """Tell of a change of places, and note which copies have not made it."""
+        self._awaits_values = False
+        if not remap.loaded:
+            self.kinship.leave()
+        self.doubtful = self.kinship.moved(self) or self.doubtful
         for hook in tuple(self._remap_hooks.values()):
             hook(self, old, remap)
 
@@ -175,6 +193,17 @@ class SparseLayer(nn.Module):
             raise ValueError(
                 f"this remap does not say how a layer of shape {self.topology.shape} becomes one of {topology.shape}: "
                 "take that of resize, which names the rows and columns that stay"
+            )
+        if "values" not in self._parameters:
+            raise ValueError(
+                "the values of this layer are computed from others (a parametrization, weight_norm or pruning of torch), which "
+                "cannot follow a change of places: remove that first, as by torch.nn.utils.parametrize.remove_parametrizations"
+                "(layer, 'values'), or leave the layer's connections where they are"
+            )
+        if hasattr(self.values, "placements"):
+            raise ValueError(
+                "the values of this layer are sharded by fully_shard, each worker holding a part, so its connections cannot move: "
+                "train with EverySync or DistributedDataParallel, which keep them whole, or keep the connections where they are"
             )
         for check in tuple(self._remap_checks.values()):
             check(self, remap)
@@ -203,6 +232,8 @@ class SparseLayer(nn.Module):
 
     def _give_weights(self, dense: Any) -> Any:
         """The same, the other way."""
+        if self.doubtful:
+            self.check_doubts()
         with torch.no_grad():
             dense.weight.zero_().view(-1)[self.topology.keys()] = self.values
             if self.bias is not None:
@@ -213,6 +244,8 @@ class SparseLayer(nn.Module):
 
     def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The input and the values in the dtype of the product: that of the values, or bfloat16 where autocast says so."""
+        if self.doubtful and not torch.compiler.is_compiling():
+            self.check_doubts()
         dtype = self.values.dtype
         if torch.is_autocast_enabled(x.device.type):
             if dtype is torch.float32 and torch.get_autocast_dtype(x.device.type) is torch.bfloat16:
@@ -247,44 +280,120 @@ class SparseLayer(nn.Module):
 
     # -- nn.Module's manners --------------------------------------------------------------------------------------
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The places, which travel in ``state_dict`` beside the values."""
-        return self.topology.state_dict()
+    def get_extra_state(self) -> Tensor:
+        """The places, which travel in ``state_dict`` beside the values, as a tensor (see `noctule.layers.places`)."""
+        if self.doubtful:
+            self.check_doubts()
+        return to_tensor(self.topology)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: Any) -> None:
         """Nothing: `_load_from_state_dict` took the places before the values."""
+
+    def check_doubts(self) -> None:
+        """Raise RuntimeError where the numbers that the layer has, or a copy of it, belong to other places."""
+        if self._held is not None:
+            raise RuntimeError(
+                f"{self._held.numel()} values of a {type(self).__name__} were loaded without their places, and wait for them: "
+                "load '_extra_state' of the same state dict too"
+            )
+        self.doubtful = self.kinship.check(self)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        state, values = state_dict.get(prefix + "_extra_state"), state_dict.get(prefix + "values")
-        if state is not None and values is not None:
-            try:
-                topology = Topology.from_state_dict(state).to(self.values.device)
-                if topology.shape != self.topology.shape:
-                    raise ValueError(
-                        f"a layer of shape {topology.shape} does not fit {self.topology.shape}: "
-                        "where neurons were removed in training, call resize_to(model, state) before"
-                    )
-                if values.shape != (topology.size,):
-                    raise ValueError(f"{tuple(values.shape)} values do not match {topology.size} places")
-                if topology != self.topology:
-                    self.remap_(topology, Remap.between(self.topology, topology))
-            except ValueError as error:
-                error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
-                return
+        places, values = state_dict.get(prefix + "_extra_state"), state_dict.get(prefix + "values")
+        whole = values is None or places is not None or self._awaits_values  # values are never taken for other places
+        try:
+            if places is not None:
+                self._take_places(places, self._held if values is None else values)
+            elif values is not None and not whole:
+                self._hold(values, prefix)
+        except ValueError as error:
+            error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+            return
+        if not whole:
+            state_dict = {key: value for key, value in state_dict.items() if key != prefix + "values"}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not whole:
+            missing_keys[:] = [key for key in missing_keys if key != prefix + "values"]
+        elif values is not None:
+            self._awaits_values = False
+            self.kinship.loaded(self)
+
+    def _take_places(self, places: Any, values: Tensor | None) -> None:
+        """Move to the places of a state dict, with its values or (None) by place with those there are.
+
+        Raises:
+            ValueError: they are not places of this layer, or do not fit the values; nothing was changed.
+        """
+        # a dict is how versions before 0.1 kept it
+        topology = Topology.from_state_dict(places) if isinstance(places, dict) else from_tensor(_tensor(places))
+        if topology.shape != self.topology.shape:
+            raise ValueError(
+                f"a layer of shape {topology.shape} does not fit {self.topology.shape}: "
+                "where neurons were removed in training, call resize_to(model, state) before"
+            )
+        if values is not None and values.shape != (topology.size,):
+            raise ValueError(f"{tuple(values.shape)} values do not match {topology.size} places")
+        if topology != self.topology:
+            topology = topology.to(self.topology.device)
+            remap = Remap.between(self.topology, topology)
+            if values is None:
+                self.remap_(topology, remap)
+            elif topology.size == self.weights and hasattr(self.values, "placements"):
+                self.topology = topology  # values that are sharded cannot move, but these are loaded
+                self._told({}, replace(remap, loaded=True))
+            else:
+                self.remap_(topology, replace(remap, loaded=True))
+        self._awaits_values = values is None
+        if values is not None and values is self._held:
+            with torch.no_grad():
+                self.values.copy_(values)
+            self._held, self._awaits_values = None, False
+        elif values is not None:
+            self._held = None
+
+    def _hold(self, values: Tensor, prefix: str) -> None:
+        """Keep values that came without their places until these come too."""
+        self._held, self.doubtful = values.detach(), True
+        warnings.warn(
+            f"{prefix}values came without {prefix}_extra_state, their places: nothing was loaded from them, and the layer cannot "
+            "be used until the places are loaded too. To set the numbers at the places that are: layer.values.copy_(...)",
+            stacklevel=2,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self.topology = self.topology.to(self.values.device)
+        if self.kinship.written is not None:
+            self.kinship.loaded(self)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle gets: remap hooks and the watch stay with the original."""
-        return {**self.__dict__, "_remap_checks": OrderedDict(), "_remap_hooks": OrderedDict(), "watch": None}
+        kept = {"_remap_checks": OrderedDict(), "_remap_hooks": OrderedDict(), "watch": None, "kinship": None}
+        return {**self.__dict__, **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what `__getstate__` gave."""
+        super().__setstate__({"doubtful": False, "_held": None, "_awaits_values": False, **state, "kinship": Kinship()})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy, which is known of as long as its numbers may be updated from this layer's (see `noctule.layers.copies`)."""
+        if self.doubtful:
+            self.check_doubts()
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        self.kinship.copied(self, new)
+        return new
+
+
+def _tensor(places: Any) -> Tensor:
+    if not isinstance(places, Tensor):
+        raise ValueError(f"not a topology: expected the tensor that a sparse layer gave, got {places!r:.200}")
+    return places
 
 
 def weights_at(density: float, shape: tuple[int, int]) -> int:

@@ -16,7 +16,7 @@ from torch.optim import SGD, Optimizer
 
 from noctule.channel import Exchange
 from noctule.exchange.handshake import agree, agree_on_places
-from noctule.method import Method
+from noctule.method import Method, before_forward
 from noctule.optim import carry_state
 from noctule.parallel.flights import Flight, Flights, check_own_group
 from noctule.parallel.fragments import cut, last_turn
@@ -105,7 +105,7 @@ class DiLoCo(Method):
         self._fragment = cut(self.anchors, self.fragments)
         self._flights = Flights(self.exchange)
         self._moved = self._agreed = False
-        self._hook = model.register_forward_pre_hook(self._before_forward)
+        self._hook = before_forward(model, self._before_forward)
 
     def after_step(self) -> None:
         """Meet, when it is time."""

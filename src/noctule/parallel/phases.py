@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from noctule.method import Method, Turns
+from noctule.method import Method, Turns, before_forward
 from noctule.topology import Remap
 
 
@@ -57,7 +57,7 @@ class Phases(Method):
         self.model, self.optimizers = model, optimizers
         self._turns = Turns(model, self._running)
         hook: Any = torch.compiler.disable(self._forward)
-        self._undo.callback(model.register_forward_pre_hook(hook).remove)
+        self._undo.callback(before_forward(model, hook).remove)
 
     def before_step(self) -> None:
         """That of the phase."""

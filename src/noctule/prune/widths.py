@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from noctule.follow import Listener, listeners_of
 from noctule.layers import SparseConv2d, SparseLayer
+from noctule.layers.places import fields_of
 from noctule.layers.sparse_layer import carried
-from noctule.method import Session, sessions_of
 from noctule.optim import carry_state, check_carry
 from noctule.topology import Remap, Topology, resize, resize_full
 
@@ -131,8 +132,11 @@ def _shape_in(state: Mapping[str, Any], prefix: str, module: nn.Module) -> tuple
     """The shape a module has in a state, or None where that is not of its kind: loading says what is wrong."""
     if isinstance(module, SparseLayer):
         try:
-            shape = state[f"{prefix}_extra_state"]["shape"]
-            return int(shape[0]), int(shape[1])
+            places = state[f"{prefix}_extra_state"]
+            if isinstance(places, Tensor):
+                fields = fields_of(places)
+                return fields["rows"], fields["columns"]
+            return int(places["shape"][0]), int(places["shape"][1])
         except (KeyError, TypeError, ValueError, IndexError):
             return None
     weight = state.get(f"{prefix}weight", state.get(f"{prefix}running_mean"))
@@ -153,7 +157,7 @@ class Change:
     remap: Remap
     topology: Topology | None
     """The new places of a sparse layer."""
-    sessions: list[Session]
+    listeners: list[Listener]
     optimizers: tuple[Optimizer, ...]
     """Those that follow without a session; one that is in a session too has followed already, and finds nothing to do."""
 
@@ -166,8 +170,8 @@ class Change:
             assert self.topology is not None
             self.module.check_remap(self.topology, self.remap)  # which asks the sessions
         else:
-            for session in self.sessions:
-                session.check_remap(self.module, self.remap)
+            for listener in self.listeners:
+                listener.check_remap(self.module, self.remap)
 
     @torch.no_grad()
     def make_(self) -> None:
@@ -178,8 +182,8 @@ class Change:
             self.module.remap_(self.topology, self.remap)  # which tells the sessions
         else:
             self._move_dense(old)
-            for session in self.sessions:
-                session.remapped(self.module, old, self.remap)
+            for listener in self.listeners:
+                listener.remapped(self.module, old, self.remap)
         for name, before in old.items():
             if (part := self.remap.of(name)) is not None:
                 carry_state(self.optimizers, before, getattr(self.module, name), part)
@@ -213,4 +217,4 @@ def _change(name: str, module: nn.Module, lines: Lines, optimizers: tuple[Optimi
         remap = resize_full(shape_of(module), rows=lines.rows, columns=lines.columns)  # type: ignore[arg-type]
     else:
         remap = resize_full((*shape_of(module), 1), rows=lines.rows)  # type: ignore[arg-type]
-    return Change(name, module, remap, topology, sessions_of(module), optimizers)
+    return Change(name, module, remap, topology, listeners_of(module), optimizers)

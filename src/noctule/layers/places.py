@@ -1,0 +1,116 @@
+"""The places of a sparse weight as one tensor of small numbers, which survives what tools do to a state dict.
+
+Tools clone a state dict's tensors, cast them to half precision, average those of several workers or epochs, cut them into
+shards. So each number here is a digit from 0 to 127, a byte: exact in every floating-point type, and in a mean of equal ones.
+How many there are depends on the shape and the number of weights only. A checksum tells places that were mixed with others.
+"""
+
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noctule.topology import Topology, column_dtype
+
+_FORMAT = 1
+_HEADER = (("format", 1), ("checksum", 5), ("rows", 5), ("columns", 5), ("weights", 9))
+"""What stands before the weights of each row and the column of each weight, and in how many digits."""
+_HEADER_DIGITS = sum(digits for _, digits in _HEADER)
+
+
+def to_tensor(topology: Topology) -> Tensor:
+    """The places as digits, uint8, where the topology is.
+
+    >>> topology = Topology.from_places((2, 3), torch.tensor([0, 1]), torch.tensor([2, 1]))
+    >>> to_tensor(topology).shape, from_tensor(to_tensor(topology).half()) == topology
+    (torch.Size([29]), True)
+    """
+    numbers = torch.cat([topology.row_ptr.diff().to(torch.int32), topology.columns.to(torch.int32)])
+    digits = _digits(topology.shape[1])
+    body = torch.stack([(numbers >> 7 * place) & 127 for place in range(digits)], 1).to(torch.uint8).flatten()
+    fields = {"rows": topology.shape[0], "columns": topology.shape[1], "weights": topology.size}
+    head = {"format": _FORMAT, "checksum": _checksum(fields, body), **fields}
+    header = [(head[name] >> 7 * place) & 127 for name, count in _HEADER for place in range(count)]
+    return torch.cat([torch.tensor(header, dtype=torch.uint8, device=body.device), body])
+
+
+def from_tensor(places: Tensor) -> Topology:
+    """The inverse of `to_tensor`, of a tensor of any type of numbers; what is given is not trusted.
+
+    Raises:
+        ValueError: these are not the places that a sparse layer gave, or such places mixed with others.
+    """
+    shape = fields_of(places)
+    header, body = _whole(places)[:_HEADER_DIGITS], _whole(places)[_HEADER_DIGITS:]
+    digits = _digits(shape["columns"])
+    if (
+        body.numel() != (shape["rows"] + shape["weights"]) * digits
+        or _checksum(shape, body) != _read(header)["checksum"]
+    ):
+        raise ValueError(_MIXED)
+    numbers = torch.zeros(shape["rows"] + shape["weights"], dtype=torch.int32, device="cpu")
+    for place, digit in enumerate(body.view(-1, digits).unbind(1)):
+        numbers |= digit.to(torch.int32) << 7 * place
+    counts, columns = numbers.split([shape["rows"], shape["weights"]])
+    row_ptr = torch.cat([counts.new_zeros(1, dtype=torch.int64), counts.to(torch.int64).cumsum(0)])
+    state = {
+        "shape": [shape["rows"], shape["columns"]],
+        "row_ptr": row_ptr,
+        "columns": columns.to(column_dtype(shape["columns"])),
+    }
+    return Topology.from_state_dict(state).to(places.device)
+
+
+def fields_of(places: Tensor) -> dict[str, int]:
+    """The numbers of ``rows``, ``columns`` and ``weights`` that places as digits say.
+
+    Raises:
+        ValueError: these are no such digits.
+    """
+    if places.numel() < _HEADER_DIGITS or places.dim() != 1:
+        raise ValueError(_MIXED)
+    head = _read(_whole(places[:_HEADER_DIGITS]))
+    if head["format"] != _FORMAT:
+        raise ValueError(
+            f"not the places of a sparse layer, or in the format {head['format']}, of a newer version of Noctule than this: "
+            f"this one reads the format {_FORMAT}"
+        )
+    return {name: head[name] for name in ("rows", "columns", "weights")}
+
+
+_MIXED = (
+    "not the places that a sparse layer gave: they are damaged, or were averaged with those of a model whose places are "
+    "others. Numbers of different places cannot be averaged slot by slot: merge() does it by place"
+)
+
+
+def _digits(most: int) -> int:
+    """How many digits hold each number from 0 to this one."""
+    return max(1, -(-most.bit_length() // 7))
+
+
+def _read(header: Tensor) -> dict[str, int]:
+    numbers, start = {}, 0
+    for name, count in _HEADER:
+        numbers[name] = sum(digit << 7 * place for place, digit in enumerate(header[start : start + count].tolist()))
+        start += count
+    return numbers
+
+
+def _whole(places: Any) -> Tensor:
+    """The digits as bytes on the CPU, where they are whole numbers still."""
+    digits = places.detach().cpu()
+    if digits.is_floating_point():
+        rounded = digits.float().round()
+        if not bool(((digits.float() - rounded).abs() < 0.01).all()):  # NaN too
+            raise ValueError(_MIXED)
+        digits = rounded
+    if digits.numel() and not (int(digits.min()) >= 0 and int(digits.max()) < 128):
+        raise ValueError(_MIXED)
+    return digits.to(torch.uint8)
+
+
+def _checksum(fields: dict[str, int], body: Tensor) -> int:
+    start = zlib.crc32(repr(tuple(sorted(fields.items()))).encode())
+    return zlib.crc32(memoryview(body.cpu().contiguous().numpy()), start)
