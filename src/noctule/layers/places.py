@@ -113,4 +113,4 @@ def _whole(places: Any) -> Tensor:
 
 def _checksum(fields: dict[str, int], body: Tensor) -> int:
     start = zlib.crc32(repr(tuple(sorted(fields.items()))).encode())
-    return zlib.crc32(memoryview(body.cpu().contiguous().numpy()), start)
+    return zlib.crc32(body.cpu().numpy().tobytes(), start)
