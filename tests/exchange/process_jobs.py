@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from exchange_cases import KEYS, Half, given
-from noctule import ToSparse, convert_
+from noctule import SparseLinear, ToSparse, convert_, ctre, gse, rigl
 from noctule.channel import Channel
 from noctule.codecs import Cast, NaturalCompression, Payload
 from noctule.codecs.exact import Exact
@@ -504,3 +505,29 @@ def not_sharded(rank: int, world: int) -> str:
 def probed(rank: int, world: int) -> list[float]:
     link = probe_link(Group())
     return [link.latency_seconds, link.bytes_per_second]
+
+
+def grown_in_ddp(rank: int, world: int, name: str, skipped: bool) -> list[list[int]]:
+    """Where connections are after five steps of two micro-batches, with a step that every worker skips."""
+    exchange = Channel(path=AllReduce()) if world > 1 else None
+    methods = {"rigl": partial(rigl, until=100), "gse": gse, "ctre": ctre}
+    torch.manual_seed(0)
+    model = nn.Sequential(SparseLinear(12, 20, density=0.3), nn.Tanh(), SparseLinear(20, 5, density=0.3)).double()
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(3)
+    with attach(model, optimizer, methods[name](every=2, seed=1, exchange=exchange)):
+        for step in range(5):
+            for bad in [True, False] if skipped and step == 3 else [False]:
+                optimizer.zero_grad()
+                x = torch.randn(
+                    2, 8 * 4, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(9) if bad else generator
+                )
+                for part in range(2):
+                    alone = world > 1 and not part
+                    with wrapped.no_sync() if alone else contextlib.nullcontext():  # pyright: ignore
+                        mine = x[part].chunk(world)[rank]
+                        ((wrapped(mine) - 1.0).square().mean() * (math.inf if bad else 1.0)).backward()
+                if all(p.grad.isfinite().all() for p in model.parameters()):  # pyright: ignore
+                    optimizer.step()
+    return [layer.topology.keys().tolist() for layer in model if isinstance(layer, SparseLinear)]

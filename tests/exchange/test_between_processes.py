@@ -229,3 +229,10 @@ def test_two_workers_send_once_and_one_that_dies_is_told_to_the_other():
         survivor = running.outcomes()[0]
     assert "could not finish all_gather" in str(survivor)
     assert "A worker has died or left" in str(survivor)
+
+
+@pytest.mark.parametrize("method", ["rigl", "gse", "ctre"])
+def test_growth_in_ddp_is_that_of_one_worker_on_all_batches_with_no_sync_and_a_skipped_step(workers, method):
+    alone = jobs.grown_in_ddp(0, 1, method, skipped=False)
+    for found in workers.call(jobs.grown_in_ddp, method, True):
+        assert found == alone

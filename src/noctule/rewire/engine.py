@@ -14,8 +14,8 @@ from noctule.channel import Exchange
 from noctule.keys import in_order, slots_of
 from noctule.layers import SparseLayer
 from noctule.method import Method
-from noctule.optim import check_carry
 from noctule.rewire.drop import Drop, smallest
+from noctule.rewire.passes import Passes
 from noctule.schedule import constant
 from noctule.topology import Remap
 from noctule.topology import exchange as exchanged
@@ -26,7 +26,7 @@ _rewired: WeakSet[SparseLayer] = WeakSet()
 
 
 class Sight(Protocol):
-    """What a grower saw of one layer in the backward passes of one step; it is a `Watch` itself if it needs to see any."""
+    """What a grower saw of one layer in the backward passes of one step; it is callable, as `Passes` calls it, if it needs any."""
 
     def choose(self, count: int, taken: Tensor, dropped: Tensor) -> Tensor:
         """Keys of up to ``count`` places to grow, each once: missing ones, or some that are to go and then stay instead.
@@ -131,7 +131,7 @@ class Rewire(Method):
         self.moved: dict[str, int] = {}
         """Connections moved since the method began, by layer."""
         self._layers: dict[str, SparseLayer] = {}
-        self._sights: dict[str, Sight] = {}
+        self._sights: dict[str, Sight | Passes] = {}
 
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Find the sparse layers; from now on they are watched in the steps that need it."""
@@ -146,7 +146,9 @@ class Rewire(Method):
         if busy:
             raise ValueError(f"another method already rewires or watches {busy}: attach one Rewire per layer")
         for layer in layers.values():
-            check_carry(optimizers, layer.values)  # refuse now, not at the first move
+            layer.check_remap(
+                layer.topology, Remap.between(layer.topology, layer.topology)
+            )  # refuse now, not at the first move
         if isinstance(self.grow, Listener):
             self.grow.begin(layers)
         self._check_ranks(next(iter(layers.values())))
@@ -155,16 +157,26 @@ class Rewire(Method):
         self.moved = {name: self.moved.get(name, 0) for name in self._layers}
         self._arm()
 
+    def before_step(self) -> None:
+        """The gradients are final: what is looked at is what they are made of."""
+        for sight in self._sights.values():
+            if isinstance(sight, Passes):
+                sight.announce()
+
     def after_step(self) -> None:
         """Count the step; on the due ones, move connections."""
         self.steps += 1
         for name in list(self._sights):
-            self.moved[name] += self._rewire(self._layers[name], self._sights.pop(name))
+            sight = self._sights.pop(name)
+            if isinstance(sight, Passes):
+                sight.close()
+                sight = sight.final()
+            self.moved[name] += self._rewire(self._layers[name], sight)
         self._arm()
 
     def remapped(self, layer: nn.Module, remap: Remap) -> None:
-        """Look anew where somebody else changed the places of a layer that is being looked at."""
-        for name in self._sights:
+        """Look anew where another one changed the places of a layer that is being looked at."""
+        for name in list(self._sights):
             if self._layers[name] is layer:
                 self._look(name)
 
@@ -175,10 +187,10 @@ class Rewire(Method):
 
     def end(self) -> None:
         """Stop watching."""
+        self._look_no_more()
         for layer in self._layers.values():
-            layer.watch = None
             _rewired.discard(layer)
-        self._layers, self._sights = {}, {}
+        self._layers = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Steps done, connections moved and what a grower that listens keeps; where they are is the layers' own state.
@@ -211,19 +223,31 @@ class Rewire(Method):
 
     def _arm(self) -> None:
         """Have the growers look at the coming step if connections will move after it."""
-        self._sights.clear()
+        self._look_no_more()
         for name, layer in self._layers.items():
-            layer.watch = None
             if layer.values.requires_grad and self._due(self.steps + 1):
                 self._look(name)
 
     def _look(self, name: str) -> None:
-        layer = self._layers[name]
-        generator = torch.Generator().manual_seed(Random(f"{self.seed} {self.steps} {name}").getrandbits(63))
-        sight = self._sights[name] = self.grow(layer, generator)
-        if isinstance(sight, Seeing):
-            sight.exchange, sight.key = self.exchange, f"{name} growth"
-        layer.watch = sight if callable(sight) else None
+        layer, before = self._layers[name], self._sights.pop(name, None)
+        if isinstance(before, Passes):
+            before.close()
+
+        def make() -> Sight:
+            generator = torch.Generator().manual_seed(Random(f"{self.seed} {self.steps} {name}").getrandbits(63))
+            sight = self.grow(layer, generator)
+            if isinstance(sight, Seeing):
+                sight.exchange, sight.key = self.exchange, f"{name} growth"
+            return sight
+
+        sight = make()
+        self._sights[name] = Passes(layer, make, sight) if callable(sight) else sight
+
+    def _look_no_more(self) -> None:
+        for sight in self._sights.values():
+            if isinstance(sight, Passes):
+                sight.close()
+        self._sights = {}
 
     @torch.no_grad()
     def _rewire(self, layer: SparseLayer, sight: Sight) -> int:
