@@ -1,5 +1,6 @@
 """What is kept for each weight is what a dense masked twin keeps, whatever the layer, optimizer, method and wrapper."""
 
+import schedulefree
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -76,6 +77,11 @@ class Sam(torch.optim.Optimizer):
         self.base.step()
 
 
+def training(optimizer):
+    optimizer.train()
+    return optimizer
+
+
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
@@ -85,6 +91,8 @@ OPTIMIZERS = {
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
     "adadelta": lambda p: torch.optim.Adadelta(p),
     "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "schedule-free sgd": lambda p: training(schedulefree.SGDScheduleFree(p, lr=0.05, warmup_steps=2)),
+    "schedule-free adam": lambda p: training(schedulefree.AdamWScheduleFree(p, lr=0.01, weight_decay=0.01)),
     "adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
 }
 METHODS = {

@@ -14,7 +14,7 @@ from noctule.topology import Remap
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _SIGNED = frozenset(
-    {"momentum_buffer", "exp_avg", "grad_avg", "prev", "ax", "z", "old_p", "e_w", "slow_params", "slow_param"}
+    {"momentum_buffer", "exp_avg", "grad_avg", "prev", "ax", "z", "state1", "old_p", "e_w", "slow_params", "slow_param"}
 )
 """State of either sign in torch's optimizers and well-known others; a small layer's can be non-negative by accident."""
 
