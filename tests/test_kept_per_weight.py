@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from noctule.average import ExponentialAverage
 from noctule.decay import Decay
-from noctule.follow import follow
+from noctule.followers import follow
 from noctule.layers import SparseConv2d, SparseLayer, SparseLinear
 from noctule.method import attach
 from noctule.rewire import ctre, gse, rigl, set_

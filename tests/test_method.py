@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.hooks import RemovableHandle
 
 from noctule import checkpoint
-from noctule.follow import listeners_of
+from noctule.followers import listeners_of
 from noctule.layers.sparse_linear import SparseLinear
 from noctule.method import Method, attach
 from noctule.optim import param_groups

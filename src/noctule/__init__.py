@@ -37,7 +37,7 @@ _HOME = {
     "erdos_renyi": "budget",
     "evaluate": "loop",
     "fit": "loop",
-    "follow": "follow",
+    "follow": "followers",
     "footprint": "measure",
     "gse": "rewire",
     "keep_freed_memory": "allocator",
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from noctule.data import Batches, Dataset
     from noctule.decay import Decay
     from noctule.estimators import SparseMLPClassifier, SparseMLPRegressor
-    from noctule.follow import follow
+    from noctule.followers import follow
     from noctule.layers import AllReLU, FuseEpilogue, KeepLayout, SparseConv2d, SparseLinear, ToDense, ToSparse
     from noctule.loop import evaluate, fit
     from noctule.measure import footprint

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from noctule.follow import move_twin
+from noctule.followers import move_twin
 from noctule.layers import SparseLayer
 from noctule.method import Method
 from noctule.schedule import constant

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from noctule.follow import listeners
+from noctule.followers import listeners
 from noctule.optim import (
     RunningSteps,
     carry_state,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from noctule.follow import Listener, listeners_of
+from noctule.followers import Listener, listeners_of
 from noctule.layers import SparseConv2d, SparseLayer
 from noctule.layers.places import fields_of
 from noctule.layers.sparse_layer import carried
