@@ -106,7 +106,7 @@ def bad_states():
     yield "nothing", {**state, "_extra_state": places[:0]}, "not the places"
     yield "cut off", {**state, "_extra_state": places[:-1]}, "not the places"
     yield "a digit of another", {**state, "_extra_state": places + (torch.arange(len(places)) == 40)}, "not the places"
-    yield "no digits", {**state, "_extra_state": torch.full_like(places, 200)}, "not the places"
+    yield "no digits", {**state, "_extra_state": torch.full_like(places, 2048)}, "not the places"
     yield "no numbers", {**state, "_extra_state": places * torch.nan}, "not the places"
     yield "a newer format", {**state, "_extra_state": places + (torch.arange(len(places)) == 0)}, "newer version"
     mean = (places + layer(seed=2).state_dict()["_extra_state"]) / 2
@@ -154,25 +154,56 @@ def test_a_state_from_before_places_were_a_tensor_loads():
     assert same(ours, theirs)
 
 
+def moving_average(x: torch.Tensor) -> torch.Tensor:
+    average = x.clone()
+    for _ in range(1000):
+        average.mul_(0.9999).add_(x, alpha=1 - 0.9999)
+    return average
+
+
 @pytest.mark.parametrize(
     "through",
     [
         lambda x: x.half(),
-        lambda x: x.bfloat16(),
         lambda x: x.double(),
         lambda x: x.long(),
         lambda x: torch.tensor(x.numpy()),
         lambda x: (x + x) / 2,
         lambda x: sum([0.3 * x, 0.5 * x, 0.2 * x]),
-        lambda x: 0.999 * (0.999 * x + 0.001 * x) + 0.001 * x,
+        lambda x: sum([x] * 40) / 40,
+        lambda x: torch.tensor((x.numpy() * 6000 + x.numpy() * 601) / 6601),
+        moving_average,
+        lambda x: x + 0.7 * (x - x),
     ],
-    ids=["half", "bfloat16", "double", "long", "numpy", "soup", "weighted mean", "moving average"],
+    ids="half double long numpy soup mean forty federated average arithmetic".split(),
 )
 def test_what_tools_do_to_a_state_leaves_the_places(through):
     ours, theirs = layer(7, seed=3), layer()
     ours.load_state_dict({key: through(value) for key, value in theirs.state_dict().items()})
     assert ours.topology == theirs.topology
     assert torch.allclose(ours.values, through(theirs.values.detach()).float())
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.99, 0.999])
+def test_an_average_of_states_over_other_places_is_refused(decay):
+    """Also by a tool that averages what is of floating point and copies the rest."""
+    model = nn.Sequential(layer(), nn.BatchNorm1d(20))
+    average = {key: value.clone() for key, value in model.state_dict().items()}
+    for moves in range(2):
+        if moves:
+            model[0].remap_(*exchange(model[0].topology, torch.arange(9), model[0].topology.missing(9)))
+        for key, value in model.state_dict().items():
+            if value.is_floating_point():
+                average[key].lerp_(value, 1 - decay)
+            else:
+                average[key].copy_(value)
+        ours = nn.Sequential(layer(seed=2), nn.BatchNorm1d(20))
+        if moves:
+            with pytest.raises(RuntimeError, match="averaged with those of a model whose places are others"):
+                ours.load_state_dict(average)
+        else:
+            ours.load_state_dict(average)
+            assert same(ours[0], model[0])
 
 
 # -- values and places come together, or not at all -----------------------------------------------------------------

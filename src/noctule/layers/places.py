@@ -1,12 +1,12 @@
-"""The places of a sparse weight as one tensor of small numbers, which survives what tools do to a state dict.
+"""The places of a sparse weight as one float tensor of small numbers, which survives what tools do to a state dict.
 
-Tools clone a state dict's tensors, cast them to half precision, average those of several workers or epochs, cut them into
-shards. So each number here is a digit from 0 to 127, a byte: exact in every floating-point type, and in a mean of equal ones.
-How many there are depends on the shape and the number of weights only. A checksum tells places that were mixed with others.
+Tools clone a state dict's tensors, cast them to half precision, cut them into shards, and average those of several workers or
+epochs: all of them, or those of floating point only. What happens to the values happens so to their places, which are digits from
+0 to 2047: exact in float16, in sums and weighted means of equal ones. Means over other places are told by a checksum. How many
+digits there are depends on the shape and the number of weights only.
 """
 
 import zlib
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,25 +14,26 @@ from torch import Tensor
 from noctule.topology import Topology, column_dtype
 
 _FORMAT = 1
-_HEADER = (("format", 1), ("checksum", 5), ("rows", 5), ("columns", 5), ("weights", 9))
+_BITS, _BASE = 11, 2048
+_HEADER = (("format", 1), ("checksum", 3), ("rows", 3), ("columns", 3), ("weights", 6))
 """What stands before the weights of each row and the column of each weight, and in how many digits."""
 _HEADER_DIGITS = sum(digits for _, digits in _HEADER)
 
 
 def to_tensor(topology: Topology) -> Tensor:
-    """The places as digits, uint8, where the topology is.
+    """The places as digits, float32, where the topology is.
 
     >>> topology = Topology.from_places((2, 3), torch.tensor([0, 1]), torch.tensor([2, 1]))
     >>> to_tensor(topology).shape, from_tensor(to_tensor(topology).half()) == topology
-    (torch.Size([29]), True)
+    (torch.Size([20]), True)
     """
     numbers = torch.cat([topology.row_ptr.diff().to(torch.int32), topology.columns.to(torch.int32)])
     digits = _digits(topology.shape[1])
-    body = torch.stack([(numbers >> 7 * place) & 127 for place in range(digits)], 1).to(torch.uint8).flatten()
+    body = torch.stack([(numbers >> _BITS * place) % _BASE for place in range(digits)], 1).to(torch.int16).flatten()
     fields = {"rows": topology.shape[0], "columns": topology.shape[1], "weights": topology.size}
     head = {"format": _FORMAT, "checksum": _checksum(fields, body), **fields}
-    header = [(head[name] >> 7 * place) & 127 for name, count in _HEADER for place in range(count)]
-    return torch.cat([torch.tensor(header, dtype=torch.uint8, device=body.device), body])
+    header = [(head[name] >> _BITS * place) % _BASE for name, count in _HEADER for place in range(count)]
+    return torch.cat([torch.tensor(header, dtype=torch.float32, device=body.device), body.float()])
 
 
 def from_tensor(places: Tensor) -> Topology:
@@ -42,7 +43,7 @@ def from_tensor(places: Tensor) -> Topology:
         ValueError: these are not the places that a sparse layer gave, or such places mixed with others.
     """
     shape = fields_of(places)
-    header, body = _whole(places)[:_HEADER_DIGITS], _whole(places)[_HEADER_DIGITS:]
+    header, body = _whole(places).split([_HEADER_DIGITS, places.numel() - _HEADER_DIGITS])
     digits = _digits(shape["columns"])
     if (
         body.numel() != (shape["rows"] + shape["weights"]) * digits
@@ -51,7 +52,7 @@ def from_tensor(places: Tensor) -> Topology:
         raise ValueError(_MIXED)
     numbers = torch.zeros(shape["rows"] + shape["weights"], dtype=torch.int32, device="cpu")
     for place, digit in enumerate(body.view(-1, digits).unbind(1)):
-        numbers |= digit.to(torch.int32) << 7 * place
+        numbers |= digit.to(torch.int32) << _BITS * place
     counts, columns = numbers.split([shape["rows"], shape["weights"]])
     row_ptr = torch.cat([counts.new_zeros(1, dtype=torch.int64), counts.to(torch.int64).cumsum(0)])
     state = {
@@ -80,35 +81,42 @@ def fields_of(places: Tensor) -> dict[str, int]:
 
 
 _MIXED = (
-    "not the places that a sparse layer gave: they are damaged, or were averaged with those of a model whose places are "
-    "others. Numbers of different places cannot be averaged slot by slot: merge() does it by place"
+    "not the places that a sparse layer gave: they are damaged or cast to a type that cannot hold them (bfloat16), or were "
+    "averaged with those of a model whose places are others. Numbers of different places cannot be averaged slot by slot: "
+    "merge() does it by place, and ExponentialAverage follows places that move"
 )
 
 
 def _digits(most: int) -> int:
     """How many digits hold each number from 0 to this one."""
-    return max(1, -(-most.bit_length() // 7))
+    return max(1, -(-most.bit_length() // _BITS))
 
 
 def _read(header: Tensor) -> dict[str, int]:
     numbers, start = {}, 0
     for name, count in _HEADER:
-        numbers[name] = sum(digit << 7 * place for place, digit in enumerate(header[start : start + count].tolist()))
+        numbers[name] = sum(
+            digit << _BITS * place for place, digit in enumerate(header[start : start + count].tolist())
+        )
         start += count
     return numbers
 
 
-def _whole(places: Any) -> Tensor:
-    """The digits as bytes on the CPU, where they are whole numbers still."""
+def _whole(places: Tensor) -> Tensor:
+    """The digits as int16 on the CPU, where they are whole numbers still, or nearly so after a mean of many."""
     digits = places.detach().cpu()
     if digits.is_floating_point():
-        rounded = digits.float().round()
-        if not bool(((digits.float() - rounded).abs() < 0.01).all()):  # NaN too
+        exact = digits.to(torch.promote_types(digits.dtype, torch.float32))
+        digits = exact.round()
+        if not bool(((exact - digits).abs() < _ROUNDING).all()):  # NaN too
             raise ValueError(_MIXED)
-        digits = rounded
-    if digits.numel() and not (int(digits.min()) >= 0 and int(digits.max()) < 128):
+    if digits.numel() and not (int(digits.min()) >= 0 and int(digits.max()) < _BASE):
         raise ValueError(_MIXED)
-    return digits.to(torch.uint8)
+    return digits.to(torch.int16)
+
+
+_ROUNDING = 0.3
+"""How far a moving average of ten thousand equal numbers may drift, in float32 and with a decay of 0.9999."""
 
 
 def _checksum(fields: dict[str, int], body: Tensor) -> int:
