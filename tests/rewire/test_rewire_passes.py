@@ -1,6 +1,8 @@
 """Only the passes of a step that was made say where connections grow: any other leaves the places as they are without it."""
 
 import copy
+import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -21,6 +23,11 @@ STEPS = 7
 def network(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(SparseLinear(24, 20, density=0.2), nn.ReLU(), SparseLinear(20, 6, density=0.4))
+
+
+def sent(model: nn.Module) -> nn.Module:
+    """As to another process."""
+    return pickle.loads(ForkingPickler.dumps(model))
 
 
 def batch(seed: int, size: int = 8) -> torch.Tensor:
@@ -300,6 +307,22 @@ def test_a_convolution_is_seen_as_a_linear_layer_is():
         return places(model)
 
     assert run(True) == run(False)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), sent], ids=["copy", "pickle", "sent"]
+)
+def test_a_copy_of_a_model_that_is_watched_is_a_plain_one(how):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with attach(model, optimizer, rigl(every=1, until=100)):
+        loss_of(model, batch(0)).backward()
+        other = how(model)
+        assert other[0].watch is None
+        assert torch.equal(other(batch(1)), model(batch(1)))
+        loss_of(other, batch(1)).backward()
+        optimizer.step()
 
 
 def test_everything_is_undone():

@@ -66,6 +66,7 @@ class Passes:
             handle.remove()
         self.layer.watch = None
 
+    @torch.utils.hooks.unserializable_hook  # a model that is sent to another process goes without
     def _before_added(self, gradient: Tensor) -> None:
         self._forget_zeroed()
 
