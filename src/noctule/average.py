@@ -26,8 +26,8 @@ class ExponentialAverage(Method):
 
     The copy is `model`, in evaluation mode, to be evaluated, saved or shipped like any model. Its sparse layers have the model's
     places: the average of a connection that is dropped is dropped with it, and that of a new one rises from zero, as in a masked
-    dense model. Buffers, such as running statistics, are the model's. In `attach` name it before methods that change weights after a
-    step, such as DiLoCo, so that its turn comes after theirs.
+    dense model. Buffers, such as running statistics, are the model's. In `attach` name it before methods that change weights after
+    a step, such as DiLoCo, so that its turn comes after theirs.
 
     Args:
         decay: the share of the average that stays at an update, in [0, 1], a number or a `Schedule` of the updates done.

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from noctule.kernels import Epilogue
 from noctule.layers import SparseConv2d, SparseLinear
@@ -237,6 +238,15 @@ def test_a_state_in_parts_is_the_state_whatever_the_order(order, weights):
         ours.load_state_dict({key: state[key]}, strict=False)
     assert same(ours, theirs)
     assert torch.equal(ours(X), theirs(X))
+
+
+def test_a_functional_call_with_the_state_of_other_places_is_refused():
+    ours, theirs, twin = layer(seed=0), layer(seed=1), copy.deepcopy(layer(seed=0))
+    scaled = {key: value * 2 if key == "values" else value for key, value in ours.state_dict().items()}
+    torch.testing.assert_close(functional_call(twin, scaled, (X,)), 2 * (ours(X) - ours.bias) + ours.bias)
+    with pytest.raises(ValueError, match="belong to other places"):
+        functional_call(ours, theirs.state_dict(), (X,))
+    assert same(ours, twin)
 
 
 def test_places_without_values_keep_the_numbers_by_place():

@@ -289,6 +289,19 @@ class SparseLayer(nn.Module):
     def set_extra_state(self, state: Any) -> None:
         """Nothing: `_load_from_state_dict` took the places before the values."""
 
+    @property
+    def _extra_state(self) -> Tensor:
+        """The places, by the name they have in a state dict, as ``torch.func.functional_call`` looks for and puts them."""
+        return self.get_extra_state()
+
+    @_extra_state.setter
+    def _extra_state(self, places: Tensor) -> None:
+        if not torch.equal(places, self.get_extra_state()) and from_tensor(places) != self.topology:
+            raise ValueError(
+                "these values belong to other places than the layer has: load them by load_state_dict, which moves the places too, "
+                "or call a model that has these places"
+            )
+
     def check_doubts(self) -> None:
         """Raise RuntimeError where the numbers that the layer has, or a copy of it, belong to other places."""
         if self._held is not None:
