@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from exchange_cases import KEYS, Half, given
-from noctule import SparseLinear, ToSparse, convert_, ctre, gse, rigl
+from noctule import SparseLinear, ToSparse, convert_, ctre, gse, rigl, set_
 from noctule.channel import Channel
 from noctule.codecs import Cast, NaturalCompression, Payload
 from noctule.codecs.exact import Exact
@@ -531,3 +532,24 @@ def grown_in_ddp(rank: int, world: int, name: str, skipped: bool) -> list[list[i
                 if all(p.grad.isfinite().all() for p in model.parameters()):  # pyright: ignore
                     optimizer.step()
     return [layer.topology.keys().tolist() for layer in model if isinstance(layer, SparseLinear)]
+
+
+def with_sharded_state(rank: int, world: int) -> float:
+    """How far weights are from those of one Adam, after moves, where each rank keeps the state of some parameters only."""
+
+    def train(make: Any) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(SparseLinear(12, 20, density=0.3), nn.Tanh(), SparseLinear(20, 5, density=0.3))
+        optimizer = make(model.parameters())
+        generator = torch.Generator().manual_seed(3)
+        with attach(model, optimizer, set_(every=2, seed=1)) as session:
+            for _ in range(7):
+                optimizer.zero_grad()
+                model(torch.randn(8, 12, generator=generator)).square().mean().backward()
+                optimizer.step()
+        assert session.steps == 7
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    one = train(partial(torch.optim.Adam, lr=0.01))
+    shared = train(partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.Adam, lr=0.01))
+    return float((one - shared).abs().max())

@@ -236,3 +236,7 @@ def test_growth_in_ddp_is_that_of_one_worker_on_all_batches_with_no_sync_and_a_s
     alone = jobs.grown_in_ddp(0, 1, method, skipped=False)
     for found in workers.call(jobs.grown_in_ddp, method, True):
         assert found == alone
+
+
+def test_the_state_of_a_zero_redundancy_optimizer_follows_where_it_is(workers):
+    assert workers.call(jobs.with_sharded_state) == [0.0] * WORLD
