@@ -240,6 +240,45 @@ def test_a_state_in_parts_is_the_state_whatever_the_order(order, weights):
     assert torch.equal(ours(X), theirs(X))
 
 
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_state_that_is_loaded_in_place(loaded):
+    """As torch.distributed.checkpoint does: into the tensors of a state dict, then load_state_dict, which is easily forgotten."""
+    ours, theirs = layer(seed=0), layer(seed=1)
+    state = ours.state_dict()
+    ours(X)
+    for key, value in theirs.state_dict().items():
+        state[key].copy_(value)
+    if loaded:
+        ours.load_state_dict(state)
+        assert same(ours, theirs)
+    for use in (lambda: ours(X), ours.state_dict, ours.to_dense):
+        with nullcontext() if loaded else pytest.raises(RuntimeError, match=r"call model.load_state_dict\(state\)"):
+            use()
+
+
+def test_a_state_dict_is_the_layers_own_tensors_places_too():
+    ours = layer()
+    state = ours.state_dict()
+    copied = copy.deepcopy(state)
+    before = copy.deepcopy(ours)
+    for _ in range(2):
+        moved(ours)
+    again = layer(seed=3)
+    again.load_state_dict(state)
+    assert same(again, ours)
+    again.load_state_dict(copied)
+    assert same(again, before)
+    other = Topology.random((20, 30), 9)
+    ours.remap_(other, Remap.between(ours.topology, other))  # its values are another tensor, those in the state stay
+    ours.values.data.zero_()
+    again.load_state_dict(state)
+    assert again.weights == 60
+    assert again.values.any()
+    del state, before
+    ours(X)
+    assert not ours.doubtful
+
+
 def test_a_functional_call_with_the_state_of_other_places_is_refused():
     ours, theirs, twin = layer(seed=0), layer(seed=1), copy.deepcopy(layer(seed=0))
     scaled = {key: value * 2 if key == "values" else value for key, value in ours.state_dict().items()}

@@ -7,6 +7,7 @@ digits there are depends on the shape and the number of weights only.
 """
 
 import zlib
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -78,6 +79,44 @@ def fields_of(places: Tensor) -> dict[str, int]:
             f"this one reads the format {_FORMAT}"
         )
     return {name: head[name] for name in ("rows", "columns", "weights")}
+
+
+class Given:
+    """The places in state dicts of a layer that are still around: like the values there they are the layer's own, not copies."""
+
+    def __init__(self) -> None:
+        """None were given."""
+        self._kept: list[tuple[ref[Tensor], int]] = []
+
+    def add(self, places: Tensor) -> Tensor:
+        """These are given now."""
+        self._kept = [(given, version) for given, version in self._kept if given() is not None]
+        self._kept.append((ref(places), places._version))
+        return places
+
+    def check(self, topology: Topology) -> bool:
+        """Raise RuntimeError where some were written to and the layer has others; else whether there are any."""
+        around = [
+            (given, version)
+            for given, version in ((given(), version) for given, version in self._kept)
+            if given is not None
+        ]
+        if any(given._version != version and not torch.equal(given, to_tensor(topology)) for given, version in around):
+            raise RuntimeError(
+                "the places in a state dict of this layer were written to, as torch.distributed.checkpoint.load does, and with them "
+                "the values, which belong to these places: call model.load_state_dict(state) with it before the model is used"
+            )
+        self._kept = [(ref(given), given._version) for given, _ in around]
+        return bool(around)
+
+    def moved(self, topology: Topology) -> None:
+        """Where the layer has other places now, and as many, so have they."""
+        if around := [given for kept, _ in self._kept if (given := kept()) is not None]:
+            places = to_tensor(topology)
+            same = [
+                given for given in around if given.shape == places.shape
+            ]  # else values are a new tensor, and these the old one's
+            self._kept = [(ref(given.copy_(places)), given._version) for given in same]
 
 
 _MIXED = (

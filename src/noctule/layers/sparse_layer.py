@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from noctule.kernels import IDENTITY, Epilogue
 from noctule.layers.copies import Kinship
-from noctule.layers.places import from_tensor, to_tensor
+from noctule.layers.places import Given, from_tensor, to_tensor
 from noctule.layers.product import Watch
 from noctule.topology import Remap, Topology, check_weights
 
@@ -74,6 +74,7 @@ class SparseLayer(nn.Module):
         self.kinship, self.doubtful = Kinship(), False
         self._held: Tensor | None = None
         self._awaits_values = False
+        self._given = Given()
         self.watch: Watch | None = None
         self.topology = topology.to(device) if device is not None else topology
         factory: dict[str, Any] = {"device": self.topology.device if device is None else device, "dtype": dtype}
@@ -174,6 +175,7 @@ class SparseLayer(nn.Module):
         self._awaits_values = False
         if not remap.loaded:
             self.kinship.leave()
+        self._given.moved(self.topology)
         self.doubtful = self.kinship.moved(self) or self.doubtful
         for hook in tuple(self._remap_hooks.values()):
             hook(self, old, remap)
@@ -200,7 +202,7 @@ class SparseLayer(nn.Module):
                 "cannot follow a change of places: remove that first, as by torch.nn.utils.parametrize.remove_parametrizations"
                 "(layer, 'values'), or leave the layer's connections where they are"
             )
-        if hasattr(self.values, "placements"):
+        if hasattr(self.values, "placements") and not (remap.loaded and remap.new_size == remap.old_size):
             raise ValueError(
                 "the values of this layer are sharded by fully_shard, each worker holding a part, so its connections cannot move: "
                 "train with EverySync or DistributedDataParallel, which keep them whole, or keep the connections where they are"
@@ -284,7 +286,8 @@ class SparseLayer(nn.Module):
         """The places, which travel in ``state_dict`` beside the values, as a tensor (see `noctule.layers.places`)."""
         if self.doubtful:
             self.check_doubts()
-        return to_tensor(self.topology)
+        self.doubtful = True
+        return self._given.add(to_tensor(self.topology))
 
     def set_extra_state(self, state: Any) -> None:
         """Nothing: `_load_from_state_dict` took the places before the values."""
@@ -292,11 +295,11 @@ class SparseLayer(nn.Module):
     @property
     def _extra_state(self) -> Tensor:
         """The places, by the name they have in a state dict, as ``torch.func.functional_call`` looks for and puts them."""
-        return self.get_extra_state()
+        return to_tensor(self.topology)
 
     @_extra_state.setter
     def _extra_state(self, places: Tensor) -> None:
-        if not torch.equal(places, self.get_extra_state()) and from_tensor(places) != self.topology:
+        if not torch.equal(places, to_tensor(self.topology)) and from_tensor(places) != self.topology:
             raise ValueError(
                 "these values belong to other places than the layer has: load them by load_state_dict, which moves the places too, "
                 "or call a model that has these places"
@@ -309,16 +312,17 @@ class SparseLayer(nn.Module):
                 f"{self._held.numel()} values of a {type(self).__name__} were loaded without their places, and wait for them: "
                 "load '_extra_state' of the same state dict too"
             )
-        self.doubtful = self.kinship.check(self)
+        self.doubtful = self.kinship.check(self) | self._given.check(self.topology)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         places, values = state_dict.get(prefix + "_extra_state"), state_dict.get(prefix + "values")
         whole = values is None or places is not None or self._awaits_values  # values are never taken for other places
+        old, remap = dict(self.named_parameters(recurse=False)), None
         try:
             if places is not None:
-                self._take_places(places, self._held if values is None else values)
+                remap = self._take_places(places, self._held if values is None else values)
             elif values is not None and not whole:
                 self._hold(values, prefix)
         except ValueError as error:
@@ -333,10 +337,16 @@ class SparseLayer(nn.Module):
             missing_keys[:] = [key for key in missing_keys if key != prefix + "values"]
         elif values is not None:
             self._awaits_values = False
+        if remap is not None:
+            self._told(old, remap)
+        if whole and places is not None:
             self.kinship.loaded(self)
 
-    def _take_places(self, places: Any, values: Tensor | None) -> None:
+    def _take_places(self, places: Any, values: Tensor | None) -> Remap | None:
         """Move to the places of a state dict, with its values or (None) by place with those there are.
+
+        Returns:
+            What is to be told, where values are still to be loaded.
 
         Raises:
             ValueError: they are not places of this layer, or do not fit the values; nothing was changed.
@@ -350,16 +360,14 @@ class SparseLayer(nn.Module):
             )
         if values is not None and values.shape != (topology.size,):
             raise ValueError(f"{tuple(values.shape)} values do not match {topology.size} places")
+        told = None
         if topology != self.topology:
             topology = topology.to(self.topology.device)
             remap = Remap.between(self.topology, topology)
             if values is None:
                 self.remap_(topology, remap)
-            elif topology.size == self.weights and hasattr(self.values, "placements"):
-                self.topology = topology  # values that are sharded cannot move, but these are loaded
-                self._told({}, replace(remap, loaded=True))
             else:
-                self.remap_(topology, replace(remap, loaded=True))
+                told = self._make_room(topology, replace(remap, loaded=True))
         self._awaits_values = values is None
         if values is not None and values is self._held:
             with torch.no_grad():
@@ -367,6 +375,18 @@ class SparseLayer(nn.Module):
             self._held, self._awaits_values = None, False
         elif values is not None:
             self._held = None
+        return told
+
+    def _make_room(self, topology: Topology, remap: Remap) -> Remap:
+        """Take other places; the values that belong to them are still to come, perhaps from this very memory."""
+        self.check_remap(topology, remap)
+        with torch.no_grad():
+            if topology.size != self.weights:
+                self.values = carried(self.values, remap.apply(self.values), remap)
+            elif self.values.grad is not None:
+                self.values.grad = remap.apply(self.values.grad)
+        self.topology = topology
+        return remap
 
     def _hold(self, values: Tensor, prefix: str) -> None:
         """Keep values that came without their places until these come too."""
@@ -386,12 +406,19 @@ class SparseLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle gets: remap hooks and the watch stay with the original."""
-        kept = {"_remap_checks": OrderedDict(), "_remap_hooks": OrderedDict(), "watch": None, "kinship": None}
+        kept = {
+            "_remap_checks": OrderedDict(),
+            "_remap_hooks": OrderedDict(),
+            "watch": None,
+            "kinship": None,
+            "_given": None,
+        }
         return {**self.__dict__, **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` gave."""
-        super().__setstate__({"doubtful": False, "_held": None, "_awaits_values": False, **state, "kinship": Kinship()})
+        fresh = {"kinship": Kinship(), "_given": Given()}
+        super().__setstate__({"doubtful": False, "_held": None, "_awaits_values": False, **state, **fresh})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy, which is known of as long as its numbers may be updated from this layer's (see `noctule.layers.copies`)."""
