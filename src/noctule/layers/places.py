@@ -103,7 +103,7 @@ class Given:
         ]
         if any(given._version != version and not torch.equal(given, to_tensor(topology)) for given, version in around):
             raise RuntimeError(
-                "the places in a state dict of this layer were written to, as torch.distributed.checkpoint.load does, and with them "
+                "the places in a state dict of this layer were written to, as torch.distributed.checkpoint does, and with them "
                 "the values, which belong to these places: call model.load_state_dict(state) with it before the model is used"
             )
         self._kept = [(ref(given), given._version) for given, _ in around]
