@@ -16,7 +16,7 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
 from sklearn.utils import check_random_state, check_scalar
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from noctule.estimators.network import ACTIVATIONS, Network, density_of
@@ -104,17 +104,23 @@ class SparseMLP(BaseEstimator, ABC):
         """
 
     @abstractmethod
-    def _loss(self, predicted: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of a batch."""
+    def _loss(self, predicted: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        """The mean loss of a batch, weighted."""
 
     @abstractmethod
-    def _rate(self, predicted: Tensor, targets: Tensor) -> float:
+    def _rate(self, predicted: Tensor, samples: Samples) -> float:
         """The score of outputs, the better the higher, as `score` has it."""
+
+    def _weigh(self, samples: Samples, weights: np.ndarray | None) -> np.ndarray | None:
+        """What each sample counts (n,), given what the caller says: the same, unless a kind knows more."""
+        return weights
 
     # -- what scikit-learn asks for -------------------------------------------------------------------------------
 
-    def fit(self, X: Any, y: Any) -> Self:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Train on samples (n, features), dense or sparse, for ``max_iter`` epochs or until they stop being of use.
+
+        ``sample_weight`` (n,) says what each sample counts, in training and for early stopping: 2 is the sample twice, 0 is none.
 
         Raises:
             ValueError: a parameter, the samples or the targets cannot be.
@@ -122,7 +128,7 @@ class SparseMLP(BaseEstimator, ABC):
         """
         self._check()
         goes_on = self.warm_start and hasattr(self, "model_")
-        samples, held_out = self._begin(X, y, fresh=not goes_on), None
+        samples, held_out = self._begin(X, y, sample_weight, fresh=not goes_on), None
         if self.early_stopping:
             samples, held_out = self._split(samples)
         self._progress.step, self._progress.moments = 0, {}
@@ -134,7 +140,7 @@ class SparseMLP(BaseEstimator, ABC):
                 self._note(loss)
                 score = -loss
                 if held_out is not None:
-                    score = self._rate(outputs(self.model_, held_out.inputs), held_out.targets)
+                    score = self._rate(outputs(self.model_, held_out.inputs), held_out)
                     self.validation_scores_.append(score)
                     if score > best:
                         best_state = copy.deepcopy(self.model_.state_dict())
@@ -161,17 +167,18 @@ class SparseMLP(BaseEstimator, ABC):
 
     # -- what the kinds share -------------------------------------------------------------------------------------
 
-    def _partial_fit(self, X: Any, y: Any, labels: Any = None) -> Self:
+    def _partial_fit(self, X: Any, y: Any, sample_weight: Any, labels: Any = None) -> Self:
         """One epoch, with what the last one left of the optimizer's state and of the steps to the next move."""
         self._check()
-        samples = self._begin(X, y, fresh=not hasattr(self, "model_"), labels=labels)
+        samples = self._begin(X, y, sample_weight, fresh=not hasattr(self, "model_"), labels=labels)
         with self._epochs(samples, constant(self.rewire_fraction), None) as losses:
             self._note(next(losses))
         return self
 
-    def _begin(self, X: Any, y: Any, *, fresh: bool, labels: Any = None) -> Samples:
+    def _begin(self, X: Any, y: Any, sample_weight: Any, *, fresh: bool, labels: Any = None) -> Samples:
         """The checked samples, and a network for them unless there is one to go on with."""
         samples, width = self._read(X, y, fresh=fresh, labels=labels)
+        samples = samples.weighted(self._weigh(samples, _checked_weights(sample_weight, samples)))
         widths = (samples.inputs.shape[1], *map(int, self._hidden), width)
         network = Network(widths, self.activation, float(self.density), float(self.dropout))
         if fresh:
@@ -250,3 +257,19 @@ class SparseMLP(BaseEstimator, ABC):
     def _hidden(self) -> tuple[int, ...]:
         sizes = self.hidden_layer_sizes
         return tuple(sizes) if isinstance(sizes, Iterable) else (sizes,)
+
+
+def _checked_weights(sample_weight: Any, samples: Samples) -> np.ndarray | None:
+    """What the caller says each sample counts, as (n,) of float64."""
+    if sample_weight is None:
+        return None
+    weights = np.asarray(_check_sample_weight(sample_weight, samples.inputs, dtype=np.float64))
+    if (weights < 0).any():
+        raise ValueError(
+            f"Negative values in data passed to sample_weight: the least is {weights.min():g}, and 0 is no sample"
+        )
+    if not weights.any():
+        raise ValueError(
+            f"all {len(weights)} weights in sample_weight are zero: at least one sample must have a positive weight"
+        )
+    return weights

@@ -4,21 +4,24 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from scipy.sparse import issparse
 from sklearn.base import ClassifierMixin
 from sklearn.preprocessing import LabelEncoder
-from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils import column_or_1d
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import validate_data
 from torch import Tensor, nn
 
 from noctule.estimators.base import SparseMLP
-from noctule.estimators.training import Samples
+from noctule.estimators.training import Samples, mean
 
 
 class SparseMLPClassifier(ClassifierMixin, SparseMLP):
     """A truly sparse multilayer perceptron that classifies: scikit-learn's `MLPClassifier` in time and memory O(weights).
 
     It minimises the cross-entropy with AdamW, in single precision. Inputs should be scaled, as with any multilayer perceptron:
-    put a `StandardScaler` before it. A label is anything that sorts, binary or of many classes.
+    put a `StandardScaler` before it. A label is anything that sorts, binary or of many classes; a table of zeros and ones
+    (n, labels) says for each label whether it holds (multilabel).
 
     Args:
         hidden_layer_sizes: neurons of each hidden layer.
@@ -42,6 +45,8 @@ class SparseMLPClassifier(ClassifierMixin, SparseMLP):
             the epoch that scored best; else the training loss says when to stop. `partial_fit` does without either.
         validation_fraction: of the samples, for early stopping.
         n_iter_no_change: epochs without an improvement before it stops.
+        class_weight: what the samples of a class count, times their ``sample_weight``: a dict from label to weight, 1 for those
+            that it leaves out, or balanced, so that all classes count alike in a `fit`; not for multilabel.
 
     Attributes:
         model_: the network, an `nn.Module` from inputs to logits, in evaluation mode.
@@ -64,38 +69,151 @@ class SparseMLPClassifier(ClassifierMixin, SparseMLP):
 
     classes_: np.ndarray
 
-    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:
-        """Train for one epoch on a part of the data; the first call names all ``classes`` that will come."""
+    def __init__(
+        self,
+        hidden_layer_sizes=(100,),
+        activation="relu",
+        *,
+        density=0.1,
+        rewire="gse",
+        rewire_fraction=0.3,
+        rewire_every=100,
+        dropout=0.0,
+        alpha=0.01,
+        batch_size="auto",
+        learning_rate_init=0.002,
+        max_iter=200,
+        random_state=None,
+        tol=1e-4,
+        verbose=False,
+        warm_start=False,
+        early_stopping=False,
+        validation_fraction=0.1,
+        n_iter_no_change=10,
+        class_weight=None,
+    ):
+        """Keep the parameters as they are: `fit` checks them."""
+        super().__init__(
+            hidden_layer_sizes,
+            activation,
+            density=density,
+            rewire=rewire,
+            rewire_fraction=rewire_fraction,
+            rewire_every=rewire_every,
+            dropout=dropout,
+            alpha=alpha,
+            batch_size=batch_size,
+            learning_rate_init=learning_rate_init,
+            max_iter=max_iter,
+            random_state=random_state,
+            tol=tol,
+            verbose=verbose,
+            warm_start=warm_start,
+            early_stopping=early_stopping,
+            validation_fraction=validation_fraction,
+            n_iter_no_change=n_iter_no_change,
+        )
+        self.class_weight = class_weight
+
+    def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> Self:
+        """Train for one epoch on a part of the data, whose samples count what ``sample_weight`` (n,) says.
+
+        The first call names all ``classes`` that will come: the labels, or the numbers of the columns of a multilabel table.
+        """
         first = not hasattr(self, "model_")
         if first and classes is None:
             raise ValueError("the first call of partial_fit must name all classes that will come: classes=...")
         if not first and classes is not None and not np.array_equal(np.unique(classes), self.classes_):
             raise ValueError(f"classes={classes!r} are not those of the first call, {self.classes_!r}: leave them out")
-        return self._partial_fit(X, y, classes)
+        if isinstance(self.class_weight, str):
+            raise ValueError(
+                "class_weight='balanced' needs all labels at once, and partial_fit sees a part: give the weights as a dict, as "
+                "sklearn.utils.class_weight.compute_class_weight computes them"
+            )
+        return self._partial_fit(X, y, sample_weight, classes)
 
     def predict(self, X: Any) -> np.ndarray:
-        """The label of each sample (n,)."""
+        """The label of each sample (n,), or zeros and ones (n, labels)."""
         predicted = self._outputs(X)
+        if self._encoder is None:
+            return (predicted > 0).long().numpy()
         return self.classes_[predicted.argmax(1).numpy()]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """The probability of each label, in the order of ``classes_``: (n, classes)."""
-        return self._outputs(X).softmax(1).numpy()
+        predicted = self._outputs(X)
+        return (predicted.sigmoid() if self._encoder is None else predicted.softmax(1)).numpy()
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
         """Its logarithm, finite where the probability itself is too small for a number."""
-        return self._outputs(X).log_softmax(1).numpy()
+        predicted = self._outputs(X)
+        return (nn.functional.logsigmoid(predicted) if self._encoder is None else predicted.log_softmax(1)).numpy()
+
+    def __sklearn_tags__(self):
+        """What this estimator can do: several labels of a sample too."""
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags
 
     def _read(self, X: Any, y: Any, *, fresh: bool, labels: Any) -> tuple[Samples, int]:
-        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float32, reset=fresh)
+        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float32, multi_output=True, reset=fresh)
         check_classification_targets(y)
+        kind = type_of_target(y, input_name="y")
+        if kind == "multiclass-multioutput":
+            raise ValueError(
+                f"y has {y.shape[1]} columns of labels: one label a sample, or a table of zeros and ones, can be learnt; "
+                "MultiOutputClassifier trains a network for each column"
+            )
+        many = kind == "multilabel-indicator"
+        y = (y.toarray() if issparse(y) else y) if many else column_or_1d(y, warn=True)
         if fresh:
-            self._encoder = LabelEncoder().fit(y if labels is None else labels)
-            self.classes_ = np.asarray(self._encoder.classes_)
+            self._encoder = None if many else LabelEncoder().fit(y if labels is None else labels)
+            self.classes_ = np.arange(y.shape[1]) if self._encoder is None else np.asarray(self._encoder.classes_)
+            if many and labels is not None and not np.array_equal(np.unique(labels), self.classes_):
+                raise ValueError(f"classes={labels!r} are not the numbers of the {len(self.classes_)} columns of y")
+        if many != (self._encoder is None) or (many and y.shape[1] != len(self.classes_)):
+            raise ValueError(
+                f"y is {kind} of shape {y.shape}, which is not what this classifier was fitted to: fit it anew"
+            )
+        if self._encoder is None:
+            return Samples(X, torch.from_numpy(y.astype(np.float32))), y.shape[1]
         return Samples(X, torch.from_numpy(self._encoder.transform(y))), len(self.classes_)
 
-    def _loss(self, predicted: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(predicted, targets)
+    def _weigh(self, samples: Samples, weights: np.ndarray | None) -> np.ndarray | None:
+        if self.class_weight is None:
+            return weights
+        if self._encoder is None:
+            raise ValueError("class_weight is for one label a sample, and y is a table of labels: give sample_weight")
+        targets = samples.targets.numpy()
+        if isinstance(self.class_weight, str):
+            counts = np.bincount(targets, weights, len(self.classes_))
+            there = counts > 0
+            of_class = counts.sum() / there.sum() / np.where(there, counts, 1)
+        else:
+            unknown = [label for label in self.class_weight if label not in self.classes_]
+            if unknown:
+                raise ValueError(f"class_weight names {unknown}, which are none of the labels {self.classes_.tolist()}")
+            of_class = np.array([float(self.class_weight.get(label, 1.0)) for label in self.classes_.tolist()])
+            if not (np.isfinite(of_class).all() and (of_class >= 0).all()):
+                raise ValueError(
+                    f"weights of classes must be numbers of at least 0, got class_weight={self.class_weight!r}"
+                )
+        return of_class[targets] * (1.0 if weights is None else weights)
 
-    def _rate(self, predicted: Tensor, targets: Tensor) -> float:
-        return float((predicted.argmax(1) == targets).double().mean())
+    def _check(self) -> None:
+        super()._check()
+        given = self.class_weight
+        if not (given is None or given == "balanced" or isinstance(given, dict)):
+            raise ValueError(f"class_weight must be None, 'balanced' or a dict from label to weight, got {given!r}")
+
+    def _loss(self, predicted: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        if targets.is_floating_point():
+            losses = nn.functional.binary_cross_entropy_with_logits(predicted, targets, reduction="none").mean(1)
+        else:
+            losses = nn.functional.cross_entropy(predicted, targets, reduction="none")
+        return mean(losses, weights)
+
+    def _rate(self, predicted: Tensor, samples: Samples) -> float:
+        targets = samples.targets
+        right = ((predicted > 0) == targets).all(1) if targets.is_floating_point() else predicted.argmax(1) == targets
+        return float(np.average(right.numpy(), weights=None if samples.weights is None else samples.weights.numpy()))

@@ -11,7 +11,7 @@ from sklearn.utils.validation import validate_data
 from torch import Tensor
 
 from noctule.estimators.base import SparseMLP
-from noctule.estimators.training import Samples
+from noctule.estimators.training import Samples, mean
 
 
 class SparseMLPRegressor(MultiOutputMixin, RegressorMixin, SparseMLP):
@@ -36,9 +36,9 @@ class SparseMLPRegressor(MultiOutputMixin, RegressorMixin, SparseMLP):
     (5, 2)
     """
 
-    def partial_fit(self, X: Any, y: Any) -> Self:
-        """Train for one epoch on a part of the data."""
-        return self._partial_fit(X, y)
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """Train for one epoch on a part of the data, whose samples count what ``sample_weight`` (n,) says."""
+        return self._partial_fit(X, y, sample_weight)
 
     def predict(self, X: Any) -> np.ndarray:
         """The predictions (n,) or (n, outputs), as the targets were."""
@@ -55,8 +55,9 @@ class SparseMLPRegressor(MultiOutputMixin, RegressorMixin, SparseMLP):
         targets = torch.from_numpy(y.reshape(len(y), -1))
         return Samples(X, targets), targets.shape[1]
 
-    def _loss(self, predicted: Tensor, targets: Tensor) -> Tensor:
-        return (predicted - targets).square().mean() / 2
+    def _loss(self, predicted: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        return mean((predicted - targets).square().mean(1), weights) / 2
 
-    def _rate(self, predicted: Tensor, targets: Tensor) -> float:
-        return float(r2_score(targets.numpy(), predicted.numpy()))
+    def _rate(self, predicted: Tensor, samples: Samples) -> float:
+        weights = None if samples.weights is None else samples.weights.numpy()
+        return float(r2_score(samples.targets.numpy(), predicted.numpy(), sample_weight=weights))

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,12 @@ _global_generator = threading.Lock()
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Inputs (n, features) of float32, a NumPy array or a SciPy matrix in CSR form, and their n targets."""
+    """Inputs (n, features) of float32, a NumPy array or a SciPy matrix in CSR form, their n targets, and what each counts."""
 
     inputs: Any
     targets: Tensor
+    weights: Tensor | None = None
+    """(n,) of float64, positive; None where all count alike."""
 
     def __len__(self) -> int:
         """How many there are."""
@@ -36,7 +38,22 @@ class Samples:
 
     def take(self, rows: np.ndarray) -> "Samples":
         """Those in these rows, copied."""
-        return Samples(self.inputs[rows], self.targets[torch.from_numpy(rows)])
+        chosen = torch.from_numpy(rows)
+        return Samples(self.inputs[rows], self.targets[chosen], None if self.weights is None else self.weights[chosen])
+
+    def weighted(self, weights: np.ndarray | None) -> "Samples":
+        """Those that count for something; where all count alike they have no weights, whatever these are."""
+        if weights is None:
+            return self
+        kept = Samples(self.inputs, self.targets, torch.from_numpy(weights))
+        if not weights.all():
+            kept = kept.take(weights.nonzero()[0])
+        assert kept.weights is not None
+        return replace(kept, weights=None) if bool((kept.weights == kept.weights[0]).all()) else kept
+
+    def balanced(self) -> "Samples":
+        """The same with weights whose mean is 1."""
+        return self if self.weights is None else replace(self, weights=self.weights / self.weights.mean())
 
     def dense(self) -> Tensor:
         """The inputs as a dense tensor."""
@@ -63,11 +80,13 @@ def epochs(
     samples: Samples,
     progress: Progress,
     *,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    loss_fn: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     batch_size: int,
     rewire: Rewire | None = None,
 ) -> Generator[float]:
     """Train for an epoch each time the next mean loss is asked for, until the iterator is closed.
+
+    A sample of weight 2 counts as the same sample twice: the loss of a batch is weighted by what its samples count among all.
 
     Between epochs the model is in evaluation mode and torch's global generator as it was. Ctrl-C raises KeyboardInterrupt between
     two steps, so that the model stays whole.
@@ -75,6 +94,7 @@ def epochs(
     Raises:
         NonFiniteError: a loss or a weight became NaN or infinite.
     """
+    samples = samples.balanced()
     optimizer.state.update(progress.moments)
     with attach(model, optimizer, *([rewire] if rewire else [])), deferred_interrupt() as interrupted:
         if rewire:
@@ -87,7 +107,7 @@ def epochs(
                     batch = samples.take(order[start : start + batch_size])
                     inputs = batch.dense()
                     optimizer.zero_grad(set_to_none=True)
-                    loss = loss_fn(model(inputs), batch.targets)
+                    loss = loss_fn(model(inputs), batch.targets, batch.weights)
                     value = float(loss.detach())
                     if not value - value == 0.0:
                         raise explain(model, inputs, step=progress.step + 1)
@@ -109,6 +129,11 @@ def outputs(model: nn.Module, inputs: Any) -> Tensor:
     """What the model makes of inputs (n, features), dense or CSR: (n, outputs), float64 for what is computed of them."""
     rows = [np.arange(n, min(n + ROWS_AT_A_TIME, inputs.shape[0])) for n in range(0, inputs.shape[0], ROWS_AT_A_TIME)]
     return torch.cat([model(_dense(inputs[chosen])) for chosen in rows]).double()
+
+
+def mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """The loss of a batch, of those of its samples (B,)."""
+    return losses.mean() if weights is None else (losses * weights.to(losses)).mean()
 
 
 def _dense(rows: Any) -> Tensor:
