@@ -4,11 +4,14 @@ Convert first, then build the optimizer: a converted layer has new parameters.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol, runtime_checkable
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 Rule = Callable[[nn.Module], nn.Module | None]
 """A module -> what takes its place, or None if the rule has nothing to say about it."""
@@ -37,7 +40,20 @@ class Planning(Protocol):
         ...
 
 
-@dataclass
+@runtime_checkable
+class Explaining(Protocol):
+    """A rule that says why the large parameters stay that no layer of its kind holds."""
+
+    def why_dense(self, module: nn.Module) -> str | None:
+        """Why the parameters that this module holds itself stay, or None where that is not worth a word."""
+        ...
+
+
+SHOWN = 20
+"""Modules that stayed, in what is printed of a conversion."""
+
+
+@dataclass(repr=False)
 class Conversion:
     """What `convert_` did."""
 
@@ -46,25 +62,34 @@ class Conversion:
     changed: dict[str, str] = field(default_factory=dict)
     """Name -> what it was and is now."""
     left: dict[str, str] = field(default_factory=dict)
-    """Name -> why it stayed."""
+    """Name -> why it stayed, and its share of the numbers that the model holds now; the largest first.
+
+    Each module of the rule's kind, and with `ToSparse` whatever else is large: less than 1 % of the model stays dense unnamed,
+    norms and biases apart.
+    """
 
     def __str__(self) -> str:
-        """One line for each module of the rule's kind."""
+        """One line for each module that was changed, and for the largest of those that stayed."""
         lines = [f"changed {name or '(model)'}: {text}" for name, text in self.changed.items()]
-        lines += [f"left {name or '(model)'}: {why}" for name, why in self.left.items()]
+        lines += [f"left {name or '(model)'}: {why}" for name, why in islice(self.left.items(), SHOWN)]
+        if len(self.left) > SHOWN:
+            lines.append(f"left {len(self.left) - SHOWN} more, which are smaller: see .left")
         return "\n".join(lines) or "nothing changed"
+
+    __repr__ = __str__
 
 
 def convert_(model: nn.Module, rule: Rule | Planning, *, where: Where | None = None) -> Conversion:
     """Replace modules, children first, each by what the rule makes of it, in place.
 
     A module that stands in several places is converted once and stays shared. One whose parameter another module holds too (tied
-    weights) is left, so that the tie holds. Warns when nothing was changed.
+    weights) is left, so that the tie holds. Warns when nothing was changed. What stays and is large is named with the reason.
 
     >>> from noctule.layers import ToSparse
     >>> model = nn.Sequential(nn.Linear(100, 50), nn.ReLU(), nn.Linear(50, 10))
     >>> print(convert_(model, ToSparse(density=0.2), where=lambda name, module: name == "0"))
     changed 0: Linear -> SparseLinear(100, 50, weights=1000 (20.00%), bias=True)
+    left 2: where= leaves it out (510 numbers, 32.7% of the model)
     """
     allowed = {name: m for name, m in model.named_modules() if where is None or where(name, m)}
     tied = _tied(model)
@@ -91,8 +116,10 @@ def convert_(model: nn.Module, rule: Rule | Planning, *, where: Where | None = N
         return done[module]
 
     result.model = visit(model, "")
+    if isinstance(rule, Explaining):
+        _name_what_stays(result, rule, allowed, tied)
     if not result.changed:
-        reasons = "; ".join(f"{name}: {why}" for name, why in result.left.items())
+        reasons = "; ".join(f"{name or '(model)'}: {why}" for name, why in islice(result.left.items(), SHOWN))
         warnings.warn(
             f"convert_ changed nothing: {reasons or 'no module of the kind that the rule is for'}", stacklevel=2
         )
@@ -118,6 +145,48 @@ def _apply(rule: Rule, module: nn.Module, name: str, tied: dict[nn.Module, str],
         shown = str(new).splitlines()[0].removesuffix("(")
         result.changed[name] = f"{before} -> {shown}"
     return new
+
+
+def _name_what_stays(
+    result: Conversion, rule: Explaining, allowed: Mapping[str, nn.Module], tied: Mapping[nn.Module, str]
+) -> None:
+    """Say of each module that was left what share of the model it holds, and name what else is large."""
+    total = sum(map(_size, result.model.parameters()))
+    sizes, reasons, large = Counter[str](), dict[str, str](), set[str]()
+    counted: set[nn.Parameter] = set()
+    whole = result.left.keys() - {above for name in result.changed for above in _upwards(name)}
+    for path, module in result.model.named_modules():
+        own = {p for p in module._parameters.values() if p is not None} - counted
+        name = next((above for above in _upwards(path) if above in whole), path)
+        if not own or (why := result.left.get(name) or rule.why_dense(module)) is None:
+            continue
+        counted |= own
+        sizes[name] += sum(map(_size, own))
+        if name not in result.left:
+            why = why if name in allowed else "where= leaves it out"
+            reasons[name] = f"{why}; {tied[module]}" if module in tied else why
+        if any(_size(p) > total / 100 or (_size(p) and sum(n > 1 for n in p.shape) > 1) for p in own):
+            large.add(name)
+    unnamed, last = sum(sizes[name] for name in large - result.left.keys()), 0
+    for name, size in sizes.most_common():
+        if name in large and name not in result.left and (unnamed * 100 >= total or size == last):
+            result.left[name] = reasons[name]
+            unnamed, last = unnamed - size, size
+        if name in result.left and size:
+            result.left[name] += f" ({size:,} numbers, {size / total:.1%} of the model)"
+    result.left = dict(sorted(result.left.items(), key=lambda entry: -sizes[entry[0]]))
+
+
+def _size(parameter: nn.Parameter) -> int:
+    return 0 if is_lazy(parameter) else parameter.numel()
+
+
+def _upwards(name: str) -> Iterator[str]:
+    """The name of a module and of all that it stands in."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
 
 
 def _tied(model: nn.Module) -> dict[nn.Module, str]:

@@ -261,10 +261,16 @@ def test_a_model_of_hugging_face_runs_in_all_modes_and_goes_back(make, hf):
     dense = make(hf)
     sparse = copy.deepcopy(dense)
     done = convert_(sparse, KEEP_ALL)
-    assert done.left == TIED_HEAD[make]
+    heads = {
+        name: why.split(" (")[0] for name, why in done.left.items() if name in ("lm_head", "cls.predictions.decoder")
+    }
+    assert heads == TIED_HEAD[make]
+    assert all(
+        why.startswith(("a lookup", "ViTEmbeddings reads its")) for name, why in done.left.items() if name not in heads
+    )
     kinds = {type(m).__name__ for m in sparse.modules()}
     assert "Conv1D" not in kinds
-    assert ("Linear" in kinds) == bool(done.left)
+    assert ("Linear" in kinds) == bool(heads)
     inputs = inputs_of(make)
     for name in MODES:
         with mode(sparse, name), mode(dense, name):
@@ -335,4 +341,4 @@ def test_a_conv1d_of_another_library_is_none_of_ours():
     model = nn.ModuleList([Conv1D(), nn.Linear(4, 4)])
     done = convert_(model, ToSparse(density=0.5))
     assert set(done.changed) == {"1"}
-    assert done.left == {}
+    assert done.left["0"].startswith("Conv1D reads its weight (4, 6) in a forward of its own")

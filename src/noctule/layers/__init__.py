@@ -2,9 +2,11 @@
 
 from noctule.layers.activations import AllReLU
 from noctule.layers.attention import SparseAttention
+from noctule.layers.experts import SparseExperts
 from noctule.layers.fuse import FuseEpilogue
 from noctule.layers.keep_layout import KeepLayout
 from noctule.layers.product import Watch
+from noctule.layers.sparse_conv1d import SparseConv1d
 from noctule.layers.sparse_conv2d import SparseConv2d
 from noctule.layers.sparse_layer import SparseLayer
 from noctule.layers.sparse_linear import SparseLinear
@@ -15,7 +17,9 @@ __all__ = [
     "FuseEpilogue",
     "KeepLayout",
     "SparseAttention",
+    "SparseConv1d",
     "SparseConv2d",
+    "SparseExperts",
     "SparseLayer",
     "SparseLinear",
     "ToDense",

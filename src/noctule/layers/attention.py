@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from noctule.convert import Leave
 from noctule.layers.foreign import linear_on, part_of
@@ -194,6 +195,8 @@ def projections_of(dense: nn.MultiheadAttention) -> list[nn.Linear]:
     if dense.bias_k is not None or dense.add_zero_attn:
         raise Leave(f"it has {'bias_k and bias_v' if dense.bias_k is not None else 'add_zero_attn'}")
     packed, bias, width, out = dense.in_proj_weight, dense.in_proj_bias, dense.embed_dim, dense.out_proj
+    if type(out) not in (NonDynamicallyQuantizableLinear, nn.Linear):
+        raise Leave(f"its out_proj is a {type(out).__name__}, not a plain nn.Linear")
     separate: tuple[Any, ...] = (dense.q_proj_weight, dense.k_proj_weight, dense.v_proj_weight)
     layers = []
     for at, weight in enumerate(separate):

@@ -34,6 +34,6 @@ def linear_on(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     return linear
 
 
-def part_of(parameter: nn.Parameter, rows: slice) -> nn.Parameter:
-    """Some rows of a parameter as one of its own, on the same memory."""
+def part_of(parameter: nn.Parameter, rows: slice | int) -> nn.Parameter:
+    """Some rows of a parameter, or one slice, as one of its own, on the same memory."""
     return nn.Parameter(parameter.detach()[rows], parameter.requires_grad)

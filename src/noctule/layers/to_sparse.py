@@ -12,23 +12,30 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from noctule.budget import Budget, erdos_renyi
 from noctule.convert import Leave, Rule, hooked
 from noctule.layers.attention import SparseAttention, projections_of
+from noctule.layers.experts import SparseExperts, expert_layers, is_experts
 from noctule.layers.foreign import conv1d_of, is_conv1d, linear_of
+from noctule.layers.sparse_conv1d import SparseConv1d, conv2d_of
 from noctule.layers.sparse_conv2d import SparseConv2d
 from noctule.layers.sparse_layer import SparseLayer
 from noctule.layers.sparse_linear import SparseLinear
+from noctule.layers.staying import adapted, obstacle, quantised, why_dense
 from noctule.measure.timing import interleave
 from noctule.pattern import Pattern, anywhere
 
 TWINS: dict[type[nn.Module], type[SparseLayer]] = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
 """Dense layer -> its sparse kind."""
 
+PLAIN: tuple[type[nn.Module], ...] = (*TWINS, nn.MultiheadAttention, nn.Conv1d)
+"""What becomes sparse where it is of just this class."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ToSparse:
     """`nn.Linear` -> `SparseLinear`, `nn.Conv2d` -> `SparseConv2d`, a total number of weights shared out over the layers.
 
-    `nn.MultiheadAttention` becomes a `SparseAttention` of four layers, Hugging Face's `Conv1D` a `SparseLinear`. Where a part of an
-    `nn.TransformerEncoderLayer` is sparse, torch no longer takes its fused path of evaluation, which reads dense weights.
+    `nn.MultiheadAttention` becomes a `SparseAttention` of four layers, `nn.Conv1d` a `SparseConv1d`, Hugging Face's fused experts a
+    `SparseExperts` with two layers for each, its `Conv1D` a `SparseLinear`. Where a part of an `nn.TransformerEncoderLayer` is
+    sparse, torch no longer takes its fused path of evaluation, which reads dense weights. What else is large is left and named.
 
     Args:
         density: the share of all the layers' places that is kept, in (0, 1]; give this or ``weights`` or ``epsilon``.
@@ -68,10 +75,13 @@ class ToSparse:
         parts: dict[nn.Module, list[nn.Module]] = {}
         reasons: dict[nn.Module, Leave] = {}
         within = {m.out_proj for m in modules.values() if isinstance(m, nn.MultiheadAttention)}
+        wrapped = {inner: why for m in modules.values() if (why := adapted(m)) for inner in m.modules()}
         for module in modules.values():
             if module not in within:
                 try:
                     parts[module] = parts_of(module)
+                    if parts[module] and module in wrapped:
+                        raise Leave(wrapped[module])
                 except Leave as reason:
                     reasons[module] = reason
         weights = self._shares([part for own in parts.values() for part in own])
@@ -95,6 +105,10 @@ class ToSparse:
 
         return rule
 
+    def why_dense(self, module: nn.Module) -> str | None:
+        """Why parameters that a module holds itself stay dense, where that is worth a word."""
+        return why_dense(module)
+
     def _shares(self, layers: Sequence[nn.Module]) -> dict[nn.Module, int]:
         shapes = [tuple(m.weight.shape) for m in layers]  # type: ignore[union-attr]
         places = [prod(shape) for shape in shapes]
@@ -113,6 +127,10 @@ class ToSparse:
             self._check_faster(parts, layers)
         if isinstance(module, nn.MultiheadAttention):
             return SparseAttention.from_dense(module, layers)
+        if isinstance(module, nn.Conv1d):
+            return SparseConv1d.from_dense(module, layers[0])
+        if is_experts(module):
+            return SparseExperts.from_dense(module, layers)
         if parts[0] is not module:
             layers[0].origin = type(module)
         return layers[0]
@@ -124,7 +142,9 @@ class ToSparse:
         return layer
 
     def _check_faster(self, parts: Sequence[nn.Module], layers: Sequence[SparseLayer]) -> None:
-        pairs = list(zip(parts, layers, strict=True))
+        pairs = {
+            p.weight.shape: (p, layer) for p, layer in zip(parts, layers, strict=True)
+        }.values()  # one of each shape
         times = [_step_times(dense, sparse, self._sample(dense)) for dense, sparse in pairs]
         seconds = {name: sum(own[name].median_seconds for own in times) for name in ("dense", "sparse")}
         if seconds["dense"] <= seconds["sparse"]:
@@ -136,7 +156,9 @@ class ToSparse:
 
     def _sample(self, dense: nn.Module) -> Tensor:
         if isinstance(dense, nn.Conv2d):
-            return torch.randn(self.batch, dense.in_channels, *self.image_size)
+            line = isinstance(dense.kernel_size, tuple) and dense.kernel_size[0] == 1 != dense.kernel_size[1]
+            size = (1, self.image_size[1]) if line else self.image_size
+            return torch.randn(self.batch, dense.in_channels, *size)
         assert isinstance(dense, nn.Linear)
         return torch.randn(self.batch, dense.in_features)
 
@@ -147,12 +169,12 @@ class ToDense:
 
     def __call__(self, module: nn.Module) -> nn.Module | None:
         """The dense twin, or None for another kind of module."""
-        if not isinstance(module, SparseLayer | SparseAttention):
+        if not isinstance(module, SparseLayer | SparseAttention | SparseExperts | SparseConv1d):
             return None
         if any(hooked(m) for m in module.modules()):
             raise Leave("it has hooks, which would be lost")
         dense = module.to_dense()
-        if isinstance(module, SparseAttention):
+        if not isinstance(module, SparseLayer):
             return dense
         if module.origin is not None and isinstance(dense, nn.Linear):
             dense = conv1d_of(dense, module.origin)
@@ -166,25 +188,33 @@ class ToDense:
 
 
 def parts_of(module: nn.Module) -> list[nn.Module]:
-    """The plain linear layers and convolutions that a module consists of; none where it is of another kind.
+    """The plain linear layers and convolutions of images that a module consists of; none where it is of another kind.
 
     Raises:
         Leave: it is of a kind that becomes sparse, and cannot; the text says why.
     """
-    kind = next((k for k in (*TWINS, nn.MultiheadAttention) if isinstance(module, k)), None)
-    if kind is None and not is_conv1d(module):
+    kind = next((k for k in PLAIN if isinstance(module, k)), None)
+    if reason := quantised(module):
+        raise Leave(reason)
+    if kind is None and not is_conv1d(module) and not is_experts(module):
         return []
     if type(module) is NonDynamicallyQuantizableLinear:
         raise Leave("nn.MultiheadAttention reads its weight itself")
+    if reason := next(filter(None, map(obstacle, module.modules())), None):
+        raise Leave(reason)
     if kind is not None and type(module) is not kind:
         raise Leave(f"{type(module).__name__} is not a plain nn.{kind.__name__}")
-    if any(hooked(m) for m in module.modules()):
-        raise Leave("it has hooks, which would be lost")
-    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode != "zeros":
         raise Leave(f"it pads with {module.padding_mode!r}, not with zeros")
     if isinstance(module, nn.MultiheadAttention):
         return [*projections_of(module)]
-    return [linear_of(module) if kind is None else module]
+    if isinstance(module, nn.Conv1d):
+        if module.groups == module.in_channels > 1:
+            raise Leave("each of its channels has a kernel of its own, too small to be sparse")
+        return [conv2d_of(module)]
+    if kind is None:
+        return [*expert_layers(module)] if is_experts(module) else [linear_of(module)]
+    return [module]
 
 
 def _step_times(dense: nn.Module, sparse: SparseLayer, sample: Tensor):
