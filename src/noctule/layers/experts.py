@@ -51,14 +51,15 @@ class SparseExperts(nn.Module):
         order = experts.argsort(stable=True)
         counts = experts.bincount(minlength=len(self.up) + 1)[: len(self.up)].tolist()
         tokens, weights = order // top_k_index.shape[-1], top_k_weights.flatten()[order]
-        y_TH, start = torch.zeros_like(hidden_states), 0
+        parts, start = [], 0
         for up, down, count in zip(self.up, self.down, counts, strict=True):
             rows = slice(start, start + count)
             start += count
             if count or torch.is_grad_enabled():
                 y = self._finish(down(self._activate(up(hidden_states[tokens[rows]]))))
-                y_TH = y_TH.index_add(0, tokens[rows], (y * weights[rows, None]).to(y_TH.dtype))
-        return y_TH
+                parts.append((y * weights[rows, None]).to(hidden_states.dtype))
+        y_TH = torch.zeros_like(hidden_states)
+        return y_TH.index_add(0, tokens[:start], torch.cat(parts)) if parts else y_TH
 
     def _activate(self, x: Tensor) -> Tensor:
         experts: Any = self  # with what was taken over

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 try:
-    from peft import LoraConfig
-    from peft.tuners.lora import Linear
-    from peft.tuners.tuners_utils import check_adapters_to_merge
+    from peft import LoraConfig  # pyright: ignore[reportMissingImports] it is optional
+    from peft.tuners.lora import Linear  # pyright: ignore[reportMissingImports]
+    from peft.tuners.tuners_utils import check_adapters_to_merge  # pyright: ignore[reportMissingImports]
 except ImportError as error:
-    raise ImportError("noctule.layers.lora needs peft, which is missing: pip install 'peft>=0.19'") from error
+    raise ImportError("noctule.layers.lora needs peft, which is missing: pip install 'peft>=0.21'") from error
 
 from noctule.kernels import IDENTITY
 from noctule.layers.sparse_conv2d import SparseConv2d
