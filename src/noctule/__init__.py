@@ -1,10 +1,13 @@
 """Noctule: train, shrink and ship neural networks on the hardware people have.
 
-The public names, each loaded on first use: importing the package itself does nothing.
+The public names, each loaded on first use. Importing the package itself imports nothing else; it only sees to it that torch
+finds our operators when an exported program asks for them.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from noctule.registration import offer
 
 __version__ = "0.1.0"
 
@@ -76,6 +79,9 @@ if TYPE_CHECKING:
     from noctule.report import RunFolder, write_report
     from noctule.rewire import Rewire, ctre, gse, rigl, set_
     from noctule.topology import Remap, Topology, merge, resize
+
+
+offer()
 
 
 def __getattr__(name: str) -> Any:

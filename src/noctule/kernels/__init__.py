@@ -20,6 +20,7 @@ from torch import Tensor
 
 from noctule.kernels import native, reference
 from noctule.kernels.epilogue import IDENTITY, Epilogue, Kept
+from noctule.kernels.flops import modes, tell
 from noctule.kernels.frame import Frame
 from noctule.measure.operations import count
 from noctule.topology import Places
@@ -50,14 +51,14 @@ def spmm(
 ) -> tuple[Tensor, Kept]:
     """Y (O, B) = W X + bias through the epilogue; with ``keep``, also what the epilogue's backward needs."""
     values, x_IB = _alike(values, x_IB)
-    count(topology.size * math.prod(x_IB.shape[1:]))
+    _count(topology.size * math.prod(x_IB.shape[1:]))
     return _code_for(values, x_IB).spmm(topology, values, x_IB, bias, epilogue, keep)
 
 
 def spmm_t(topology: Places, values: Tensor, dy_OB: Tensor) -> Tensor:
     """dX (I, B) = Wᵀ dY."""
     values, dy_OB = _alike(values, dy_OB)
-    count(topology.size * math.prod(dy_OB.shape[1:]))
+    _count(topology.size * math.prod(dy_OB.shape[1:]))
     return _code_for(values, dy_OB).spmm_t(topology, values, dy_OB)
 
 
@@ -69,7 +70,7 @@ def sddmm(topology: Places, dy_OB: Tensor, x_IB: Tensor) -> Tensor:
 def gradients(topology: Places, dy_OB: Tensor, x_IB: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None]:
     """dW (N,), and where asked for the gradient of the bias (O,): the sums of the rows of dY, which the product reads anyway."""
     dy_OB, x_IB = _alike(dy_OB, x_IB)
-    count(topology.size * math.prod(x_IB.shape[1:]))
+    _count(topology.size * math.prod(x_IB.shape[1:]))
     return _code_for(dy_OB, x_IB).gradients(topology, dy_OB, x_IB, bias)
 
 
@@ -88,6 +89,12 @@ def feature_major(x_BI: Tensor) -> Tensor:
 def place(x_BCHW: Tensor, frame: Frame) -> Tensor:
     """An image with zeros round it, in the layout that shifted rows are read from: (rows of the frame, B)."""
     return _code_for(x_BCHW).place(x_BCHW, frame)
+
+
+def _count(multiply_adds: int) -> None:
+    count(multiply_adds)
+    if modes():
+        tell(multiply_adds)
 
 
 def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

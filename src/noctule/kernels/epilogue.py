@@ -45,3 +45,8 @@ class Kept:
     """(O, ceil(B / 8)) uint8: the bits of z > 0, the lowest first."""
     kept: Tensor | None = None
     """(O, ceil(B / 8)) uint8: the bits of what dropout kept."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether the gradient before the epilogue is another than behind it."""
+        return self.positive is not None or self.kept is not None

@@ -105,13 +105,12 @@ def epilogue_backward(dy_OB: Tensor, kept: Kept, bias: bool) -> tuple[Tensor, Te
         return dz, dz.sum((1, 2)) if bias else dbias
     rows, batch = dy_OB.shape
     dy = _readable(dy_OB)
-    changed = kept.positive is not None or kept.kept is not None
-    if not changed and not bias:
+    if not kept.changed and not bias:
         return dy, None
-    dz = _rows(rows, batch, dy.dtype) if changed else dy
+    dz = _rows(rows, batch, dy.dtype) if kept.changed else dy
     dbias = dy.new_empty(rows) if bias else None
     _native.epilogue_backward(
-        dy.element_size(), dy.data_ptr(), dy.stride(0), _address(dz) if changed else 0, dz.stride(0), _address(dbias), rows, batch,
+        dy.element_size(), dy.data_ptr(), dy.stride(0), _address(dz) if kept.changed else 0, dz.stride(0), _address(dbias), rows, batch,
         _threads(rows * batch), kept.epilogue.slope, kept.epilogue.scale, _address(kept.positive), _address(kept.kept),
         (batch + 7) // 8,
     )  # fmt: skip

@@ -94,9 +94,12 @@ def place(x_BCHW: Tensor, frame: Frame) -> Tensor:
     return y.view(-1, batch)
 
 
-def random_words(seed: int, rows: int, columns: int, *, device: torch.device | str = "cpu") -> Tensor:
+def random_words(
+    seed: int | Tensor, rows: int, columns: int, *, device: torch.device | str = "cpu"
+) -> Tensor:
     """The random 32-bit words of the dropout as (rows, columns) int64: one hash for each (seed, row, column)."""
-    key = torch.arange(1, rows + 1, dtype=torch.int64, device=device) * _signed(0x9E3779B97F4A7C15) + _signed(seed)
+    seed = _signed(seed) if isinstance(seed, int) else seed
+    key = torch.arange(1, rows + 1, dtype=torch.int64, device=device) * _signed(0x9E3779B97F4A7C15) + seed
     key = (key ^ _shifted(key, 30)) * _signed(0xBF58476D1CE4E5B9)
     key = (key ^ _shifted(key, 27)) * _signed(0x94D049BB133111EB)
     key = (key ^ _shifted(key, 31))[:, None]

@@ -185,6 +185,10 @@ class SparseAttention(nn.Module):
         dense.out_proj.weight, dense.out_proj.bias = out.weight, out.bias
         return dense.train(self.training)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` takes instead, which can hold torch's own modules only."""
+        return self.to_dense()
+
     def extra_repr(self) -> str:
         """What ``print`` shows."""
         return f"num_heads={self.num_heads}, dropout={self.dropout:g}, batch_first={self.batch_first}"

@@ -1,15 +1,17 @@
 """The sparse convolution as a registered operator, for ``torch.compile``; eager mode uses `SparseConvolution`."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from noctule import kernels
 from noctule.kernels import Epilogue, Kept
 from noctule.layers.convolution import Geometry, convolve, convolve_backward, shifted
-from noctule.topology import named
+from noctule.layers.operators import topology_of
 
 
 @torch.library.custom_op("noctule::sparse_conv2d", mutates_args=())
@@ -17,22 +19,22 @@ def compiled_convolution(
     x_BCHW: Tensor,
     values: Tensor,
     bias: Tensor | None,
-    handle: Tensor,
+    places: Sequence[Tensor],
     seed: Tensor,
     geometry: Sequence[int],
     slope: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (O, H', W', B) and the bits that its backward needs; ``handle`` names the topology of the call, so it may change."""
-    epilogue = Epilogue(slope, dropout, int(seed))
-    y, kept, _ = convolve(named(handle), unpacked(geometry), values, bias, x_BCHW, epilogue, keep=True)
+    """y (O, H', W', B) and the bits that its backward needs; ``places`` are those of `places_now`."""
+    epilogue, g = Epilogue(slope, dropout, int(seed)), unpacked(geometry)
+    y, kept, _ = convolve(topology_of(places, g.shape), g, values, bias, x_BCHW, epilogue, keep=True)
     nothing = torch.empty(0, dtype=torch.uint8, device=x_BCHW.device)
     bits = (nothing if b is None else b for b in (kept.positive, kept.kept))
     return y.permute(1, 2, 3, 0).contiguous(), *(b.clone() if b is nothing else b for b in bits)  # type: ignore[return-value]
 
 
 @compiled_convolution.register_fake
-def _(x_BCHW, values, bias, handle, seed, geometry, slope, dropout):
+def _(x_BCHW, values, bias, places, seed, geometry, slope, dropout):
     g, batch = unpacked(geometry), x_BCHW.shape[0]
     high, wide = g.output_size((x_BCHW.shape[2], x_BCHW.shape[3]))
 
@@ -49,48 +51,71 @@ def compiled_backward(
     dy_OHWB: Tensor,
     x_BCHW: Tensor,
     values: Tensor,
-    handle: Tensor,
+    places: Sequence[Tensor],
     positive: Tensor,
     kept: Tensor,
     geometry: Sequence[int],
     slope: float,
     dropout: float,
+    needs_x: bool,
+    needs_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (B, C, H, W), dvalues (N,), dbias (O,)."""
-    topology, g = named(handle), unpacked(geometry)
+    """dx (B, C, H, W), dvalues (N,), dbias (O,); empty what is not needed, the last two going together."""
+    g = unpacked(geometry)
+    topology = topology_of(places, g.shape)
     image = x_BCHW.shape[2], x_BCHW.shape[3]
     frame = kernels.place(x_BCHW, shifted(topology, g, image, x_BCHW.shape[0]).frame)
     state = Kept(Epilogue(slope, dropout), positive if slope != 1.0 else None, kept if dropout > 0.0 else None)
     dy = dy_OHWB.permute(3, 0, 1, 2)
-    _, dx, dvalues, dbias = convolve_backward(topology, g, values, frame, image, dy, state, (True, True, True))
-    assert dx is not None
-    assert dvalues is not None
+    needs = (needs_x, needs_values, True)
+    _, dx, dvalues, dbias = convolve_backward(topology, g, values, frame, image, dy, state, needs)
     assert dbias is not None
-    return dx.contiguous(), dvalues, dbias
+    return _or(dx, x_BCHW.new_empty(0)).contiguous(), _or(dvalues, values.new_empty(0)), dbias
 
 
 @compiled_backward.register_fake
-def _(dy_OHWB, x_BCHW, values, handle, positive, kept, geometry, slope, dropout):
-    dx = x_BCHW.new_empty(x_BCHW.shape)
-    return dx, torch.empty_like(values), dy_OHWB.new_empty(dy_OHWB.shape[0])
+def _(dy_OHWB, x_BCHW, values, places, positive, kept, geometry, slope, dropout, needs_x, needs_values):
+    dx = x_BCHW.new_empty(x_BCHW.shape if needs_x else (0,))
+    return dx, values.new_empty(values.shape if needs_values else (0,)), dy_OHWB.new_empty(dy_OHWB.shape[0])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_BCHW, values, bias, handle, _, ctx.geometry, ctx.slope, ctx.dropout = inputs
+    x_BCHW, values, bias, places, _, ctx.geometry, ctx.slope, ctx.dropout = inputs
     ctx.has_bias = bias is not None
-    ctx.save_for_backward(x_BCHW, values, handle, output[1], output[2])
+    ctx.save_for_backward(x_BCHW, values, output[1], output[2], *places)
     ctx.mark_non_differentiable(output[1], output[2])
 
 
-def _backward(ctx: Any, dy_OHWB: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    x_BCHW, values, handle, positive, kept = ctx.saved_tensors
+def _backward(ctx: Any, dy_OHWB: Tensor, *_: Any) -> tuple[Any, ...]:
+    x_BCHW, values, positive, kept, *places = ctx.saved_tensors
+    needs_x, needs_values, *_ = ctx.needs_input_grad
     dx, dvalues, dbias = compiled_backward(
-        dy_OHWB, x_BCHW, values, handle, positive, kept, ctx.geometry, ctx.slope, ctx.dropout
+        dy_OHWB, x_BCHW, values, places, positive, kept, ctx.geometry, ctx.slope, ctx.dropout, needs_x, needs_values
     )
-    return dx, dvalues, dbias if ctx.has_bias else None, None, None, None, None, None
+    return (
+        dx if needs_x else None,
+        dvalues if needs_values else None,
+        dbias if ctx.has_bias else None,
+        [None] * len(places),
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 compiled_convolution.register_autograd(_backward, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.noctule.sparse_conv2d)
+def _(x_shape: Any, values_shape: Any, *_: Any, out_val: Any, **__: Any) -> int:
+    _, high, wide, batch = out_val[0].shape
+    return 2 * values_shape[0] * high * wide * batch
+
+
+@register_flop_formula(torch.ops.noctule.sparse_conv2d_backward)
+def _(dy_shape: Any, x_shape: Any, values_shape: Any, *rest: Any, **_: Any) -> int:
+    return 2 * values_shape[0] * prod(dy_shape[1:]) * sum(rest[-2:])
 
 
 def packed(geometry: Geometry) -> list[int]:
@@ -106,3 +131,7 @@ def unpacked(numbers: Sequence[int]) -> Geometry:
     """The inverse of `packed`."""
     into, out, kh, kw, sh, sw, top, bottom, left, right, dh, dw, groups = numbers
     return Geometry(into, out, (kh, kw), (sh, sw), ((top, bottom), (left, right)), (dh, dw), groups)
+
+
+def _or(x: Tensor | None, other: Tensor) -> Tensor:
+    return other if x is None else x

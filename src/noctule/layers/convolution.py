@@ -15,10 +15,13 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from noctule import kernels
 from noctule.kernels import Epilogue, Frame, Kept
+from noctule.layers.dense_twin import dense_convolution_gradients
+from noctule.layers.derivatives import epilogue_slopes
+from noctule.layers.surroundings import first_order, has_storage
 from noctule.topology import Places, Topology, Transposed, column_dtype
 
 Pair = tuple[int, int]
@@ -44,6 +47,11 @@ class Geometry:
     def shape(self) -> Pair:
         """Of the weight as a matrix: (O, C / G x KH x KW)."""
         return self.out_channels, self.in_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """Of the dense weight, (O, C / G, KH, KW)."""
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
     def output_size(self, size: Pair) -> Pair:
         """(H, W) of the output.
@@ -206,17 +214,20 @@ class Framed:
         """The images again, (B, C, H, W)."""
         frame = _frames(geometry, self.image, self.data.shape[1]).frame
         (ph, pw), channels = frame.phases, geometry.in_channels
-        x = self.data.view(channels, frame.rows, -1)[:, : ph * pw * frame.high * frame.wide]
+        x = self.data.reshape(channels, frame.rows, -1)[:, : ph * pw * frame.high * frame.wide]
         x = x.reshape(channels, ph, pw, frame.high, frame.wide, -1).permute(0, 3, 1, 4, 2, 5)
         x = x.reshape(channels, frame.high * ph, frame.wide * pw, -1)
-        images = x.new_zeros(channels, *self.image, x.shape[3])
         part = x[:, frame.top : frame.top + self.image[0], frame.left : frame.left + self.image[1]]
-        images[:, : part.shape[1], : part.shape[2]] = part  # pixels that no kernel place reaches are not in the frame
-        return images.permute(3, 0, 1, 2)
+        beyond = (0, self.image[1] - part.shape[2], 0, self.image[0] - part.shape[1])
+        return F.pad(part, (0, 0, *beyond)).permute(3, 0, 1, 2)  # pixels that no kernel place reaches are not in the frame
 
 
 class SparseConvolution(torch.autograd.Function):
-    """y (B, O, H', W') = epilogue(x (B, C, H, W) * W + bias); what it returns is a view of a feature-major (O, H', W', B)."""
+    """y (B, O, H', W') = epilogue(x (B, C, H, W) * W + bias); what it returns is a view of a feature-major (O, H', W', B).
+
+    Where the input needs a gradient, the frame is returned too: a second output, through which second derivatives find their way
+    to ``x`` without another copy of it. They are those of the dense convolution.
+    """
 
     @staticmethod
     def forward(
@@ -228,28 +239,50 @@ class SparseConvolution(torch.autograd.Function):
         geometry: Geometry,
         epilogue: Epilogue,
         watch: Any,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Keep the framed input and two bits for each output at most."""
         y, kept, frame = convolve(topology, geometry, values, bias, x_BCHW, epilogue, keep=any(ctx.needs_input_grad))
         ctx.save_for_backward(frame, values, kept.positive, kept.kept)
         ctx.topology, ctx.geometry, ctx.epilogue, ctx.watch = topology, geometry, epilogue, watch
         ctx.image, ctx.has_bias = (x_BCHW.shape[2], x_BCHW.shape[3]), bias is not None
-        return y.data  # not as a view of something in here, which an in-place ReLU may not touch
+        y = y.data  # not as a view of something in here, which an in-place ReLU may not touch
+        if not ctx.needs_input_grad[0]:
+            return y
+        ctx.set_materialize_grads(False)
+        return y, frame
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_BOHW: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_BOHW: Tensor | None, dframe: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """The three gradients; whoever watches is shown what they are made of."""
         frame, values, positive, kept = ctx.saved_tensors
         needs_x, needs_values, needs_bias, *_ = ctx.needs_input_grad
-        needs = (needs_x, needs_values, needs_bias and ctx.has_bias)
-        state = Kept(ctx.epilogue, positive, kept)
-        dz, dx, dvalues, dbias = convolve_backward(
-            ctx.topology, ctx.geometry, values, frame, ctx.image, dy_BOHW, state, needs
-        )
-        if ctx.watch is not None:
-            ctx.watch(dz, Framed(frame, ctx.image))
+        needs, state = (needs_x, needs_values, needs_bias and ctx.has_bias), Kept(ctx.epilogue, positive, kept)
+        dx = dvalues = dbias = None
+        if dy_BOHW is not None:
+            backward = convolve_backward if first_order(dy_BOHW) else _dense_backward
+            dz, dx, dvalues, dbias = backward(
+                ctx.topology, ctx.geometry, values, frame, ctx.image, dy_BOHW, state, needs
+            )
+            if ctx.watch is not None and has_storage(dz):
+                ctx.watch(dz.detach(), Framed(frame.detach(), ctx.image))
+        if dframe is not None:
+            later = Framed(dframe, ctx.image).images(ctx.geometry)
+            dx = later if dx is None else dx + later
         return dx, dvalues, dbias, None, None, None, None
+
+
+def sparse_convolution(
+    x_BCHW: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    topology: Topology,
+    geometry: Geometry,
+    epilogue: Epilogue,
+    watch: Any,
+) -> Tensor:
+    """y (B, O, H', W') of a `SparseConvolution`."""
+    y: Any = SparseConvolution.apply(x_BCHW, values, bias, topology, geometry, epilogue, watch)
+    return y if isinstance(y, Tensor) else y[0]
 
 
 def convolve(
@@ -292,6 +325,26 @@ def convolve_backward(
         back = kernels.place(images(dz, places.output), places.back)
         dx = places.apart(kernels.spmm_t(places, values, places.back_rows_of(back)))
     return dz, dx, dvalues, dbias
+
+
+def _dense_backward(
+    topology: Topology,
+    geometry: Geometry,
+    values: Tensor,
+    frame: Tensor,
+    image: Pair,
+    dy_BOHW: Tensor,
+    kept: Kept,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The same as `convolve_backward`, of the dense convolution: it can be differentiated again."""
+    dz = dy_BOHW.permute(1, 2, 3, 0).flatten(2)
+    if kept.changed:
+        dz = dz * epilogue_slopes(kept, dz)
+    dz_BOHW = dz.unflatten(2, (-1, dy_BOHW.shape[0])).permute(3, 0, 1, 2)
+    x = Framed(frame, image).images(geometry)
+    dx, dvalues = dense_convolution_gradients(x, values, dz_BOHW, topology, geometry, needs[:2])
+    return dz, dx, dvalues, dz.sum((1, 2)) if needs[2] else None
 
 
 def feature_major(y_BOHW: Tensor) -> Tensor:

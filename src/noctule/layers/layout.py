@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from noctule import kernels
+from noctule.layers.surroundings import eager, first_order
 
 
 def feature_major(x: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def feature_major(x: Tensor) -> Tensor:
     x_BI = x.reshape(-1, x.shape[-1])
     if x_BI.shape[0] == 1 or x_BI.stride(0) == 1:
         return x
-    if torch.compiler.is_compiling():
+    if not eager(x):
         return x_BI.t().contiguous().t().view(x.shape)
     return _FeatureMajor.apply(x_BI).view(x.shape)  # type: ignore[union-attr]
 
@@ -36,7 +36,7 @@ def row_major(x: Tensor) -> Tensor:
     """
     if x.shape[-1] == 1 or x.stride(-1) == 1:
         return x
-    if torch.compiler.is_compiling():
+    if not eager(x):
         return x.contiguous()
     return _RowMajor.apply(x.reshape(-1, x.shape[-1])).view(x.shape)  # type: ignore[union-attr]
 
@@ -47,9 +47,8 @@ class _FeatureMajor(torch.autograd.Function):
         return kernels.feature_major(x_BI).t().data
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy_BI: Tensor) -> Tensor:
-        return _rows(dy_BI)
+        return _rows(dy_BI) if first_order(dy_BI) else dy_BI
 
 
 class _RowMajor(torch.autograd.Function):

@@ -9,9 +9,13 @@ from torch import Tensor, nn
 from noctule import kernels
 from noctule.kernels import Epilogue
 from noctule.layers.compiled_convolution import compiled_convolution, packed
-from noctule.layers.convolution import Framed, Geometry, Pair, SparseConvolution, shifted
+from noctule.layers.convolution import Framed, Geometry, Pair, shifted, sparse_convolution
+from noctule.layers.dense_twin import dense_convolution, dense_epilogue, twin_of
+from noctule.layers.derivatives import epilogue_on
+from noctule.layers.operators import places_now
 from noctule.layers.sparse_layer import SparseLayer, places_of
 from noctule.layers.stand_in import StandIn
+from noctule.layers.surroundings import eager, transformed, written_down
 from noctule.topology import Topology
 
 
@@ -83,33 +87,46 @@ class SparseConv2d(SparseLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, O, H', W'), or the same without a batch."""
+        if not eager(x):
+            return self._elsewhere(x)
+        x_BCHW, values = self._factors(x)
+        epilogue = self._epilogue_now(self.epilogue)
+        y_BOHW = sparse_convolution(x_BCHW, values, self.bias, self.topology, self.geometry, epilogue, self.watch)
+        return y_BOHW if x.dim() == 4 else y_BOHW[0]
+
+    def _elsewhere(self, x: Tensor) -> Tensor:
+        """The same in graphs, transforms and traces, and for unusual inputs."""
+        if written_down(x):
+            y = dense_convolution(x, self.values, self.bias, self.topology, self.geometry)
+            return dense_epilogue(y, self.epilogue, self.training)
+        x_BCHW, values = self._factors(x)
+        if torch.compiler.is_compiling():
+            seed, dropout = self._compiled_dropout(self.epilogue)
+            places, geometry = places_now(self.topology), packed(self.geometry)
+            y_OHWB, *_ = compiled_convolution(
+                x_BCHW, values, self.bias, places, seed, geometry, self.epilogue.slope, dropout
+            )
+            y_BOHW = y_OHWB.permute(3, 0, 1, 2)
+        elif transformed():
+            z_BOHW = dense_convolution(x_BCHW, values, self.bias, self.topology, self.geometry)
+            y_OHWB = epilogue_on(z_BOHW.permute(1, 2, 3, 0), self.epilogue, self.training)
+            y_BOHW = y_OHWB.permute(3, 0, 1, 2)
+        else:
+            epilogue = self._epilogue_now(self.epilogue)
+            y_BOHW = sparse_convolution(x_BCHW, values, self.bias, self.topology, self.geometry, epilogue, self.watch)
+        return y_BOHW if x.dim() == 4 else y_BOHW[0]
+
+    def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) or (C, H, W) -> (B, C, H, W) and the values (N,)."""
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
             raise ValueError(
                 f"expected images of {self.in_channels} channels, (B, C, H, W), got shape {tuple(x.shape)}"
             )
-        x_BCHW, values = self._factors(x if x.dim() == 4 else x[None])
-        y_BOHW = self._compiled(x_BCHW, values) if torch.compiler.is_compiling() else self._eager(x_BCHW, values)
-        return y_BOHW if x.dim() == 4 else y_BOHW[0]
+        return super()._factors(x if x.dim() == 4 else x[None])
 
-    def _eager(self, x_BCHW: Tensor, values: Tensor) -> Tensor:
-        y_BOHW = SparseConvolution.apply(
-            x_BCHW, values, self.bias, self.topology, self.geometry, self._epilogue_now(), self.watch
-        )
-        return y_BOHW  # type: ignore[return-value]
-
-    def _compiled(self, x_BCHW: Tensor, values: Tensor) -> Tensor:
-        seed, dropout = self._compiled_dropout()
-        y_OHWB, *_ = compiled_convolution(
-            x_BCHW,
-            values,
-            self.bias,
-            self.topology.handle,
-            seed,
-            packed(self.geometry),
-            self.epilogue.slope,
-            dropout,
-        )
-        return y_OHWB.permute(3, 0, 1, 2)
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` takes instead, which can hold torch's own modules only."""
+        return twin_of(self)
 
     @property
     def weight(self) -> Tensor:

@@ -256,21 +256,21 @@ class SparseLayer(nn.Module):
             raise ValueError(f"inputs are {x.dtype} but the layer's values {dtype}: convert one of them with .to()")
         return x.to(dtype), self.values.to(dtype)
 
-    def _epilogue_now(self) -> Epilogue:
-        """The epilogue of this forward: a dropout mask of its own in training, none in evaluation."""
-        if not self.epilogue.dropout:
-            return self.epilogue
+    def _epilogue_now(self, epilogue: Epilogue) -> Epilogue:
+        """An epilogue in this forward: a dropout mask of its own in training, none in evaluation."""
+        if not epilogue.dropout:
+            return epilogue
         if not self.training:
-            return replace(self.epilogue, dropout=0.0)
-        return replace(self.epilogue, seed=int(torch.randint(2**62, (), device="cpu")))
+            return replace(epilogue, dropout=0.0)
+        return replace(epilogue, seed=int(torch.randint(2**62, (), device="cpu")))
 
-    def _compiled_dropout(self) -> tuple[Tensor, float]:
+    def _compiled_dropout(self, epilogue: Epilogue) -> tuple[Tensor, float]:
         """Seed and rate of this forward's dropout inside a compiled graph."""
         if self.watch is not None:
             raise RuntimeError(
                 "a method watches this layer's gradients, which a compiled graph does not show: run it in eager mode"
             )
-        dropout = self.epilogue.dropout if self.training else 0.0
+        dropout = epilogue.dropout if self.training else 0.0
         seed = torch.randint(2**62, (), device="cpu") if dropout else torch.zeros((), dtype=torch.int64, device="cpu")
         return seed, dropout
 

@@ -1,16 +1,21 @@
 """A linear layer that stores, computes and learns its non-zeros only."""
 
 import math
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from noctule import kernels
 from noctule.kernels import IDENTITY, Epilogue
-from noctule.layers.product import SparseProduct, compiled_product
+from noctule.layers.dense_twin import dense_epilogue, dense_weight, twin_of
+from noctule.layers.derivatives import any_order
+from noctule.layers.operators import compiled_product, places_now
+from noctule.layers.product import sparse_product
 from noctule.layers.sparse_layer import SparseLayer, places_of
 from noctule.layers.stand_in import StandIn
+from noctule.layers.surroundings import eager, transformed, written_down
 from noctule.topology import Topology
 
 
@@ -64,12 +69,33 @@ class SparseLinear(SparseLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
+        if not eager(x):
+            return self._elsewhere(x, self.bias, self.epilogue)
+        x_BI, values = self._factors(x)
+        y_BO = sparse_product(x_BI, values, self.bias, self.topology, self._epilogue_now(self.epilogue), self.watch)
+        return y_BO if x.dim() == 2 else y_BO.reshape(*x.shape[:-1], self.out_features)
+
+    def _elsewhere(self, x: Tensor, bias: Tensor | None, epilogue: Epilogue) -> Tensor:
+        """The same in graphs, transforms and traces, and for unusual inputs."""
+        if written_down(x):
+            y = F.linear(x, dense_weight(self.values, self.topology, self.topology.shape), bias)
+            return dense_epilogue(y, epilogue, self.training)
         if x.is_nested:
             parts = x.unbind()
             y = self(torch.cat(parts)).split([len(part) for part in parts])
             return torch.nested.as_nested_tensor(list(y), layout=x.layout)
         x_BI, values = self._factors(x)
-        y_BO = self._compiled(x_BI, values) if torch.compiler.is_compiling() else self._eager(x_BI, values)
+        if torch.compiler.is_compiling():
+            seed, dropout = self._compiled_dropout(epilogue)
+            places = places_now(self.topology)
+            y_OB, *_ = compiled_product(
+                x_BI, values, bias, places, seed, self.out_features, epilogue.slope, dropout
+            )
+            y_BO = y_OB.t()
+        elif transformed():
+            y_BO = any_order(x_BI, values, bias, self.topology, epilogue, self.training)
+        else:
+            y_BO = sparse_product(x_BI, values, bias, self.topology, self._epilogue_now(epilogue), self.watch)
         return y_BO if x.dim() == 2 else y_BO.reshape(*x.shape[:-1], self.out_features)
 
     def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,24 +107,15 @@ class SparseLinear(SparseLayer):
         x, values = super()._factors(x)
         return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), self.in_features), values
 
-    def _eager(self, x_BI: Tensor, values: Tensor) -> Tensor:
-        y_BO = SparseProduct.apply(x_BI, values, self.bias, self.topology, self._epilogue_now(), self.watch)
-        return y_BO  # type: ignore[return-value]
-
-    def _compiled(self, x_BI: Tensor, values: Tensor) -> Tensor:
-        seed, dropout = self._compiled_dropout()
-        y_OB, *_ = compiled_product(
-            x_BI, values, self.bias, self.topology.handle, seed, self.out_features, self.epilogue.slope, dropout
-        )
-        return y_OB.t()
-
     @property
     def weight(self) -> Tensor:
         """A stand-in for the dense weight (O, I), for other people's code: it has the product with an input, no numbers."""
         return StandIn(self.values, self.topology.shape, self._product)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        y_BO: Any = SparseProduct.apply(*self._factors(x), bias, self.topology, IDENTITY, self.watch)
+        if not eager(x):
+            return self._elsewhere(x, bias, IDENTITY)
+        y_BO = sparse_product(*self._factors(x), bias, self.topology, IDENTITY, self.watch)
         return y_BO.reshape(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
@@ -145,6 +162,10 @@ class SparseLinear(SparseLayer):
             dtype=self.values.dtype,
         )
         return self._give_weights(linear)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` takes instead, which can hold torch's own modules only."""
+        return twin_of(self)
 
     def _take_shape(self, topology: Topology) -> None:
         self.out_features, self.in_features = topology.shape

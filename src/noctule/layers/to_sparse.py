@@ -12,8 +12,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from noctule.budget import Budget, erdos_renyi
 from noctule.convert import Leave, Rule, hooked
 from noctule.layers.attention import SparseAttention, projections_of
+from noctule.layers.dense_twin import twin_of
 from noctule.layers.experts import SparseExperts, expert_layers, is_experts
-from noctule.layers.foreign import conv1d_of, is_conv1d, linear_of
+from noctule.layers.foreign import is_conv1d, linear_of
 from noctule.layers.sparse_conv1d import SparseConv1d, conv2d_of
 from noctule.layers.sparse_conv2d import SparseConv2d
 from noctule.layers.sparse_layer import SparseLayer
@@ -173,18 +174,7 @@ class ToDense:
             return None
         if any(hooked(m) for m in module.modules()):
             raise Leave("it has hooks, which would be lost")
-        dense = module.to_dense()
-        if not isinstance(module, SparseLayer):
-            return dense
-        if module.origin is not None and isinstance(dense, nn.Linear):
-            dense = conv1d_of(dense, module.origin)
-        slope, dropout = module.epilogue.slope, module.epilogue.dropout
-        after: list[nn.Module] = []
-        if slope != 1.0:
-            after.append(nn.ReLU() if slope == 0.0 else nn.LeakyReLU(slope))
-        if dropout:
-            after.append(nn.Dropout(dropout))
-        return nn.Sequential(dense, *after) if after else dense
+        return twin_of(module) if isinstance(module, SparseLayer) else module.to_dense()
 
 
 def parts_of(module: nn.Module) -> list[nn.Module]:

@@ -1,0 +1,28 @@
+"""What torch's counters of operations hear of the sparse products.
+
+A ``FlopCounterMode`` hears of operators only, and a product called from a function of autograd is none. Where such a mode is
+active, each product calls an operator that does nothing but say how much was multiplied.
+"""
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+modes = torch._C._len_torch_dispatch_stack
+"""How many modes listen to operators now."""
+
+
+@torch.library.custom_op("noctule::multiply_adds", mutates_args=())
+def tell(number: int) -> None:
+    """Say that a kernel executed so many multiply-adds."""
+
+
+@tell.register_fake
+def _(number: int) -> None:
+    pass
+
+
+@register_flop_formula(torch.ops.noctule.multiply_adds)
+def _(number: int, *_: Any, **__: Any) -> int:
+    return 2 * number
