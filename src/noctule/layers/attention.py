@@ -71,7 +71,9 @@ class SparseAttention(nn.Module):
     @property
     def in_proj_weight(self) -> Tensor:
         """A stand-in, for other people's code."""
-        return StandIn(self.q_proj.weight, (3 * self.embed_dim, self.embed_dim))
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        held = [layer.values if isinstance(layer, SparseLinear) else layer.weight for layer in layers]
+        return StandIn(held, (3 * self.embed_dim, self.embed_dim))
 
     def forward(
         self,

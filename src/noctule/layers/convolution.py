@@ -338,10 +338,11 @@ def _dense_backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The same as `convolve_backward`, of the dense convolution: it can be differentiated again."""
-    dz = dy_BOHW.permute(1, 2, 3, 0).flatten(2)
+    batch, rows, high, wide = dy_BOHW.shape
+    dz = dy_BOHW.permute(1, 2, 3, 0).reshape(rows, high, wide * batch)
     if kept.changed:
         dz = dz * epilogue_slopes(kept, dz)
-    dz_BOHW = dz.unflatten(2, (-1, dy_BOHW.shape[0])).permute(3, 0, 1, 2)
+    dz_BOHW = dz.reshape(rows, high, wide, batch).permute(3, 0, 1, 2)
     x = Framed(frame, image).images(geometry)
     dx, dvalues = dense_convolution_gradients(x, values, dz_BOHW, topology, geometry, needs[:2])
     return dz, dx, dvalues, dz.sum((1, 2)) if needs[2] else None

@@ -62,7 +62,7 @@ def dense_convolution_gradients(
     (top, _), (left, _) = g.padding
     high, wide = x_BCHW.shape[2:]
     return (
-        dx[..., top : top + high, left : left + wide] if needs[0] else None,
+        dx.narrow(2, top, high).narrow(3, left, wide) if needs[0] else None,
         dweight.flatten().index_select(0, topology.keys()) if needs[1] else None,
     )
 

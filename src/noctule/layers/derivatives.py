@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
+from torch.autograd import forward_ad
 
 from noctule import kernels
 from noctule.kernels import Epilogue, Kept, reference
@@ -39,12 +41,13 @@ class _Bilinear(torch.autograd.Function):
 
     @classmethod
     def jvp(cls, ctx: Any, da: Tensor | None, db: Tensor | None, _: None) -> Tensor | None:  # type: ignore[override]
-        """The product rule."""
-        a, b = ctx.saved_tensors
-        if da is None:
-            return None if db is None else apply(cls, a, db, ctx.topology)
-        along_a = apply(cls, da, b, ctx.topology)
-        return along_a if db is None else along_a + apply(cls, a, db, ctx.topology)
+        """The product rule, which an outer forward mode must be able to follow too: torch turns it off in here."""
+        with forward_ad._set_fwd_grad_enabled(True):
+            a, b = (forward_ad.unpack_dual(factor).primal for factor in ctx.saved_tensors)
+            if da is None:
+                return None if db is None else apply(cls, a, db, ctx.topology)
+            along_a = apply(cls, da, b, ctx.topology)
+            return along_a if db is None else along_a + apply(cls, a, db, ctx.topology)
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], a: Tensor, b: Tensor, topology: Topology) -> tuple:  # type: ignore[override]
@@ -130,7 +133,10 @@ class Gradient(_Bilinear):
 
 def apply(product: type[_Bilinear], a: Tensor, b: Tensor, topology: Topology) -> Tensor:
     """One of the three products, inside autograd."""
-    if has_storage(a) and has_storage(b) or transforms_active():
+    if transforms_active() or all(map(has_storage, (a, b))):
+        return product.apply(a, b, topology)  # type: ignore[return-value]
+    a, b = map(unwrap_if_dead, (a, b))  # of a transform that is over, as where the function that vjp returned is called
+    if all(map(has_storage, (a, b))):
         return product.apply(a, b, topology)  # type: ignore[return-value]
     return _batched(product, a, b, topology)
 
@@ -143,7 +149,7 @@ def _batched(product: type[_Bilinear], a: Tensor, b: Tensor, topology: Topology)
     a, b = (t if dim is None else torch._remove_batch_dim(t, level, 1, 0) for t, dim in zip((a, b), dims, strict=True))
     size = len(a if dims[0] == 0 else b)
     y, dim = product.vmap(_Size(size), (*dims, None), a, b, topology)
-    return torch._add_batch_dim(y, dim, level)
+    return torch._add_batch_dim(y.movedim(dim, 0).contiguous(), 0, level)
 
 
 class _Size(NamedTuple):

@@ -72,9 +72,8 @@ class SparseProduct(torch.autograd.Function):
         else:
             x_IB, needs = x.t() if ctx.as_given else x, (needs_x, needs_values, needs_bias)
             dz_OB, dx_BI, dvalues, dbias = derivatives.gradients(dy_BO, x_IB, values, kept, topology, needs)
-            dz_OB, x_IB = dz_OB.detach(), x_IB.detach()
         if ctx.watch is not None and has_storage(dz_OB):
-            ctx.watch(dz_OB, x_IB)
+            ctx.watch(dz_OB.detach(), x_IB.detach())
         if dx_IB is not None:
             dx_BI = dx_IB.t() if dx_BI is None else dx_BI + dx_IB.t()
         return dx_BI, dvalues, dbias, None, None, None

@@ -19,6 +19,7 @@ from noctule.kernels import IDENTITY, Epilogue
 from noctule.layers.copies import Kinship
 from noctule.layers.places import Given, from_tensor, to_tensor
 from noctule.layers.product import Watch
+from noctule.layers.stand_in import StandIn
 from noctule.topology import Remap, Topology, check_weights
 
 
@@ -111,6 +112,19 @@ class SparseLayer(nn.Module):
         """Stored weights over the places of a dense layer."""
         return self.topology.density
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in every module, but for a dense weight."""
+        if name == "weight" or isinstance(param, StandIn):
+            raise TypeError(
+                f"{type(self).__name__} has no dense weight that could be set, pruned or reparametrized: do it to the parameter "
+                "'values', or before the layer is converted, or make a new layer with from_dense(dense)"
+            )
+        super().register_parameter(name, param)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in every module; the container of ``torch.nn.utils.parametrize`` gets room for a tensor named "values"."""
+        super().__setattr__(name, _Parametrizations() if name == "parametrizations" else value)
+
     # -- what a kind says -----------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -186,6 +200,12 @@ class SparseLayer(nn.Module):
         Raises:
             ValueError: the remap does not lead from here to this topology, or somebody who keeps state cannot follow.
         """
+        if "values" not in self._parameters:
+            raise ValueError(
+                "this layer's values are computed from other parameters (weight_norm, spectral_norm, prune, parametrize), which "
+                "cannot follow when places move: remove that first, as with remove_parametrizations(layer, 'values') or "
+                "prune.remove(layer, 'values')"
+            )
         if (remap.old_size, remap.new_size) != (self.weights, topology.size):
             raise ValueError(
                 f"a remap of {remap.old_size} to {remap.new_size} slots does not lead from {self.weights} "
@@ -248,13 +268,14 @@ class SparseLayer(nn.Module):
         """The input and the values in the dtype of the product: that of the values, or bfloat16 where autocast says so."""
         if self.doubtful and not torch.compiler.is_compiling():
             self.check_doubts()
-        dtype = self.values.dtype
+        values = self.values  # once: it may be computed, by a parametrization
+        dtype = values.dtype
         if torch.is_autocast_enabled(x.device.type):
             if dtype is torch.float32 and torch.get_autocast_dtype(x.device.type) is torch.bfloat16:
                 dtype = torch.bfloat16
         elif x.dtype is not dtype:
             raise ValueError(f"inputs are {x.dtype} but the layer's values {dtype}: convert one of them with .to()")
-        return x.to(dtype), self.values.to(dtype)
+        return x.to(dtype), values.to(dtype)
 
     def _epilogue_now(self, epilogue: Epilogue) -> Epilogue:
         """An epilogue in this forward: a dropout mask of its own in training, none in evaluation."""
@@ -434,6 +455,13 @@ def _tensor(places: Any) -> Tensor:
     if not isinstance(places, Tensor):
         raise ValueError(f"not a topology: expected the tensor that a sparse layer gave, got {places!r:.200}")
     return places
+
+
+class _Parametrizations(nn.ModuleDict):
+    """A dictionary of modules one of which may be called like its method ``values``."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        self._modules[name] = module
 
 
 def weights_at(density: float, shape: tuple[int, int]) -> int:

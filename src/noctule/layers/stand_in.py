@@ -1,56 +1,103 @@
 """What other people's code finds where it reads the ``weight`` of a layer that has become sparse."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Product = Callable[[Tensor, Tensor | None], Tensor]
+"""(x, bias) -> ``F.linear(x, weight, bias)``."""
+
 
 class StandIn(Tensor):
     """Shape, dtype and device of the dense weight, and its product with an input, but no numbers.
 
-    Code that asks a weight for its dtype before it calls the layer, or hands it to ``F.linear``, works as before. Torch takes any
+    Code that asks a weight for its dtype before it calls the layer, or hands it to ``F.linear``, works as before; what draws or
+    scales all its elements in place, such as ``nn.init``, does so to the stored ones, and ``requires_grad`` is theirs. Torch takes any
     tensor with a behaviour of its own out of its fused paths, such as that of ``nn.TransformerEncoderLayer`` in evaluation, which
     read weights past the layer's forward. Whoever needs the numbers is told what to do instead.
 
     Args:
-        like: where dtype, device and whether it is trained come from.
+        values: the stored numbers (N,); of several layers where their weights stand here as one.
         shape: of the dense weight.
-        product: (x, bias) -> ``F.linear(x, weight, bias)``, or None where there is none.
+        product: its product with an input, or None where there is none.
     """
 
-    product: Any
+    values: tuple[Tensor, ...]
+    product: Product | None
 
     @staticmethod
-    def __new__(cls, like: Tensor, shape: tuple[int, ...], product: Any = None) -> "StandIn":
+    def __new__(
+        cls, values: Tensor | Sequence[Tensor], shape: tuple[int, ...], product: Product | None = None
+    ) -> "StandIn":
         """A tensor without a storage."""
+        values = (values,) if isinstance(values, Tensor) else tuple(values)
         made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=like.dtype, device=like.device, requires_grad=like.requires_grad
+            cls, shape, dtype=values[0].dtype, device=values[0].device, requires_grad=any(v.requires_grad for v in values)
         )
-        made.product = product
+        made.values, made.product = values, product
         return made
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Its product, and whatever needs no numbers."""
+        """Its product, what concerns the stored numbers, and whatever needs none."""
         kwargs = kwargs or {}
         if func is F.linear:
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, StandIn) and weight.product is not None:
                 return weight.product(x, bias)
+        if func in _TRAINED:
+            trained = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
+            for values in args[0].values:
+                values.requires_grad_(trained)
+        if func in _READING:
+            _refuse(getattr(func, "__name__", str(func)), AttributeError if func in _ATTRIBUTES else RuntimeError)
         return super().__torch_function__(func, types, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Nothing else."""
-        raise RuntimeError(
-            f"{func} reads the weight of a sparse layer, which holds its non-zeros only: use layer.values and layer.topology, "
-            "or layer.to_dense().weight; or leave this layer dense: convert_(model, rule, where=lambda name, module: ...)"
-        )
+        """What treats all elements alike, in place, is done to the stored ones; nothing else."""
+        me, *rest = args or (None,)
+        if func is torch.ops.aten.detach.default:
+            return StandIn([values.detach() for values in me.values], me.shape)
+        alike = func._schema.name in _ALIKE and isinstance(me, StandIn)
+        if not alike or any(isinstance(a, Tensor) and a.dim() for a in rest):
+            _refuse(str(func))
+        for values in me.values:
+            func(values.detach(), *rest, **(kwargs or {}))
+        return me
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"StandIn({tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
+
+
+_ALIKE = {
+    f"aten::{name}_"
+    for name in "normal uniform zero fill mul div add sub clamp clamp_min clamp_max erfinv exponential cauchy log_normal".split()
+}
+"""Operations in place that need to know nothing of an element's place."""
+_TRAINED = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
+_ATTRIBUTES = {Tensor.grad.__get__, Tensor.grad.__set__, Tensor.data.__set__}  # type: ignore[attr-defined]
+_READING = {
+    *_ATTRIBUTES,
+    *(
+        getattr(Tensor, name)
+        for name in (
+            "numpy tolist __array__ __dlpack__ data_ptr storage untyped_storage __deepcopy__ __reduce_ex__ share_memory_ "
+            "register_hook register_post_accumulate_grad_hook retain_grad backward set_"
+        ).split()
+    ),
+}
+"""What reads or keeps numbers without an operation that we would be asked for."""
+
+
+def _refuse(what: str, error: type[Exception] = RuntimeError) -> NoReturn:
+    raise error(
+        f"{what} needs the weight of a sparse layer, which holds its non-zeros only: use layer.values (and its grad) and "
+        "layer.topology, or layer.to_dense().weight; or leave this layer dense: convert_(model, rule, where=lambda name, module: ...)"
+    )
 
 
 def _linear_arguments(
