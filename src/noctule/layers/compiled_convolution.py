@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from noctule import kernels
-from noctule.kernels import Epilogue, Kept
+from noctule.kernels import Epilogue
 from noctule.layers.convolution import Geometry, convolve, convolve_backward, shifted
-from noctule.layers.operators import topology_of
+from noctule.layers.operators import flat_bits, kept_of, topology_of
 
 
 @torch.library.custom_op("noctule::sparse_conv2d", mutates_args=())
@@ -28,9 +28,7 @@ def compiled_convolution(
     """y (O, H', W', B) and the bits that its backward needs; ``places`` are those of `places_now`."""
     epilogue, g = Epilogue(slope, dropout, int(seed)), unpacked(geometry)
     y, kept, _ = convolve(topology_of(places, g.shape), g, values, bias, x_BCHW, epilogue, keep=True)
-    nothing = torch.empty(0, dtype=torch.uint8, device=x_BCHW.device)
-    bits = (nothing if b is None else b for b in (kept.positive, kept.kept))
-    return y.permute(1, 2, 3, 0).contiguous(), *(b.clone() if b is nothing else b for b in bits)  # type: ignore[return-value]
+    return y.permute(1, 2, 3, 0).contiguous(), *flat_bits(kept, x_BCHW)
 
 
 @compiled_convolution.register_fake
@@ -39,8 +37,7 @@ def _(x_BCHW, values, bias, places, seed, geometry, slope, dropout):
     high, wide = g.output_size((x_BCHW.shape[2], x_BCHW.shape[3]))
 
     def bits(there: bool) -> Tensor:
-        shape = (g.out_channels, high, (wide * batch + 7) // 8) if there else (0,)
-        return x_BCHW.new_empty(shape, dtype=torch.uint8)
+        return x_BCHW.new_empty(g.out_channels * high * ((wide * batch + 7) // 8) if there else 0, dtype=torch.uint8)
 
     y = x_BCHW.new_empty((g.out_channels, high, wide, batch), dtype=values.dtype)
     return y, bits(slope != 1.0), bits(dropout > 0.0)
@@ -65,7 +62,8 @@ def compiled_backward(
     topology = topology_of(places, g.shape)
     image = x_BCHW.shape[2], x_BCHW.shape[3]
     frame = kernels.place(x_BCHW, shifted(topology, g, image, x_BCHW.shape[0]).frame)
-    state = Kept(Epilogue(slope, dropout), positive if slope != 1.0 else None, kept if dropout > 0.0 else None)
+    rows, high, wide, batch = dy_OHWB.shape
+    state = kept_of(Epilogue(slope, dropout), positive, kept, (rows, high, (wide * batch + 7) // 8))
     dy = dy_OHWB.permute(3, 0, 1, 2)
     needs = (needs_x, needs_values, True)
     _, dx, dvalues, dbias = convolve_backward(topology, g, values, frame, image, dy, state, needs)

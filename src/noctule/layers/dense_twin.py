@@ -63,7 +63,7 @@ def dense_convolution_gradients(
     high, wide = x_BCHW.shape[2:]
     return (
         dx.narrow(2, top, high).narrow(3, left, wide) if needs[0] else None,
-        dweight.flatten().index_select(0, topology.keys()) if needs[1] else None,
+        dweight.reshape(-1).index_select(0, topology.keys()) if needs[1] else None,
     )
 
 

@@ -7,12 +7,16 @@ normalisation all samples together are one wide image, (1, C, H, W B).
 Shapes: B batch, C channels, H height, W width.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn import functional as F
 
 from noctule.convert import Leave
+from noctule.layers.surroundings import written_down
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,15 @@ class KeepLayout:
         return module
 
 
-class _MaxPool2d(nn.MaxPool2d):
+class _Kept(nn.Module):
+    def __prepare_scriptable__(self) -> nn.Module:
+        """The module of torch, for ``torch.jit.script``."""
+        plain = copy(self)
+        plain.__class__ = next(kind for kind, ours in _KINDS.items() if ours is type(self))
+        return plain
+
+
+class _MaxPool2d(_Kept, nn.MaxPool2d):
     def forward(self, input: Tensor) -> Any:
         if not _feature_major(input):
             return super().forward(input)
@@ -45,15 +57,18 @@ class _MaxPool2d(nn.MaxPool2d):
         return images.transpose(0, 1)
 
 
-class _AvgPool2d(nn.AvgPool2d):
+class _AvgPool2d(_Kept, nn.AvgPool2d):
     def forward(self, input: Tensor) -> Tensor:
         if not _feature_major(input):
             return super().forward(input)
         return super().forward(input.transpose(0, 1)).transpose(0, 1)
 
 
-class _BatchNorm2d(nn.BatchNorm2d):
+class _BatchNorm2d(_Kept, nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):  # whose dimensions nobody may look at
+            known = (self.running_mean, self.running_var, self.weight, self.bias)
+            return F.batch_norm(input, *known, self.training or self.running_mean is None, self.momentum or 0.0, self.eps)
         if not _feature_major(input):
             return super().forward(input)
         batch, channels, high, wide = input.shape
@@ -69,4 +84,4 @@ _KINDS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def _feature_major(x: Tensor) -> bool:
-    return x.dim() == 4 and x.shape[0] > 1 and x.permute(1, 2, 3, 0).is_contiguous()
+    return not written_down(x) and x.dim() == 4 and x.shape[0] > 1 and x.permute(1, 2, 3, 0).is_contiguous()

@@ -53,8 +53,7 @@ def compiled_product(
     epilogue = Epilogue(slope, dropout, int(seed))
     topology = topology_of(places, (out_features, x_BI.shape[1]))
     y_OB, kept = kernels.spmm(topology, values, kernels.feature_major(x_BI), bias, epilogue, keep=True)
-    nothing = torch.empty(0, dtype=torch.uint8, device=x_BI.device)
-    return y_OB.contiguous(), _or(kept.positive, nothing), _or(kept.kept, nothing.clone())
+    return y_OB.contiguous(), *flat_bits(kept, x_BI)
 
 
 @compiled_product.register_fake
@@ -62,7 +61,7 @@ def _(x_BI, values, bias, places, seed, out_features, slope, dropout):
     batch = x_BI.shape[0]
 
     def bits(there: bool) -> Tensor:
-        return x_BI.new_empty((out_features, (batch + 7) // 8) if there else (0,), dtype=torch.uint8)
+        return x_BI.new_empty(out_features * ((batch + 7) // 8) if there else 0, dtype=torch.uint8)
 
     return x_BI.new_empty((out_features, batch), dtype=values.dtype), bits(slope != 1.0), bits(dropout > 0.0)
 
@@ -82,7 +81,8 @@ def compiled_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (I, B), dvalues (N,), dbias (O,); empty what is not needed, the last two going together."""
     topology = topology_of(places, (dy_OB.shape[0], x_BI.shape[1]))
-    state = Kept(Epilogue(slope, dropout), positive if slope != 1.0 else None, kept if dropout > 0.0 else None)
+    rows, batch = dy_OB.shape
+    state = kept_of(Epilogue(slope, dropout), positive, kept, (rows, (batch + 7) // 8))
     dz_OB, _ = kernels.epilogue_backward(dy_OB, state, bias=False)
     dx_IB = kernels.spmm_t(topology, values, dz_OB).contiguous() if needs_x else x_BI.new_empty(0)
     if not needs_values:
@@ -136,5 +136,19 @@ def _(dy_shape: Any, x_shape: Any, values_shape: Any, *rest: Any, **_: Any) -> i
     return 2 * values_shape[0] * x_shape[0] * sum(rest[-2:])
 
 
-def _or(x: Tensor | None, other: Tensor) -> Tensor:
-    return other if x is None else x
+def flat_bits(kept: Kept, like: Tensor) -> tuple[Tensor, Tensor]:
+    """What an operator returns of an epilogue's bits: flat, since a second dimension of ``batch / 8`` would tie programs to it."""
+    nothing = like.new_empty(0, dtype=torch.uint8)
+    return (
+        nothing if kept.positive is None else kept.positive.view(-1),
+        nothing.clone() if kept.kept is None else kept.kept.view(-1),
+    )
+
+
+def kept_of(epilogue: Epilogue, positive: Tensor, kept: Tensor, shape: tuple[int, ...]) -> Kept:
+    """The inverse of `flat_bits`, the bits having this shape."""
+    return Kept(
+        epilogue,
+        positive.view(shape) if epilogue.slope != 1.0 else None,
+        kept.view(shape) if epilogue.dropout > 0.0 else None,
+    )
