@@ -9,7 +9,6 @@ from torch import nn
 
 from noctule.convert import convert_
 from noctule.layers import SparseLinear, ToDense, ToSparse
-from noctule.layers.stand_in import StandIn
 
 KEEP_ALL = ToSparse(density=1.0, fresh=False)
 MODES = ("train", "eval", "no_grad")
@@ -148,36 +147,6 @@ def test_a_sparse_encoder_learns_and_its_state_is_loaded():
     convert_(other, ToSparse(density=0.3))
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.eval()(x), model.eval()(x))
-
-
-# -- the stand-in -----------------------------------------------------------------------------------------------------
-
-
-def test_who_asks_for_the_weight_gets_what_it_is_and_its_product():
-    dense = nn.Linear(6, 4)
-    sparse = SparseLinear.from_dense(dense, density=1.0)
-    weight = sparse.weight
-    assert isinstance(weight, StandIn)
-    assert (weight.shape, weight.dtype, weight.device) == (dense.weight.shape, torch.float32, dense.weight.device)
-    assert weight.requires_grad
-    assert repr(weight) == "StandIn((4, 6), dtype=torch.float32, device='cpu')"
-    x = torch.randn(3, 2, 6, requires_grad=True)
-    y = nn.functional.linear(x, weight, bias=sparse.bias)
-    torch.testing.assert_close(y, dense(x))
-    y.sum().backward()
-    assert sparse.values.grad is not None
-    assert sparse.bias.grad is not None
-    with pytest.raises(ValueError, match="6 features"):
-        nn.functional.linear(torch.randn(2, 12), weight)
-
-
-def test_who_wants_its_numbers_is_told_what_to_do():
-    model = nn.Conv2d(3, 4, 2)
-    weight = convert_(model, ToSparse(density=0.5)).model.weight
-    assert weight.shape == (4, 3, 2, 2)
-    for read in (lambda: nn.init.zeros_(weight), lambda: weight.data, lambda: weight[0], lambda: weight.bfloat16()):
-        with pytest.raises(RuntimeError, match=r"layer\.to_dense\(\)\.weight"):
-            read()
 
 
 # -- Hugging Face -----------------------------------------------------------------------------------------------------

@@ -348,8 +348,10 @@ def test_compiled_it_finds_what_eager_finds_and_sees_new_places(slope):
 def test_the_operator_passes_torchs_own_checks():
     layer = SparseConv2d(3, 4, (2, 3), padding=1, density=0.5)
     arguments = (
-        torch.randn(2, 3, 5, 6, requires_grad=True), layer.values, layer.bias, layer.topology.handle,
+        torch.randn(2, 3, 5, 6, requires_grad=True), layer.values, layer.bias, [layer.topology.handle],
         torch.zeros((), dtype=torch.int64), packed(layer.geometry), 0.5, 0.0,
     )  # fmt: skip
     torch.library.opcheck(compiled_convolution, arguments)
+    held = [layer.topology.row_ptr, layer.topology.columns]
+    torch.library.opcheck(compiled_convolution, (*arguments[:3], held, *arguments[4:]))
     assert unpacked(packed(layer.geometry)) == layer.geometry

@@ -232,14 +232,6 @@ def test_row_major_inputs_may_change_since_a_transpose_was_saved():
     torch.testing.assert_close(layer.values.grad, expected)
 
 
-def test_a_second_derivative_is_refused():
-    layer = SparseLinear(6, 4, density=0.5)
-    x = torch.randn(3, 6, requires_grad=True)
-    (gradient,) = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
 def test_a_watch_sees_the_gradient_before_the_epilogue_and_the_input():
     layer = SparseLinear(30, 20, density=0.2)
     layer.epilogue = Epilogue(0.0)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from noctule.convert import convert_
 from noctule.kernels import Epilogue
 from noctule.layers import FuseEpilogue, SparseLinear
+from noctule.layers.operators import compiled_product
 from noctule.method import attach
 from noctule.rewire import gse, set_
 from noctule.topology import exchange
@@ -188,14 +189,32 @@ def test_functional_calls_take_other_values():
     assert torch.equal(torch.func.functional_call(layer, dict(other.named_parameters()), (x,)), other(x))
 
 
-@pytest.mark.parametrize(
-    "transform",
-    [lambda f: torch.func.grad(lambda x: f(x).sum()), torch.func.vmap, lambda f: torch.func.jacrev(f)],
-    ids=["grad", "vmap", "jacrev"],
-)
-def test_function_transforms_are_refused(transform):
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        transform(SparseLinear(30, 20, density=0.2))(torch.randn(7, 30))
+def test_a_compiled_layer_is_not_differentiated_twice(compiled):
+    model, x = network(), torch.randn(7, 30, requires_grad=True)
+    (slope,) = torch.autograd.grad(compiled(model)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        slope.sum().backward()
+
+
+def test_the_operator_passes_torchs_own_checks_and_is_not_differentiated_twice():
+    layer, x = SparseLinear(6, 5, density=0.5), torch.randn(3, 6, requires_grad=True)
+    for places in ([layer.topology.handle], [layer.topology.row_ptr, layer.topology.columns]):
+        arguments = x, layer.values, layer.bias, places, torch.zeros((), dtype=torch.int64), 5, 0.5, 0.0
+        torch.library.opcheck(compiled_product, arguments)
+    y, *_ = compiled_product(*arguments)
+    (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd formula"):
+        slope.square().sum().backward()
+
+
+def test_transforms_inside_a_compiled_graph(compiled):
+    model, x = network(), torch.randn(4, 30)
+
+    def loss(x):
+        return model(x).square().sum()
+
+    for f, inputs in ((torch.func.grad(loss), x), (torch.func.vmap(model), x[:, None]), (torch.func.hessian(loss), x[:2])):
+        torch.testing.assert_close(torch.compile(f, backend="aot_eager")(inputs), f(inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,6 +5,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -98,6 +99,11 @@ class SparseAttention(nn.Module):
             average_attn_weights: over the heads.
             is_causal: says that ``attn_mask`` is the causal one.
         """
+        if isinstance(query, Proxy):
+            raise RuntimeError(
+                "torch.fx cannot look into a SparseAttention, whose way depends on its inputs: trace its dense twin, which "
+                "convert_(model, ToDense()) puts in its place"
+            )
         if is_causal and attn_mask is None:
             raise ValueError("is_causal only says what kind of mask attn_mask is: give that mask too")
         if query.is_nested:
