@@ -34,7 +34,9 @@ def network(*activations: nn.Module) -> nn.Sequential:
 
 def images() -> nn.Sequential:
     model = nn.Sequential(
-        SparseConv2d(2, 4, 3, stride=2, padding=1, density=0.5), nn.LeakyReLU(0.3), SparseConv2d(4, 2, 2, density=0.7, groups=2)
+        SparseConv2d(2, 4, 3, stride=2, padding=1, density=0.5),
+        nn.LeakyReLU(0.3),
+        SparseConv2d(4, 2, 2, density=0.7, groups=2),
     )
     return convert_(model.double(), FuseEpilogue()).model
 
@@ -273,7 +275,9 @@ def test_an_ensemble_over_the_same_places():
     def run(parameters, buffers, x):
         return functional_call(base, (parameters, buffers), (x,))
 
-    torch.testing.assert_close(vmap(run, in_dims=(0, 0, None))(parameters, buffers, x), torch.stack([m(x) for m in members]))
+    torch.testing.assert_close(
+        vmap(run, in_dims=(0, 0, None))(parameters, buffers, x), torch.stack([m(x) for m in members])
+    )
     each = torch.randn(3, 5, 6)
     found = vmap(run)(parameters, buffers, each)
     torch.testing.assert_close(found, torch.stack([m(x) for m, x in zip(members, each, strict=True)]))
@@ -368,7 +372,10 @@ def test_a_convolution_in_transforms():
 def test_the_product_of_the_stand_in_too():
     layer = SparseLinear(6, 4, density=0.5, dtype=torch.float64)
     twin, x = layer.to_dense(), torch.randn(3, 6, dtype=torch.float64)
-    for way in (lambda m: vmap(lambda x: nn.functional.linear(x, m.weight))(x), lambda m: jacrev(lambda x: nn.functional.linear(x, m.weight))(x)):
+    for way in (
+        lambda m: vmap(lambda x: nn.functional.linear(x, m.weight))(x),
+        lambda m: jacrev(lambda x: nn.functional.linear(x, m.weight))(x),
+    ):
         close(way(layer), way(twin))
 
 

@@ -213,7 +213,11 @@ def test_transforms_inside_a_compiled_graph(compiled):
     def loss(x):
         return model(x).square().sum()
 
-    for f, inputs in ((torch.func.grad(loss), x), (torch.func.vmap(model), x[:, None]), (torch.func.hessian(loss), x[:2])):
+    for f, inputs in (
+        (torch.func.grad(loss), x),
+        (torch.func.vmap(model), x[:, None]),
+        (torch.func.hessian(loss), x[:2]),
+    ):
         torch.testing.assert_close(torch.compile(f, backend="aot_eager")(inputs), f(inputs))
 
 

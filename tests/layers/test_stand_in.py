@@ -82,7 +82,11 @@ def test_who_freezes_the_weight_freezes_the_values():
     assert not layer.values.requires_grad
     attention = SparseAttention(*(SparseLinear(8, 8, density=0.4) for _ in range(4)), num_heads=2)
     attention.in_proj_weight.requires_grad = False
-    assert [p.values.requires_grad for p in (attention.q_proj, attention.v_proj, attention.out_proj)] == [False, False, True]
+    assert [p.values.requires_grad for p in (attention.q_proj, attention.v_proj, attention.out_proj)] == [
+        False,
+        False,
+        True,
+    ]
     nn.init.zeros_(attention.in_proj_weight)
     assert not attention.k_proj.values.any()
     assert attention.out_proj.values.any()

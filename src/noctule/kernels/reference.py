@@ -94,9 +94,7 @@ def place(x_BCHW: Tensor, frame: Frame) -> Tensor:
     return y.view(-1, batch)
 
 
-def random_words(
-    seed: int | Tensor, rows: int, columns: int, *, device: torch.device | str = "cpu"
-) -> Tensor:
+def random_words(seed: int | Tensor, rows: int, columns: int, *, device: torch.device | str = "cpu") -> Tensor:
     """The random 32-bit words of the dropout as (rows, columns) int64: one hash for each (seed, row, column)."""
     seed = _signed(seed) if isinstance(seed, int) else seed
     key = torch.arange(1, rows + 1, dtype=torch.int64, device=device) * _signed(0x9E3779B97F4A7C15) + seed

@@ -219,7 +219,9 @@ class Framed:
         x = x.reshape(channels, frame.high * ph, frame.wide * pw, -1)
         part = x[:, frame.top : frame.top + self.image[0], frame.left : frame.left + self.image[1]]
         beyond = (0, self.image[1] - part.shape[2], 0, self.image[0] - part.shape[1])
-        return F.pad(part, (0, 0, *beyond)).permute(3, 0, 1, 2)  # pixels that no kernel place reaches are not in the frame
+        return F.pad(part, (0, 0, *beyond)).permute(
+            3, 0, 1, 2
+        )  # pixels that no kernel place reaches are not in the frame
 
 
 class SparseConvolution(torch.autograd.Function):

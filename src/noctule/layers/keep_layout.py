@@ -68,7 +68,9 @@ class _BatchNorm2d(_Kept, nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):  # whose dimensions nobody may look at
             known = (self.running_mean, self.running_var, self.weight, self.bias)
-            return F.batch_norm(input, *known, self.training or self.running_mean is None, self.momentum or 0.0, self.eps)
+            return F.batch_norm(
+                input, *known, self.training or self.running_mean is None, self.momentum or 0.0, self.eps
+            )
         if not _feature_major(input):
             return super().forward(input)
         batch, channels, high, wide = input.shape

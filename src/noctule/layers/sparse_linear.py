@@ -88,9 +88,7 @@ class SparseLinear(SparseLayer):
         if torch.compiler.is_compiling():
             seed, dropout = self._compiled_dropout(epilogue)
             places = places_now(self.topology)
-            y_OB, *_ = compiled_product(
-                x_BI, values, bias, places, seed, self.out_features, epilogue.slope, dropout
-            )
+            y_OB, *_ = compiled_product(x_BI, values, bias, places, seed, self.out_features, epilogue.slope, dropout)
             y_BO = y_OB.t()
         elif transformed():
             y_BO = any_order(x_BI, values, bias, self.topology, epilogue, self.training)

@@ -35,7 +35,11 @@ class StandIn(Tensor):
         """A tensor without a storage."""
         values = (values,) if isinstance(values, Tensor) else tuple(values)
         made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=values[0].dtype, device=values[0].device, requires_grad=any(v.requires_grad for v in values)
+            cls,
+            shape,
+            dtype=values[0].dtype,
+            device=values[0].device,
+            requires_grad=any(v.requires_grad for v in values),
         )
         made.values, made.product = values, product
         return made

@@ -36,4 +36,8 @@ def first_order(dy: Tensor) -> bool:
 
 def written_down(x: Tensor) -> bool:
     """Whether the operations are being written down for a program that knows torch's own only: TorchScript, ONNX, fx."""
-    return isinstance(x, Proxy) or _tracing_state() is not None or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
+    return (
+        isinstance(x, Proxy)
+        or _tracing_state() is not None
+        or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
+    )
