@@ -110,8 +110,8 @@ def epilogue_backward(dy_OB: Tensor, kept: Kept, bias: bool) -> tuple[Tensor, Te
     dz = _rows(rows, batch, dy.dtype) if kept.changed else dy
     dbias = dy.new_empty(rows) if bias else None
     _native.epilogue_backward(
-        dy.element_size(), dy.data_ptr(), dy.stride(0), _address(dz) if kept.changed else 0, dz.stride(0), _address(dbias), rows, batch,
-        _threads(rows * batch), kept.epilogue.slope, kept.epilogue.scale, _address(kept.positive), _address(kept.kept),
+        dy.element_size(), dy.data_ptr(), dy.stride(0), _address(dz) if kept.changed else 0, dz.stride(0), _address(dbias), rows,
+        batch, _threads(rows * batch), kept.epilogue.slope, kept.epilogue.scale, _address(kept.positive), _address(kept.kept),
         (batch + 7) // 8,
     )  # fmt: skip
     return dz, dbias

@@ -14,10 +14,10 @@ Product = Callable[[Tensor, Tensor | None], Tensor]
 class StandIn(Tensor):
     """Shape, dtype and device of the dense weight, and its product with an input, but no numbers.
 
-    Code that asks a weight for its dtype before it calls the layer, or hands it to ``F.linear``, works as before; what draws or
-    scales all its elements in place, such as ``nn.init``, does so to the stored ones, and ``requires_grad`` is theirs. Torch takes any
-    tensor with a behaviour of its own out of its fused paths, such as that of ``nn.TransformerEncoderLayer`` in evaluation, which
-    read weights past the layer's forward. Whoever needs the numbers is told what to do instead.
+    Code that asks a weight for its dtype before it calls the layer, or hands it to ``F.linear``, works as before. What draws or
+    scales all elements in place, such as most of ``nn.init``, does so to the stored ones, and ``requires_grad`` is theirs. Torch
+    takes any tensor with a behaviour of its own out of its fused paths, such as that of ``nn.TransformerEncoderLayer`` in
+    evaluation, which read weights past the layer's forward. Whoever needs the numbers is told what to do instead.
 
     Args:
         values: the stored numbers (N,); of several layers where their weights stand here as one.
@@ -78,29 +78,25 @@ class StandIn(Tensor):
 
 
 _ALIKE = {
-    f"aten::{name}_"
-    for name in "normal uniform zero fill mul div add sub clamp clamp_min clamp_max erfinv exponential cauchy log_normal".split()
-}
+    "aten::normal_", "aten::uniform_", "aten::exponential_", "aten::cauchy_", "aten::log_normal_", "aten::zero_", "aten::fill_",
+    "aten::mul_", "aten::div_", "aten::add_", "aten::sub_", "aten::clamp_", "aten::clamp_min_", "aten::clamp_max_", "aten::erfinv_",
+}  # fmt: skip
 """Operations in place that need to know nothing of an element's place."""
 _TRAINED = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 _ATTRIBUTES = {Tensor.grad.__get__, Tensor.grad.__set__, Tensor.data.__set__}  # type: ignore[attr-defined]
 _READING = {
-    *_ATTRIBUTES,
-    *(
-        getattr(Tensor, name)
-        for name in (
-            "numpy tolist __array__ __dlpack__ data_ptr storage untyped_storage __deepcopy__ __reduce_ex__ share_memory_ "
-            "register_hook register_post_accumulate_grad_hook retain_grad backward set_"
-        ).split()
-    ),
-}
+    *_ATTRIBUTES, Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr, Tensor.storage,
+    Tensor.untyped_storage, Tensor.__deepcopy__, Tensor.__reduce_ex__, Tensor.share_memory_, Tensor.register_hook,
+    Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad, Tensor.backward, Tensor.set_,
+}  # fmt: skip
 """What reads or keeps numbers without an operation that we would be asked for."""
 
 
 def _refuse(what: str, error: type[Exception] = RuntimeError) -> NoReturn:
     raise error(
         f"{what} needs the weight of a sparse layer, which holds its non-zeros only: use layer.values (and its grad) and "
-        "layer.topology, or layer.to_dense().weight; or leave this layer dense: convert_(model, rule, where=lambda name, module: ...)"
+        "layer.topology, or layer.to_dense().weight; or leave this layer dense: "
+        "convert_(model, rule, where=lambda name, module: ...)"
     )
 
 
