@@ -207,18 +207,18 @@ def test_the_operator_passes_torchs_own_checks_and_is_not_differentiated_twice()
         slope.square().sum().backward()
 
 
-def test_transforms_inside_a_compiled_graph(compiled):
+def test_transforms_inside_a_compiled_function(compiled):
     model, x = network(), torch.randn(4, 30)
 
     def loss(x):
         return model(x).square().sum()
 
-    for f, inputs in (
-        (torch.func.grad(loss), x),
-        (torch.func.vmap(model), x[:, None]),
-        (torch.func.hessian(loss), x[:2]),
+    for run in (
+        lambda x: torch.func.grad(loss)(x),
+        lambda x: torch.func.vmap(model)(x[:, None]),
+        lambda x: torch.func.hessian(loss)(x[:2]),
     ):
-        torch.testing.assert_close(torch.compile(f, backend="aot_eager")(inputs), f(inputs))
+        torch.testing.assert_close(torch.compile(run, backend="aot_eager")(x), run(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -37,11 +37,22 @@ def test_who_wants_its_numbers_is_told_what_to_do():
     assert hasattr(weight, "data")
     assert not hasattr(weight, "grad")
     for read in (
-        lambda: nn.init.orthogonal_(weight), lambda: nn.init.trunc_normal_(weight), lambda: weight[0], lambda: weight.bfloat16(), lambda: weight.data.norm(),
-        lambda: weight.abs().sum(), weight.tolist, lambda: weight.detach().numpy(), weight.data_ptr, weight.untyped_storage,
-        lambda: copy.deepcopy(weight), lambda: weight.register_hook(print), lambda: weight.data.copy_(torch.zeros(4, 3, 2, 2)),
-        lambda: weight.data.mul_(torch.ones(4, 1, 1, 1)), lambda: nn.functional.conv2d(torch.randn(1, 3, 5, 5), weight),
-    ):  # fmt: skip
+        lambda: nn.init.orthogonal_(weight),
+        lambda: nn.init.trunc_normal_(weight),
+        lambda: weight[0],
+        lambda: weight.bfloat16(),
+        lambda: weight.data.norm(),
+        lambda: weight.abs().sum(),
+        weight.tolist,
+        lambda: weight.detach().numpy(),
+        weight.data_ptr,
+        weight.untyped_storage,
+        lambda: copy.deepcopy(weight),
+        lambda: weight.register_hook(print),
+        lambda: weight.data.copy_(torch.zeros(4, 3, 2, 2)),
+        lambda: weight.data.mul_(torch.ones(4, 1, 1, 1)),
+        lambda: nn.functional.conv2d(torch.randn(1, 3, 5, 5), weight),
+    ):
         with pytest.raises(RuntimeError, match=r"layer\.to_dense\(\)\.weight"):
             read()
     for read in (lambda: weight.grad, lambda: setattr(weight, "grad", None), lambda: setattr(weight, "data", weight)):

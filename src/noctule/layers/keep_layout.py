@@ -44,7 +44,7 @@ class KeepLayout:
 class _Kept(nn.Module):
     def __prepare_scriptable__(self) -> nn.Module:
         """The module of torch, for ``torch.jit.script``."""
-        plain = copy(self)
+        plain: Any = copy(self)
         plain.__class__ = next(kind for kind, ours in _KINDS.items() if ours is type(self))
         return plain
 

@@ -106,8 +106,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, dy_OB: Tensor, *_: Any) -> tuple[Any, ...]:
-    x_BI, values, positive, kept, *places = ctx.saved_tensors
-    needs_x, needs_values, *_ = ctx.needs_input_grad
+    x_BI, values, positive, kept = ctx.saved_tensors[:4]
+    places = list(ctx.saved_tensors[4:])
+    needs_x, needs_values = ctx.needs_input_grad[:2]
     dx_IB, dvalues, dbias = compiled_backward(
         dy_OB, x_BI, values, places, positive, kept, ctx.slope, ctx.dropout, needs_x, needs_values
     )

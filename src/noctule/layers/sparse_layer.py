@@ -460,7 +460,7 @@ def _tensor(places: Any) -> Tensor:
 class _Parametrizations(nn.ModuleDict):
     """A dictionary of modules one of which may be called like its method ``values``."""
 
-    def add_module(self, name: str, module: nn.Module | None) -> None:
+    def add_module(self, name: str, module: Any) -> None:
         self._modules[name] = module
 
 

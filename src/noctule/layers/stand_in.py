@@ -63,11 +63,11 @@ class StandIn(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What treats all elements alike, in place, is done to the stored ones; nothing else."""
-        me, *rest = args or (None,)
-        if func is torch.ops.aten.detach.default:
+        me, rest = args[0] if args else None, args[1:]
+        if func is torch.ops.aten.detach.default and isinstance(me, StandIn):
             return StandIn([values.detach() for values in me.values], me.shape)
-        alike = func._schema.name in _ALIKE and isinstance(me, StandIn)
-        if not alike or any(isinstance(a, Tensor) and a.dim() for a in rest):
+        others = any(isinstance(a, Tensor) and a.dim() for a in rest)
+        if others or func._schema.name not in _ALIKE or not isinstance(me, StandIn):
             _refuse(str(func))
         for values in me.values:
             func(values.detach(), *rest, **(kwargs or {}))
