@@ -146,8 +146,11 @@ def run(words: list[str]) -> int:
         if ticket is not None:
             return start.start_with_ticket(asked, out, ticket=ticket)
         if lighthouse is not None:
+            assert out is not None
+            assert member is not None
             return start.start_at_lighthouse(asked, out, lighthouse=lighthouse, member=member)
         if torchrun:
+            assert out is not None
             return start.start_under_torchrun(asked, out)
         return start.start_again(asked, resume, out=out) if resume is not None else start.start(asked, out)
 

@@ -33,7 +33,7 @@ class Output(io.TextIOBase):
             try:
                 self._stream.write(text)
             except UnicodeEncodeError as error:
-                plain = text.translate(_PLAIN)
+                plain = _known(text).translate(_PLAIN)
                 self._stream.write(plain.encode(error.encoding, "backslashreplace").decode(error.encoding))
             except OSError as error:
                 self._fail(error)
@@ -71,6 +71,14 @@ class Output(io.TextIOBase):
     def writable(self) -> bool:
         """It is."""
         return True
+
+
+def _known(text: str) -> str:
+    """A text with letters for the bytes of file names that Python's own locale has none for."""
+    try:
+        return text.encode(errors="surrogateescape").decode(errors="replace")
+    except UnicodeError:
+        return text
 
 
 @contextmanager

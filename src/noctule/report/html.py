@@ -24,7 +24,9 @@ def write_report(folder: RunFolder) -> Path:
     """Write `report.html` into the run's folder, in one step, from whatever the run has recorded by now."""
     path = folder.path / "report.html"
     written = page(folder.about(), folder.metrics(), folder.summary(), others=_others(folder))
-    files.replace(path, written.encode(errors="surrogateescape"))  # a path's bytes, where the locale knew no letters for them
+    files.replace(
+        path, written.encode(errors="surrogateescape")
+    )  # a path's bytes, where the locale knew no letters for them
     return path
 
 
