@@ -8,6 +8,7 @@ import torch
 
 from noctule.kernels import native
 from noctule.measure import machine, measure
+from noctule.measure.cpus import available_cpus
 
 
 def findings() -> dict[str, str]:
@@ -16,7 +17,7 @@ def findings() -> dict[str, str]:
     with measure() as cost:
         torch.ones(1)
     return {
-        "processor": f"{about.get('cpu')}, {os.cpu_count()} cores",
+        "processor": f"{about.get('cpu')}, {os.cpu_count()} cores, of which this process may use {available_cpus()}",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
         "python": sys.version.split()[0],
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",

@@ -171,9 +171,10 @@ def fit(
             progress.batch += 1
             progress.step += 1
 
+        label = f"training {getattr(journal, 'series', '')}".strip()
         for name, layer in layers.items():
             stack.callback(layer.register_remap_hook(count(name)).remove)
-        bar = stack.enter_context(Progress(epochs * len(train), label="training", unit="steps", start=progress.step))
+        bar = stack.enter_context(Progress(epochs * len(train), label=label, unit="steps", start=progress.step))
         model.train()
         while progress.epoch < epochs:
             started = saved = time.perf_counter()

@@ -7,8 +7,9 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union
+from typing import Annotated, Any, Literal, NoReturn, Union
 
 from noctule.errors import UsageError
 
@@ -18,7 +19,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of exiting."""
-        raise UsageError(f"{message}\n{self.format_usage().strip()}")
+        raise UsageError(f"{message}. See {self.prog} --help")
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         """Parse all of ``args``; what is left over is an error with a suggestion."""
@@ -29,6 +30,40 @@ class Parser(argparse.ArgumentParser):
                 f"{self.prog} has no argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}. See --help"
             )
         return result
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of a ``str`` or ``Path`` option, in `Annotated`: a file or folder that has to be there, or one of some names.
+
+    What is there is kept as an absolute path, so that a run goes on from any folder.
+    """
+
+    names: tuple[str, ...] = ()
+    what: str = "file or folder"
+
+    def __call__(self, text: str) -> str:
+        """The name as it is, or the path; ArgumentTypeError where there is neither."""
+        if text in self.names:
+            return text
+        if (path := absolute(text)).exists():
+            return str(path)
+        if any(letter in text for letter in ":*?["):  # more than a path: what reads it knows
+            return text
+        listed = f". Names: {', '.join(self.names)}; or give a path" if self.names else ""
+        close = nearest(text.lower().replace("_", "-"), self.names)
+        raise argparse.ArgumentTypeError(f"there is no {self.what} called {text!r}{close}{listed}")
+
+
+def absolute(text: str) -> Path:
+    """A path that means the same in any folder; ``~`` is the user's own. ArgumentTypeError where it is none."""
+    try:
+        if text:
+            path = Path(text).expanduser().absolute()
+            return path.resolve() if ".." in path.parts else path
+    except RuntimeError as error:  # ~nobody
+        raise argparse.ArgumentTypeError(f"{text} is no path here: {error}") from error
+    raise argparse.ArgumentTypeError("a path is empty: was a variable of the shell not set?")
 
 
 def nearest(given: str, known: Sequence[str]) -> str:
@@ -47,7 +82,7 @@ def options(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     Raises:
         UsageError: one has no default or a type that has no form on a command line.
     """
-    hints = typing.get_type_hints(function)
+    hints = typing.get_type_hints(function, include_extras=True)
     found: dict[str, inspect.Parameter] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
@@ -74,7 +109,11 @@ def add_options(parser: argparse._ActionsContainer, function: Callable[..., Any]
         elif typing.get_origin(kind) is tuple and typing.get_args(kind)[1:] == (...,):
             item = typing.get_args(kind)[0]
             parser.add_argument(flag, nargs="*", type=item, metavar=item.__name__.upper(), action=_Tuple, **common)
-        elif kind in (int, float, str, Path):
+        elif place := _place(kind):
+            parser.add_argument(flag, type=place, metavar="PATH", **common)
+        elif kind is Path:
+            parser.add_argument(flag, type=absolute, metavar="PATH", **common)
+        elif kind in (int, float, str):
             parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **common)
         else:
             raise UsageError(
@@ -98,11 +137,19 @@ class _Tuple(argparse.Action):
 
 def _typed(annotation: Any, value: Any) -> Any:
     kind, _ = _without_none(annotation)
+    if _place(kind):
+        kind = typing.get_args(kind)[0]
     if value is None or kind is bool or typing.get_origin(kind) is Literal:
         return value
     if typing.get_origin(kind) is tuple:
         return tuple(typing.get_args(kind)[0](item) for item in value)
     return kind(value)
+
+
+def _place(annotation: Any) -> Place | None:
+    if typing.get_origin(annotation) is Annotated:
+        return next((each for each in annotation.__metadata__ if isinstance(each, Place)), None)
+    return None
 
 
 def _without_none(annotation: Any) -> tuple[Any, bool]:

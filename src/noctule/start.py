@@ -1,10 +1,13 @@
 """What ``noctule run`` does once its words are understood: a folder, and the recipe in this process or in several."""
 
 import inspect
+import os
+import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -15,14 +18,20 @@ import torch.distributed as dist
 
 from noctule.allocator import keep_freed_memory
 from noctule.errors import NoctuleError, UsageError
+from noctule.interrupt import default_signals
 from noctule.kernels import native
-from noctule.launch import Strategy, Supervisor, as_member_of
+from noctule.launch import Supervisor, as_member_of
 from noctule.launch.invitation import Invitation
 from noctule.launch.lighthouse import Lighthouse
 from noctule.launch.together import Together
 from noctule.launch.torchrun import Torchrun
+from noctule.measure.cpus import available_cpus
 from noctule.report import RunFolder, compare_table, write_report
 from noctule.signature import from_json
+from noctule.strategy import Strategy, several
+
+_OWN = {"run.json", "workers", "worker.log", "server", "tensorboard"}
+"""What is in a run's folder before anything is trained."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +57,9 @@ class Asked:
 
 def start(asked: Asked, out: Path | None) -> int:
     """A new run."""
-    workers, strategy = _several(asked.together)
+    workers, strategy = several(asked.together)
     here = _prepare(asked.threads, workers or 1)
-    return _run(asked, _create(asked, out or _new_path(asked), here), asked.options, workers, strategy)
+    return _run(asked, _create(asked, out, here), asked.options, workers, strategy)
 
 
 def start_again(asked: Asked, resume: Path, *, out: Path | None) -> int:
@@ -66,7 +75,7 @@ def start_again(asked: Asked, resume: Path, *, out: Path | None) -> int:
     if ticket := together.get("ticket"):
         asked = replace(asked, given=options, threads=asked.threads or about.get("threads"))
         return start_with_ticket(asked, folder.path, ticket=Path(ticket))
-    workers, strategy = _several(together)
+    workers, strategy = several(together)
     _compare(about, _prepare(asked.threads or about.get("threads"), 1))
     return _run(asked, folder, options, workers, strategy)
 
@@ -78,14 +87,15 @@ def start_under_torchrun(asked: Asked, out: Path) -> int:
     here = _prepare(asked.threads, 1)
     team = Together(rendezvous, member=rendezvous.member, strategy=strategy)
     with as_member_of(team):
-        team.form()
-        if rendezvous.member:
-            dist.barrier()  # worker 0 makes the run's folder first
+        with default_signals():  # torch waits for the others where Python's own handlers are not called
+            team.form()
+            if rendezvous.member:
+                dist.barrier()  # worker 0 makes the run's folder first
         folder = _create_or_open(asked, rendezvous.folder(out), here)
         if not rendezvous.member:
             dist.barrier()
-            print(f"run: {folder.path}", flush=True)
-        with folder:
+            announce(folder)
+        with folder, _explaining(folder, again="" if rendezvous.member else "give torchrun the same command again"):
             result = asked.recipe(folder, **asked.options)
         if not rendezvous.member:
             _print_outcome(folder, result)
@@ -99,8 +109,13 @@ def start_at_lighthouse(asked: Asked, out: Path, *, lighthouse: str, member: int
     here = _prepare(asked.threads, 1)
     with Lighthouse(lighthouse, member=member, timeout_seconds=strategy.timeout_seconds) as rendezvous:
         folder = _create_or_open(asked, out, here)
-        print(f"run: {folder.path}", flush=True)
-        with as_member_of(Together(rendezvous, member=member, strategy=strategy)), folder:
+        announce(folder)
+        again = "give the same command again"
+        with (
+            as_member_of(Together(rendezvous, member=member, strategy=strategy)),
+            folder,
+            _explaining(folder, again=again),
+        ):
             if not (result := folder.summary()):
                 result = asked.recipe(folder, **asked.options)
         _print_outcome(folder, result)
@@ -121,9 +136,9 @@ def start_with_ticket(asked: Asked, out: Path | None, *, ticket: Path) -> int:
     chosen = {k: v for k, v in said.items() if k == "workers" or v != getattr(Strategy(), k)}
     here = _prepare(asked.threads, 1)
     asked = replace(asked, together={**chosen, "ticket": str(ticket.absolute())})
-    folder = _create_or_open(asked, out or _new_path(asked), here)
-    print(f"run: {folder.path}, {invitation}", flush=True)
-    with folder, _explaining(asked.name, folder):
+    folder = _create_or_open(asked, out, here)
+    announce(folder, f", {invitation}")
+    with folder, _explaining(folder):
         if not (result := folder.summary()):
             result = invitation.take_part(lambda: asked.recipe(folder, **asked.options))
     _print_outcome(folder, result)
@@ -140,39 +155,25 @@ def _without_supervisor(together: dict[str, Any], where: str) -> Strategy:
     return strategy
 
 
-def _create_or_open(asked: Asked, path: Path, here: dict[str, Any]) -> RunFolder:
+def _create_or_open(asked: Asked, path: Path | None, here: dict[str, Any]) -> RunFolder:
     """The run's folder; one that is there has to be of the same run."""
-    if not (path / "run.json").is_file():
+    if path is None or not (path / "run.json").is_file():
         return _create(asked, path, here)
     folder = RunFolder(path)
-    about = folder.about()
+    about = folder.settle()
     if about["recipe"] != asked.name or from_json(asked.recipe, about["options"]) != asked.options:
         raise UsageError(f"{path} is another run, of {about['recipe']}: give the same command again, or another --out")
     _compare(about, here)
     return folder
 
 
-def _several(together: dict[str, Any]) -> tuple[int | None, Strategy]:
-    """How many workers, None for this process alone, and how they train together."""
-    workers = together.get("workers")
-    options = {k: v for k, v in together.items() if k != "workers"}
-    if workers is None and options:
-        raise UsageError(f"{', '.join(f'--{k}' for k in options)} needs --workers, how many train together")
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers must be at least 1, got {workers}")
-    try:
-        return workers, Strategy(**options)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
 def _prepare(threads: int | None, workers: int) -> dict[str, Any]:
     """Set this process up; what a run is bit for bit the same with."""
     keep_freed_memory()
-    if threads is None and workers > 1:
-        threads = max(1, torch.get_num_threads() // workers)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if threads is None:
+        most = torch.get_num_threads()  # as OMP_NUM_THREADS says, or one for each core that it may run on
+        threads = max(1, (most if "OMP_NUM_THREADS" in os.environ else min(most, available_cpus())) // workers)
+    torch.set_num_threads(threads)
     return {"threads": torch.get_num_threads(), "instruction_set": native.instruction_set()}
 
 
@@ -182,27 +183,26 @@ def _compare(about: dict[str, Any], here: dict[str, Any]) -> None:
         warnings.warn(f"the run goes on, but not bit for bit as it began: {', '.join(differ)}", stacklevel=1)
 
 
-def _new_path(asked: Asked) -> Path:
-    return Path("runs") / f"{Path(asked.name).stem.replace(':', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def _create(asked: Asked, path: Path, here: dict[str, Any]) -> RunFolder:
+def _create(asked: Asked, path: Path | None, here: dict[str, Any]) -> RunFolder:
     options = asked.options
-    return RunFolder.create(
-        path,
-        recipe=asked.name,
-        options=options,
-        seed=options.get("seed", 0),
-        command=asked.command,
-        together=asked.together or None,
+    about = {
+        "recipe": asked.name,
+        "options": options,
+        "seed": options.get("seed", 0),
+        "command": asked.command,
+        "together": asked.together or None,
         **here,
-    )
+    }
+    if path is not None:
+        return RunFolder.create(path, **about)
+    name = Path(asked.name.partition(":")[0]).stem
+    return RunFolder.create_in(Path("runs").absolute(), f"{name}-{datetime.now():%Y%m%d-%H%M%S}", **about)
 
 
 def _run(asked: Asked, folder: RunFolder, options: dict[str, Any], workers: int | None, strategy: Strategy) -> int:
-    print(f"run: {folder.path}", flush=True)
-    with folder, _explaining(asked.name, folder):
+    with folder, _explaining(folder):
         if workers is None:
+            announce(folder)
             result = asked.recipe(folder, **options)
         else:
             Supervisor(folder.path, workers=workers, strategy=strategy, threads=torch.get_num_threads()).run()
@@ -213,23 +213,39 @@ def _run(asked: Asked, folder: RunFolder, options: dict[str, Any], workers: int 
 
 
 @contextmanager
-def _explaining(name: str, folder: RunFolder) -> Iterator[None]:
-    """After a stop say how to go on, or, where nothing was trained yet, leave no trace of it."""
+def _explaining(folder: RunFolder, *, again: str | None = None) -> Iterator[None]:
+    """After a stop say how to go on, or, where nothing was trained yet, leave no trace of it.
+
+    Args:
+        again: how, where it is not by ``--resume``; nothing is said where that is empty.
+    """
     try:
         yield
     except (KeyboardInterrupt, NoctuleError, OSError, ValueError) as error:
-        if (folder.path / "checkpoints").exists():
-            write_report(folder)
-            print(f"stopped; to go on: noctule run {name} --resume {folder.path}", file=sys.stderr)
-        elif [entry.name for entry in folder.path.iterdir()] == ["run.json"]:
-            (folder.path / "run.json").unlink()
-            folder.path.rmdir()
+        trained = any(folder.path.rglob("checkpoints"))
+        if folder.new and not trained and {entry.name for entry in folder.path.iterdir()} <= _OWN:
+            shutil.rmtree(folder.path)
+            if isinstance(error, KeyboardInterrupt):
+                print("stopped before anything was trained: no run was kept", file=sys.stderr)
+        elif trained or isinstance(error, KeyboardInterrupt):
+            with suppress(NoctuleError, OSError):  # on a full disk, say, which the error is about
+                write_report(folder)
+            if again is None:
+                again = f"noctule run --resume {shlex.quote(str(folder.path))}"
+            if again:
+                print(f"stopped; to go on: {again}", file=sys.stderr)
         if isinstance(error, ValueError) and not isinstance(error, NoctuleError):
             raise UsageError(str(error)) from error
         raise
 
 
+def announce(folder: RunFolder, more: str = "") -> None:
+    """Have a run say where it is when its training begins."""
+    folder.on_begin = lambda: print(f"run: {folder.path}{more}", flush=True)
+
+
 def _print_outcome(folder: RunFolder, result: Any) -> None:
+    folder.begin()
     if isinstance(result, dict) and folder.summary():
         print(compare_table([folder]))
     page = folder.path / "report.html"

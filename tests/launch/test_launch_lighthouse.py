@@ -16,8 +16,8 @@ from noctule.checkpoint import load
 from noctule.cli import main
 from noctule.errors import UsageError
 from noctule.launch.lighthouse import Lighthouse
-from noctule.launch.strategies import Strategy
 from noctule.launch.together import Together
+from noctule.strategy import Strategy
 from noctule.testing.processes import Workers
 
 os.environ.setdefault("RUST_LOG", "error")  # torchft tells of every quorum, and reads this when it is imported

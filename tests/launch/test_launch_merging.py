@@ -1,6 +1,7 @@
 """The real loop at a real parameter server and then apart: a worker that is lost in the merge costs nothing but time."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from noctule.checkpoint import Checkpoints
 from noctule.data import Batches, Dataset
 from noctule.errors import LostWorkerError
 from noctule.launch.merging import Merging
-from noctule.launch.strategies import Strategy
+from noctule.launch.strategies import server_optimizer
 from noctule.loop import fit
 from noctule.parallel.wire import serve
 from noctule.rewire.set import anywhere
+from noctule.strategy import Strategy
 
 
 class Meeting:
@@ -75,7 +77,7 @@ def test_a_merge_in_which_a_worker_was_lost_is_made_up_for(tmp_path, lost, rewir
 
         return once
 
-    with serve(strategy.server_optimizer) as server:
+    with serve(partial(server_optimizer, strategy)) as server:
         team = Merging(meeting, ticket=server.ticket(0), world=1, strategy=strategy, timeout_seconds=10)
         fitted = team.train(training(team))
         assert server.versions == [14]

@@ -16,10 +16,11 @@ from noctule.errors import ExchangeError
 from noctule.launch import Strategy
 from noctule.launch.invitation import Invitation
 from noctule.launch.server import listen
-from noctule.launch.serving import Serving
+from noctule.launch.serving import invitation
 from noctule.parallel.keyed import new_pair
 from noctule.parallel.knock import knock
 from noctule.parallel.ticket import Ticket
+from noctule.strategy import Serving
 from noctule.testing.link import available, shaped_network
 
 TRAIN = [
@@ -33,7 +34,7 @@ def listening(tmp_path):
     """A server with a folder, in this process, and the invitation of worker 0 out of two."""
     serving = Serving(workers=2, strategy="downpour")
     with listen(serving.together, workers=2, folder=tmp_path / "server") as server:
-        yield server, serving.invitation(server.ticket(0))
+        yield server, invitation(serving, server.ticket(0))
 
 
 def epochs(run: Path) -> list[int]:
@@ -121,7 +122,7 @@ def test_a_ticket_of_another_model_is_refused_and_the_server_serves_on(noctule_c
     server, _ = listening
     serving = Serving(workers=2)
     for worker in range(2):
-        serving.invitation(server.ticket(worker)).save(tmp_path / f"{worker}.ticket")
+        invitation(serving, server.ticket(worker)).save(tmp_path / f"{worker}.ticket")
     first = noctule_command(*TRAIN, "--epochs", 3, "--ticket", "0.ticket", "--out", "first")
     until(lambda: server.shards[0].parameters, first)
     train = [*TRAIN, "--epochs", "3", "--ticket", str(tmp_path / "1.ticket")]
@@ -212,7 +213,7 @@ def test_a_recipe_that_knows_of_no_workers_says_so(listening, tmp_path, capsys):
 def test_a_finished_run_needs_no_server(tmp_path, capsys):
     serving, words = Serving(workers=1), [*TRAIN, "--epochs", "1", "--ticket", str(tmp_path / "worker.ticket")]
     with listen(serving.together, workers=1) as server:
-        serving.invitation(server.ticket(0)).save(tmp_path / "worker.ticket")
+        invitation(serving, server.ticket(0)).save(tmp_path / "worker.ticket")
         assert main([*words, "--out", str(tmp_path / "run")]) == 0
         assert server.versions[0] > 0
     capsys.readouterr()
@@ -257,6 +258,6 @@ def test_a_server_is_reached_under_its_public_name(tmp_path):
     serving = Serving(workers=1, host="0.0.0.0", public_host="localhost", shards=2)
     assert serving.together == Strategy(strategy="downpour", meet=1, shards=2)
     with closing(listen(serving.together, folder=tmp_path / "server", workers=1, host="0.0.0.0")) as server:
-        ticket = serving.invitation(server.ticket(0)).ticket
+        ticket = invitation(serving, server.ticket(0)).ticket
         assert [address.rpartition(":")[0] for address in ticket.addresses] == ["tcp://localhost"] * 2
         knock(ticket)

@@ -17,11 +17,11 @@ from noctule.exchange import Local, Weigh
 from noctule.launch.apart import Apart
 from noctule.launch.elastic import Elastic
 from noctule.launch.share import Share
-from noctule.launch.strategies import Strategy
 from noctule.launch.team import Team, as_member_of, team
 from noctule.launch.together import Together
 from noctule.method import attach
 from noctule.parallel.wire import serve
+from noctule.strategy import Strategy
 
 
 class Member(Team):

@@ -7,7 +7,7 @@ from torch import nn
 from noctule.cli import main
 from noctule.exchange import EverySync
 from noctule.launch import Strategy
-from noctule.launch.strategies import codec
+from noctule.launch.strategies import codec, method
 from noctule.parallel import DiLoCo
 
 
@@ -30,8 +30,8 @@ def test_refused(options, text):
 
 
 def test_what_workers_attach():
-    assert isinstance(Strategy().method(None), EverySync)
-    local = Strategy(strategy="local", meet=7).method(None)
+    assert isinstance(method(Strategy(), None), EverySync)
+    local = method(Strategy(strategy="local", meet=7), None)
     assert isinstance(local, DiLoCo)
     assert local.every == Strategy(strategy="local", meet=7).meet_every == 7
     assert Strategy(strategy="diloco").meet_every == 100
@@ -49,7 +49,7 @@ def test_what_workers_attach():
     ],
 )
 def test_the_outer_optimizer_is_what_was_asked_for(options, rate, momentum):
-    (group,) = Strategy(**options).method(None).outer([nn.Parameter(torch.zeros(2))]).param_groups
+    (group,) = method(Strategy(**options), None).outer([nn.Parameter(torch.zeros(2))]).param_groups
     assert (group["lr"], group["momentum"], group["nesterov"]) == (rate, momentum, momentum > 0.0)
 
 

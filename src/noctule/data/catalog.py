@@ -9,6 +9,7 @@ from noctule.data.digits import read_digits
 from noctule.data.folder import read_path
 from noctule.data.madelon import read_madelon
 from noctule.data.mnist import FASHION_MNIST, MNIST, read_pictures
+from noctule.data.names import names
 from noctule.data.splits import Splits, split
 from noctule.errors import UsageError
 
@@ -19,8 +20,7 @@ _SOURCES = {
     "mnist": lambda **where: read_pictures(MNIST, **where),
 }
 
-names: tuple[str, ...] = tuple(sorted(_SOURCES))
-"""The built-in data sets."""
+assert tuple(sorted(_SOURCES)) == names
 
 
 def load(

@@ -7,13 +7,14 @@ from typing import Any
 from noctule.data import Batches
 from noctule.launch.journal import TeamJournal
 from noctule.launch.share import Share
-from noctule.launch.strategies import Strategy, codec
+from noctule.launch.strategies import codec
 from noctule.launch.team import Team
 from noctule.loop import Journal, Source
 from noctule.method import Method
 from noctule.parallel.push_pull import PushPull
 from noctule.parallel.ticket import Ticket
 from noctule.rewire import Rewire
+from noctule.strategy import Strategy
 
 
 class Apart(Team):

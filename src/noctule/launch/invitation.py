@@ -8,9 +8,9 @@ from typing import Self, TypeVar
 
 from noctule.errors import UsageError
 from noctule.launch.apart import Apart
-from noctule.launch.strategies import Strategy
 from noctule.launch.team import UNTRAINED, as_member_of
 from noctule.parallel.ticket import Ticket, write_secret
+from noctule.strategy import Strategy
 
 T = TypeVar("T")
 WAIT_SECONDS = 600.0

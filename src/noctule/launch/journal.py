@@ -23,6 +23,11 @@ class TeamJournal:
         self.journal, self.team, self.checkpoints = journal, team, checkpoints
         self._since = _so_far()
 
+    @property
+    def series(self) -> str:
+        """The name of what is trained, where the journal has one."""
+        return getattr(self.journal, "series", "")
+
     def log(self, record: dict[str, Any]) -> None:
         """Keep the record of an epoch, with the bytes sent in it and the share of its time in which messages were under way."""
         now = _so_far()

@@ -2,13 +2,15 @@
 
 import socket
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from noctule.launch.line import Line
-from noctule.launch.strategies import Strategy, codec
+from noctule.launch.strategies import codec, server_optimizer
+from noctule.strategy import Strategy
 
 if TYPE_CHECKING:
     from noctule.parallel.wire import Server
@@ -19,7 +21,7 @@ def listen(strategy: Strategy, **options: Any) -> "Server":
     from noctule.parallel.wire import serve
 
     torch.set_num_threads(1)  # each shard has a thread of its own
-    return serve(strategy.server_optimizer, shards=strategy.shards, codec=codec(strategy.codec), **options)
+    return serve(partial(server_optimizer, strategy), shards=strategy.shards, codec=codec(strategy.codec), **options)
 
 
 def keep_server(descriptor: int) -> int:

@@ -22,8 +22,9 @@ from typing import Any, Literal
 from torch._C._distributed_c10d import TCPStore
 
 from noctule.errors import NoctuleError
+from noctule.interrupt import deferred_interrupt
 from noctule.launch.line import Line
-from noctule.launch.strategies import Strategy
+from noctule.strategy import Strategy
 
 FUTILE = 3
 """Deaths of one process in a row, each before it had done anything, after which the run ends."""
@@ -44,6 +45,8 @@ class Child:
     log: Path
     futile: int = 0
     """Deaths since it last did anything."""
+    listening: bool = False
+    """Whether it has said a word yet."""
     state: State = "starting"
     since: float = field(default_factory=time.monotonic)
 
@@ -88,21 +91,20 @@ class Supervisor:
 
         Raises:
             NoctuleError: a worker failed, or cannot be kept alive.
-            KeyboardInterrupt: somebody pressed Ctrl-C; the workers have left checkpoints, synchronous ones of one step.
+            Stopped: by a signal; the workers have left checkpoints, synchronous ones of one step.
         """
         wait_time = timedelta(seconds=self.timeout_seconds)
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=wait_time)
-        before = signal.signal(signal.SIGINT, lambda *_: self._stop())
         try:
             if self.strategy.served:
                 self._start_server()
             self.members = [self._start(number) for number in range(self.workers)]
-            while any(member.state != "done" for member in self.members):
-                self._look()
-            if self._stopping:
-                raise KeyboardInterrupt
+            with deferred_interrupt() as stopping:
+                while any(member.state != "done" for member in self.members):
+                    if stopping() and not self._stopping:
+                        self._stop()
+                    self._look()
         finally:
-            signal.signal(signal.SIGINT, before)
             for member in self.members:
                 member.end()
             if self.server is not None:
@@ -183,6 +185,7 @@ class Supervisor:
 
     def _hear(self, member: Child) -> None:
         for words in member.line.hear():
+            member.listening = True
             if "failed" in words:
                 raise NoctuleError(f"{member.name}: {words['failed']}")
             if "join" in words:
@@ -249,11 +252,12 @@ class Supervisor:
             member.futile = 0
 
     def _stop(self) -> None:
-        """Bring all workers to one step and end there; a second time, at once."""
-        if self._stopping:
-            raise KeyboardInterrupt
+        """Bring all workers to one step and end there; who is not in a group yet has nothing to keep."""
         self._stopping = True
         for member in self.members:
+            joins_later = member.state == "starting" and not self.strategy.served
+            if joins_later or not member.listening or not (self.groups or self.strategy.served):
+                member.process.kill()
             member.line.tell(stop=True)
 
 

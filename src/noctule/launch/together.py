@@ -15,15 +15,16 @@ from noctule.channel import Channel
 from noctule.data import Batches
 from noctule.errors import LostWorkerError
 from noctule.exchange import AllReduce, Group, LinkEstimate, NoiseScale, Weigh, probe_link
+from noctule.launch import strategies
 from noctule.launch.elastic import Elastic
 from noctule.launch.healing import SharedCheckpoints
 from noctule.launch.journal import TeamJournal
 from noctule.launch.share import Share
-from noctule.launch.strategies import Strategy
 from noctule.launch.team import Team
 from noctule.loop import Journal, Source
 from noctule.method import Method
 from noctule.rewire import Rewire
+from noctule.strategy import Strategy
 
 T = TypeVar("T")
 _LOOK_SECONDS = 0.002
@@ -69,7 +70,9 @@ class Together(Team):
         self.rank, self.world, self.generation = member, 0, 0
         self.weigh = Weigh(1.0)
         # A group that is whole ends where no step is half done: before its gradients are exchanged, or see `before_batch`.
-        self.exchange = Elastic(self, lambda: strategy.exchange(self.weigh), heeds_calls=strategy.equal_weights)
+        self.exchange = Elastic(
+            self, lambda: strategies.exchange(strategy, self.weigh), heeds_calls=strategy.equal_weights
+        )
         self._sights = Elastic(self, lambda: Channel(path=AllReduce()), heeds_calls=False)
         self.broken = False
         self._link: LinkEstimate | None = None
@@ -113,9 +116,9 @@ class Together(Team):
     def methods(self, *, steps: int) -> Sequence[Method]:
         """See `Team`."""
         if not self.strategy.exact_gradients:
-            return (self.strategy.method(self.exchange),)
+            return (strategies.method(self.strategy, self.exchange),)
         self._noise = NoiseScale(self.exchange, samples=lambda: (self.weigh.n, self.weigh.mean * self.world))
-        return (self.strategy.method(self._noise),)
+        return (strategies.method(self.strategy, self._noise),)
 
     def rewire(self, *, every: int, **options: Any) -> Sequence[Rewire]:
         """See `Team`: where the workers' weights differ between two meetings, connections move right after one."""

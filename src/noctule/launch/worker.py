@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
-from noctule.errors import NoctuleError, UsageError
+from noctule.errors import LostWorkerError, NoctuleError, UsageError
 from noctule.launch.apart import Apart
 from noctule.launch.line import Line
 from noctule.launch.merging import Merging
-from noctule.launch.strategies import Strategy
 from noctule.launch.team import UNTRAINED, Team, as_member_of
 from noctule.launch.together import Together, join_group
 from noctule.parallel.ticket import Ticket
+from noctule.strategy import Strategy
 
 
 class Supervised:
@@ -42,14 +42,17 @@ class Supervised:
         self._sent_off: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.called = self.stopped = False
         threading.Thread(target=self._listen, daemon=True).start()
+        self._line.tell(listening=True)
 
     def form(self) -> None:
-        """See `noctule.launch.together.Rendezvous`."""
+        """See `noctule.launch.together.Rendezvous`; LostWorkerError where the others have stopped alone."""
         while True:
             if dist.is_initialized():
                 dist.destroy_process_group()
             self._line.tell(join=True)
             words = self._sent_off.get()
+            if self._stops_alone and words["stopped"]:
+                raise LostWorkerError("the training is to stop, and the others are not waited for")
             self.stopped = self.stopped or words["stopped"]
             name, rank, world = f"group-{words['group']}", words["rank"], words["world"]
             try:
@@ -81,6 +84,7 @@ class Supervised:
                     self._sent_off.put(words)
                 elif "stop" in words and self._stops_alone:
                     os.kill(os.getpid(), signal.SIGINT)
+                    self._sent_off.put({"stopped": True})  # out of the wait for the others
                 elif "stop" in words:
                     self.called = self.stopped = True
                 elif "called" in words:

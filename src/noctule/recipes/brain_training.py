@@ -72,7 +72,7 @@ class Training:
         ):
             self._resume(session, journal)
             saved, moved = time.perf_counter(), self._moved()
-            with Progress(steps, label="training", unit="steps", start=self.steps) as bar:
+            with Progress(steps, label=f"training {journal.series}", unit="steps", start=self.steps) as bar:
                 while self.steps < steps:
                     self._step()
                     bar.advance(note=f"loss {self.done.losses[-1]:.4f}")

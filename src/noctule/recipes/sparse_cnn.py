@@ -10,6 +10,7 @@ from noctule.checkpoint import save_model
 from noctule.convert import convert_
 from noctule.data import Batches, load
 from noctule.data.augment import Augment, cutout, flip, shift
+from noctule.data.names import DataSource
 from noctule.layers import FuseEpilogue, SparseLayer, ToSparse
 from noctule.layers.keep_layout import KeepLayout
 from noctule.method import Method
@@ -22,7 +23,7 @@ from noctule.report import Journal, RunFolder
 def sparse_cnn(
     run: RunFolder,
     *,
-    data: str = "digits",
+    data: DataSource = "digits",
     data_dir: Path | None = None,
     channels: tuple[int, ...] = (32, 64, 128),
     convolutions: int = 2,

@@ -11,6 +11,7 @@ from torch import nn
 from noctule.checkpoint import save_model
 from noctule.convert import convert_
 from noctule.data import Batches, load, standardize
+from noctule.data.names import DataSource
 from noctule.decay import Decay
 from noctule.launch import team
 from noctule.layers import AllReLU, FuseEpilogue, SparseLinear, ToSparse
@@ -35,7 +36,7 @@ from noctule.rewire import sign_split
 def sparse_mlp(
     run: RunFolder,
     *,
-    data: str = "digits",
+    data: DataSource = "digits",
     data_dir: Path | None = None,
     hidden: tuple[int, ...] = (1000, 1000, 1000),
     epochs: int = 20,

@@ -1,6 +1,5 @@
 """Train a truly sparse transformer on the characters of a text, beside its dense twin."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from noctule.checkpoint import save_model
 from noctule.convert import convert_
 from noctule.data import Batches, read_text
+from noctule.data.names import InputFile
 from noctule.layers import FuseEpilogue, SparseLinear, ToSparse
 from noctule.method import Method
 from noctule.models import Transformer
@@ -25,7 +25,7 @@ FEW_INPUTS = 40
 def sparse_transformer(
     run: RunFolder,
     *,
-    text: Path | None = None,
+    text: InputFile | None = None,
     width: int = 256,
     depth: int = 4,
     heads: int = 4,

@@ -44,6 +44,15 @@ class Events:
             self._available = False
             warnings.warn("No TensorBoard events are written: `pip install tensorboard` to have them.", stacklevel=4)
             return None
+        try:
+            str(self._path).encode()
+        except UnicodeEncodeError:
+            self._available = False
+            warnings.warn(
+                f"No TensorBoard events are written to {self._path}: this locale has no letters for that name. Set PYTHONUTF8=1.",
+                stacklevel=4,
+            )
+            return None
         # After a resume, TensorBoard hides what the interrupted process had written from this step on.
         writer = SummaryWriter(str(self._path / folder_name(series)), purge_step=step)
         self._writers[series] = writer

@@ -1,7 +1,11 @@
 """The folder of one run: who ran what where, its metrics as they come, and its summary."""
 
-from collections.abc import Callable, Mapping, Sequence
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +33,11 @@ class RunFolder:
         self._metrics = self.path / "metrics.jsonl"
         self._summary = self.path / "summary.json"
         self._events = Events(self.path / "tensorboard")
+        self.on_begin: Callable[[], None] | None = None
+        """Called once, when the first of its series is about to be trained: what was refused before has not begun."""
+
+        self.new = False
+        """Whether `create` has made it, in this process."""
 
     @classmethod
     def create(
@@ -45,11 +54,14 @@ class RunFolder:
     ) -> Self:
         """Start a run in a new or empty folder; `command` is what was typed, word for word, `together` how several workers train.
 
+        Of several processes that start one in the same folder, one does.
+
         UsageError, with nothing touched, where a file, a run or anything else is in the way or nothing can be written.
         """
         path = Path(path)
-        _refuse_occupied(path)
+        refuse_occupied(path)
         about = {
+            "folder": str(path.absolute()),
             "recipe": recipe,
             "options": dict(options),
             "seed": seed,
@@ -65,14 +77,41 @@ class RunFolder:
         try:
             for folder in [path, *path.parents][::-1]:
                 if not folder.exists():
-                    folder.mkdir()
-                    made.append(folder)
-            files.replace(path / "run.json", files.to_json(files.plain(about, other=str), indent=2))
+                    with suppress(FileExistsError):  # another process was faster
+                        folder.mkdir()
+                        made.append(folder)
+            with _locked(path):
+                refuse_occupied(path)
+                files.replace(path / "run.json", files.to_json(files.plain(about, other=str), indent=2))
         except (OSError, NoctuleError) as error:
             for folder in reversed(made):
-                folder.rmdir()
-            raise UsageError(f"No run can be written to {path}: {error}. Choose another folder.") from error
-        return cls(path)
+                with suppress(OSError):  # it is another's by now
+                    folder.rmdir()
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"No run can be written to {path}: {error}. Choose another folder with --out.") from error
+        run = cls(path)
+        run.new = True
+        return run
+
+    @classmethod
+    def create_in(cls, parent: str | Path, name: str, **about: Any) -> Self:
+        """Start a run in a new folder inside another one, with a number behind its name where that is taken; see `create`."""
+        for number in count(1):
+            path = Path(parent) / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise UsageError(f"No run can be written to {path}: {error}. Choose a folder with --out.") from error
+            try:
+                return cls.create(path, **about)
+            except UsageError:
+                with suppress(OSError):
+                    path.rmdir()
+                raise
+        raise AssertionError
 
     @classmethod
     def of_worker(cls, run: Self, worker: int) -> Self:
@@ -94,8 +133,30 @@ class RunFolder:
         """What `run.json` says: recipe, options, seed, versions, threads, instruction set, start, machine, command."""
         return files.read_object(self.path / "run.json")
 
+    def settle(self) -> dict[str, Any]:
+        """What `about` says, for a run that is to go on here: paths that were moved along with its folder are found again.
+
+        UsageError where the folder cannot be written.
+        """
+        about = self.about()
+        if not os.access(self.path, os.W_OK | os.X_OK):
+            raise UsageError(f"{self.path} cannot be written by this user: go on with a copy of it, or as its owner.")
+        before = about.get("folder")
+        if before is not None and before != str(self.path):
+            about |= {"folder": str(self.path), "recipe": _moved(about["recipe"], before, self.path)}
+            about["options"] = {name: _moved(value, before, self.path) for name, value in about["options"].items()}
+            files.replace(self.path / "run.json", files.to_json(about, indent=2))
+        return about
+
+    def begin(self) -> None:
+        """Say that training begins, the first time."""
+        begin, self.on_begin = self.on_begin, None
+        if begin is not None:
+            begin()
+
     def log(self, record: Mapping[str, Any]) -> None:
         """Add one record to the metrics, at once and for good, and to TensorBoard; NaN and infinities become null."""
+        self.begin()
         self._events.write(metrics.append(self._metrics, record))
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -128,10 +189,39 @@ class RunFolder:
         self.close()
 
 
-def _refuse_occupied(path: Path) -> None:
-    """UsageError unless `path` is missing or an empty folder (what a killed `create` leaves counts as empty)."""
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time, where the file system has locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _moved(value: Any, before: str, now: Path) -> Any:
+    """A path that is there no longer, but in the same place as seen from a run's folder, which was moved; all else as it is."""
+    if not isinstance(value, str) or not os.path.isabs(value):
+        return value
+    file, suffix, function = value.partition(".py:")
+    path = Path(file + suffix[:3])
+    if path.exists():
+        return value
+    found = Path(os.path.normpath(now / os.path.relpath(path, before)))
+    return f"{found}{suffix[3:]}{function}" if found.exists() else value
+
+
+def refuse_occupied(path: Path) -> None:
+    """UsageError unless a run can be made at `path`, a missing or empty folder (what a killed `create` leaves is empty)."""
     try:
         if not path.exists():
+            parent = next(folder for folder in path.absolute().parents if folder.exists())
+            if parent.is_dir() and not os.access(parent, os.W_OK | os.X_OK):
+                raise UsageError(
+                    f"No run can be written to {path}: this user may not write into {parent}. Choose another folder with --out."
+                )
             return
         if not path.is_dir():
             raise UsageError(f"{path} is a file, and a run needs a folder of that name. Choose another one.")

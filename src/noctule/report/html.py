@@ -23,7 +23,10 @@ from noctule.report.units import count
 def write_report(folder: RunFolder) -> Path:
     """Write `report.html` into the run's folder, in one step, from whatever the run has recorded by now."""
     path = folder.path / "report.html"
-    files.replace(path, page(folder.about(), folder.metrics(), folder.summary(), others=_others(folder)).encode())
+    written = page(folder.about(), folder.metrics(), folder.summary(), others=_others(folder))
+    files.replace(
+        path, written.encode(errors="surrogateescape")
+    )  # a path's bytes, where the locale knew no letters for them
     return path
 
 

@@ -15,6 +15,10 @@ class Journal:
     run: RunFolder
     series: str
 
+    def __post_init__(self) -> None:
+        """Training begins."""
+        self.run.begin()
+
     @property
     def checkpoints(self) -> Checkpoints:
         """The checkpoints of this series."""
