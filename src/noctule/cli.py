@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "run": run,
         "server": server,
+        "predict": predict,
         "recipes": recipes,
         "data": data,
         "compare": compare,
@@ -172,6 +173,13 @@ def supervised(words: list[str]) -> int:
 
     role, descriptor = words
     return keep_server(int(descriptor)) if role == "server" else work(int(descriptor), train)
+
+
+def predict(words: list[str]) -> int:
+    """Predict with the model of a finished run: CSV with a line for each sample."""
+    from noctule.predict import command
+
+    return command(words)
 
 
 def recipes(words: list[str]) -> int:
