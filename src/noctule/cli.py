@@ -197,13 +197,13 @@ def data(words: list[str]) -> int:
     parser = Parser(prog="noctule data", description=inspect.getdoc(data))
     parser.add_argument("name", nargs="?", help="a data set, or a path to your own")
     parser.add_argument("--data-dir", type=Path, metavar="FOLDER", help="where to look first")
+    parser.add_argument("--target", metavar="COLUMN", help="of a table, the one to predict")
     given = parser.parse_args(words)
     if given.name is None:
         print("\n".join(names))
         return 0
-    splits = load(given.name, data_dir=given.data_dir)
-    print(f"{splits.train.name}: {splits.train.features} features, {splits.train.classes} classes, "
-          f"{len(splits.train)} training, {len(splits.validation)} validation and {len(splits.test)} test samples")  # fmt: skip
+    splits = load(given.name, data_dir=given.data_dir, target=given.target)
+    print(splits.describe())
     return 0
 
 

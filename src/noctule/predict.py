@@ -3,6 +3,7 @@
 import csv
 import inspect
 import io
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from noctule.checkpoint import load_model
 from noctule.checkpoint.atomic import replacing
 from noctule.data import Source, read
 from noctule.data.frame import Arrays
-from noctule.data.prepare import target_of
 from noctule.data.preparation import Preparation, Samples
+from noctule.data.prepare import target_of
 from noctule.data.target import Label
 from noctule.errors import DataError, UsageError
 from noctule.recipes.own_data import read_preparation
@@ -63,7 +64,7 @@ class Predictions:
         writer.writerow(head)
         for row, name in enumerate(self.names):
             own = [] if self.probabilities is None else [f"{p:.6g}" for p in self.probabilities[row].tolist()]
-            writer.writerow([*([self.files[row]] if self.files else []), name, *own])
+            writer.writerow([*([self.files[row]] if self.files else []), name if self.labels else f"{name:.9g}", *own])
 
 
 def predict(
@@ -107,7 +108,9 @@ def command(words: list[str]) -> int:
     """Predict with the model of a finished run: CSV with a line for each sample."""
     parser = Parser(prog="noctule predict", description=inspect.getdoc(command))
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
-    parser.add_argument("data", metavar="DATA", help="a data set as `noctule run --data` takes it, with or without the target")
+    parser.add_argument(
+        "data", metavar="DATA", help="a data set as `noctule run --data` takes it, with or without the target"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="where to write (default: standard output)")
     parser.add_argument("--series", choices=("sparse", "dense"), default="sparse", help="the model, or its dense twin")
     parser.add_argument("--data-dir", type=Path, metavar="FOLDER", help="where built-in data sets are looked for first")
@@ -116,15 +119,24 @@ def command(words: list[str]) -> int:
         raise UsageError(f"{given.out} is a folder; name a file in it")
     predictions = predict(given.run, given.data, series=given.series, data_dir=given.data_dir)
     if given.out is None:
-        predictions.write_csv(sys.stdout)
+        _print(predictions)
     else:
         _write(given.out, predictions)
     where = "" if given.out is None else f", in {given.out}"
     part = "" if predictions.part == "train" else f" of the {predictions.part} part"
-    print(f"{len(predictions)} predictions{part}{where}", file=sys.stderr)
+    many = f"{len(predictions)} prediction{'' if len(predictions) == 1 else 's'}"
+    print(f"{many}{part}{where}", file=sys.stderr)
     if predictions.score:
         print(f"{predictions.score[0]} on these samples: {predictions.score[1]:.4f}", file=sys.stderr)
     return 0
+
+
+def _print(predictions: Predictions) -> None:
+    try:
+        predictions.write_csv(sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whatever reads it, `head` say, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _write(path: Path, predictions: Predictions) -> None:
@@ -160,7 +172,9 @@ def _inputs(samples: Samples, preparation: Preparation) -> Iterator[torch.Tensor
         rows = plain[start : start + _ROWS_AT_A_TIME]
         wrong = ~torch.isfinite(rows.flatten(1)).all(1)
         if wrong.any():
-            raise DataError(f"row {start + int(wrong.int().argmax())} of the data is not finite; repair or drop such rows")
+            raise DataError(
+                f"row {start + int(wrong.int().argmax())} of the data is not finite; repair or drop such rows"
+            )
         yield preparation.standardized(rows)
 
 

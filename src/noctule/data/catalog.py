@@ -13,8 +13,8 @@ from noctule.data.folder import KINDS, read_path
 from noctule.data.madelon import read_madelon
 from noctule.data.mnist import FASHION_MNIST, MNIST, read_pictures
 from noctule.data.objects import read_object
-from noctule.data.prepare import prepare, with_fingerprint
 from noctule.data.preparation import Preparation, Samples, fit_preparation
+from noctule.data.prepare import prepare, with_fingerprint
 from noctule.data.splits import Splits, split
 from noctule.data.target import Target, Task
 from noctule.errors import DataError, UsageError
@@ -113,10 +113,10 @@ def read(
     if isinstance(source, str) and source in _SOURCES:
         return Found(_SOURCES[source](data_dir=data_dir, mirror=mirror), source, None)
     path = Path(source).expanduser()
-    if path.is_dir() or path.is_file():
+    if str(source) and (path.is_dir() or path.is_file()):
         return Found(read_path(path, like=like), path.stem if path.is_file() else path.resolve().name, path)
     near = difflib.get_close_matches(str(source).lower().replace("_", "-"), names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise UsageError(
         f"there is no data set, file or folder called {str(source)!r}{hint} "
         f"Built-in sets: {', '.join(names)}; or give the path of your own data: {KINDS}"
@@ -130,7 +130,9 @@ def _of_data_sets(
     train = parts["train"]
     found = "classification" if train.classes else "regression"
     if target is not None or task not in ("auto", found):
-        raise UsageError(f"{name} has no columns and is a {found}: leave out {'target' if target is not None else 'task'}")
+        raise UsageError(
+            f"{name} has no columns and is a {found}: leave out {'target' if target is not None else 'task'}"
+        )
     made = split(train, validation=parts.get("validation", validation), test=parts.get("test", 0.2), seed=seed)
     preparation = fit_preparation(made.train, Target("label", labels=tuple(range(train.classes))), name=name)
     made = replace(made, preparation=preparation)

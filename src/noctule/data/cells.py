@@ -13,11 +13,11 @@ _COMMA = re.compile(r"[+-]?\d+,\d+(?:[eE][+-]?\d+)?")
 _GROUPS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d*)?")
 _WHOLE = re.compile(r"[+-]?\d+")
 _EITHER = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
-_ISO = "ISO 8601"
+ISO = "ISO 8601"
 _TIMES = ("", " %H:%M:%S", " %H:%M")
 _DAYS = ("%Y/%m/%d", "%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y", "%m-%d-%Y", "%d-%m-%Y", "%m/%d/%y", "%d/%m/%y")
 _NAMED_DAYS = ("%d %b %Y", "%d-%b-%Y", "%b %d, %Y", "%d %B %Y", "%B %d, %Y", "%b %Y", "%B %Y", "%Y-%m", "%d-%b-%y")
-DATE_FORMATS = (_ISO, *(day + time for day in _DAYS for time in _TIMES), *_NAMED_DAYS)
+DATE_FORMATS = (ISO, *(day + time for day in _DAYS for time in _TIMES), *_NAMED_DAYS)
 _SCREENED = 20
 
 
@@ -81,7 +81,7 @@ def date_format(texts: Iterable[str]) -> tuple[str, bool] | None:
 def to_date(text: str, form: str) -> float | None:
     """Days since 1970 (in UTC where the cell says its zone); None where it is no date of this format."""
     try:
-        if form == _ISO:
+        if form == ISO:
             if len(text) < 8 or not any(sign in text for sign in "-:T"):
                 return None
             when = datetime.fromisoformat(text)
@@ -103,7 +103,7 @@ def days_of(values: np.ndarray) -> np.ndarray:
 
 def _turned(form: str) -> str:
     day, month = form.find("%d"), form.find("%m")
-    if form == _ISO or min(day, month) < 0 or form.startswith("%Y") or "." in form:
+    if form == ISO or min(day, month) < 0 or form.startswith("%Y") or "." in form:
         return form
     return form.replace("%d", "%_").replace("%m", "%d").replace("%_", "%m")
 

@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from noctule.data.cells import ISO, PLAIN, date_format, days_of, number_style, to_date, to_number
 from noctule.data.frame import MISSING
-from noctule.data.cells import PLAIN, date_format, days_of, number_style, to_date, to_number
 from noctule.errors import DataError
 
 MOST_LEVELS = 50
@@ -163,7 +163,7 @@ def fit_column(name: str, values: np.ndarray, place: Place) -> Column:
         DataError: cells that are most likely mistakes; with their place.
     """
     if values.dtype.kind == "M":
-        return _fit_numbers(Column(name, "date"), days_of(values))
+        return _fit_numbers(Column(name, "date", form=ISO), days_of(values))
     if values.dtype.kind != "O":
         return _fit_numbers(Column(name, "number"), values)
     counts = Counter(values.tolist())

@@ -72,7 +72,9 @@ def _read_file(path: Path, like: Preparation | None) -> Samples:
         return _of_array(read_npy(path), path, like)
     if suffix in IMAGE_SUFFIXES and like is not None:
         return _pictures([path], [path.name], like, str(path))
-    raise DataError(f"{path} is no file of a kind that can be read: {KINDS}; for idx files name the folder of all of them")
+    raise DataError(
+        f"{path} is no file of a kind that can be read: {KINDS}; for idx files name the folder of all of them"
+    )
 
 
 def _of_array(array: np.ndarray, path: Path, like: Preparation | None) -> Samples:
@@ -152,9 +154,8 @@ def _read_pictures(folder: Path, like: Preparation | None) -> dict[str, Samples]
     if "train" not in parts or not classes_of(parts["train"]):
         parts = {"train": folder}
     classes = classes_of(parts["train"])
-    if like is not None and not classes:
-        if paths := find_images(folder):
-            return {"train": _pictures(paths, [str(path.relative_to(folder)) for path in paths], like, str(folder))}
+    if like is not None and not classes and (paths := find_images(folder)):
+        return {"train": _pictures(paths, [str(path.relative_to(folder)) for path in paths], like, str(folder))}
     if not classes:
         raise DataError(f"the folder {folder} holds no data that can be read; {_EXPECTED}")
     mode, size = _form(like)
@@ -164,7 +165,9 @@ def _read_pictures(folder: Path, like: Preparation | None) -> dict[str, Samples]
 def _pictures(paths: list[Path], names: list[str], like: Preparation, source: str) -> Arrays:
     mode, size = _form(like)
     if size is None:
-        raise DataError(f"{source} holds pictures, but the model was not trained on pictures; give data of the same kind")
+        raise DataError(
+            f"{source} holds pictures, but the model was not trained on pictures; give data of the same kind"
+        )
     return Arrays(read_images(paths, mode=mode, size=size), None, source=source, files=names)
 
 

@@ -59,6 +59,8 @@ class Arrays:
     files: Sequence[str] | None = None
     """The file of each row, where each has its own."""
     label_name: str = "label"
+    note: str = ""
+    """What was done to the samples as they were read, for the user to know."""
     always_classes: bool = False
     """Whether the labels are classes whatever they are: names of folders, say."""
 

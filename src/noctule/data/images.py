@@ -37,14 +37,15 @@ def read_classes(parts: dict[str, Path], *, mode: str = "", size: tuple[int, int
     """
     files = {part: classes_of(folder) for part, folder in parts.items()}
     flat = {part: [path for of_class in found.values() for path in of_class] for part, found in files.items()}
-    mode, size = _form(flat["train"], mode, size)
+    mode, size, note = _form(flat["train"], mode, size)
     made = {}
     for part, found in files.items():
         labels = [name for name, of_class in found.items() for _ in of_class]
         names = [str(path.relative_to(parts[part])) for path in flat[part]]
         pixels = read_images(flat[part], mode=mode, size=size)
         labels_array = np.array(labels, object)
-        made[part] = Arrays(pixels, labels_array, source=str(parts[part]), files=names, always_classes=True)
+        source = str(parts[part])
+        made[part] = Arrays(pixels, labels_array, source=source, files=names, always_classes=True, note=note)
     return made
 
 
@@ -61,19 +62,24 @@ def read_images(paths: Sequence[Path], *, mode: str, size: tuple[int, int]) -> n
     return pixels if mode == "L" else np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
-def _form(paths: Sequence[Path], mode: str, size: tuple[int, int] | None) -> tuple[str, tuple[int, int]]:
-    """L or RGB, and height and width, that all of these pictures can be given."""
+def _form(paths: Sequence[Path], mode: str, size: tuple[int, int] | None) -> tuple[str, tuple[int, int], str]:
+    """L or RGB, and height and width, that all of these pictures can be given, and words for what is done to them."""
     if mode and size:
-        return mode, size
+        return mode, size, ""
     sizes, colours = Counter(), False
     for path in paths:
         picture = _open(path)
         sizes[picture.size] += 1
         colours = colours or picture.mode not in ("L", "1", "LA", "I", "I;16", "F")
     (wide, high), _ = sizes.most_common(1)[0]
+    done = ""
     if len(sizes) > 1 or max(wide, high) > LARGEST_SIDE:
+        were = f"{len(sizes)} different sizes" if len(sizes) > 1 else f"{wide} x {high}"
         wide = high = _SIDE
-    return mode or ("RGB" if colours else "L"), size or (high, wide)
+        done = f", resized from {were}"
+    mode = mode or ("RGB" if colours else "L")
+    note = f"{len(paths)} pictures of {wide} x {high} pixels, {'in colours' if mode == 'RGB' else 'grey'}{done}"
+    return mode, size or (high, wide), note
 
 
 def _as_mode(picture, mode: str):

@@ -12,10 +12,12 @@ from noctule.data.arrays import PARTS
 from noctule.data.frame import Arrays
 from noctule.errors import DataError
 
-PART_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+PART_WORDS: dict[str, str] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 PART_WORDS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 """What the parts are called."""
-_ROLE_WORDS = dict.fromkeys(("x", "data", "images", "image", "inputs", "input", "features", "samples", "xs"), "x")
+_ROLE_WORDS: dict[str, str] = dict.fromkeys(
+    ("x", "data", "images", "image", "inputs", "input", "features", "samples", "xs"), "x"
+)
 _ROLE_WORDS |= dict.fromkeys(("y", "target", "targets", "label", "labels", "class", "classes", "ys"), "y")
 _MOST_DEFLATION = 1100
 """Deflate packs at most 1032 bytes into one: a larger claim is a lie."""

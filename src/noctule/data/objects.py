@@ -13,9 +13,7 @@ from noctule.data.npz import PART_WORDS, find_keys
 from noctule.data.preparation import Samples
 from noctule.errors import DataError, UsageError
 
-_ACCEPTED = (
-    "give a name, a path, a DataFrame, a Hugging Face Dataset, (X, y), a dict of columns or of parts, or a noctule.Dataset"
-)
+_ACCEPTED = "give a name, a path, a DataFrame, a Hugging Face Dataset, (X, y), a dict of columns or of parts, or a noctule.Dataset"
 
 
 def read_object(source: Any, *, labels: bool = True) -> dict[str, Samples]:
@@ -134,7 +132,9 @@ def _of_hugging_face(dataset: Any) -> Samples:
         label = label or next((name for name in ("label", "labels", "target") if name in features), None)
         shots = [np.asarray(picture) for picture in dataset.with_format(None)[:][pictures[0]]]
         if len({shot.shape for shot in shots}) > 1:
-            raise DataError(f"the pictures in {pictures[0]!r} differ in size or colours; resize them first (Dataset.map)")
+            raise DataError(
+                f"the pictures in {pictures[0]!r} differ in size or colours; resize them first (Dataset.map)"
+            )
         pixels = np.stack(shots)
         if pixels.ndim == 4:
             pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))

@@ -15,11 +15,10 @@ def read_parquet(path: Path) -> Frame:
     """
     try:
         import pandas
-        import pyarrow  # noqa: F401
+
+        table = pandas.read_parquet(path)
     except ImportError as error:
         raise DataError(f"{path}: Parquet is read by pandas with pyarrow: pip install 'noctule[tables]'") from error
-    try:
-        table = pandas.read_parquet(path)
     except (OSError, ValueError) as error:  # pyarrow's own errors are of these kinds
         raise DataError(f"{path} is corrupt or no Parquet file ({error}); write it again") from error
     return frame_of(table, source=str(path))

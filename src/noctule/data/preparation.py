@@ -52,6 +52,8 @@ class Preparation:
     """What training takes from a number that is to be predicted, and divides it by."""
     named: bool = True
     """Whether the columns of the table had names."""
+    note: str = ""
+    """What was done to the samples as they were read."""
     fingerprint: str = ""
     """Of all tensors of all parts."""
 
@@ -73,6 +75,10 @@ class Preparation:
         if self.is_table:
             return torch.from_numpy(self._encode_table(self._as_table(samples)))
         if isinstance(samples, Frame):
+            if samples.named:
+                raise DataError(
+                    f"{samples.source} is a table of named columns, but the model was trained on samples {self._form}"
+                )
             samples = _as_array(samples, self)
         if isinstance(samples, Dataset):
             inputs, shape = samples.inputs, samples.shape
@@ -81,11 +87,13 @@ class Preparation:
             inputs = to_inputs(samples.inputs)
             shape = tuple(inputs.shape[1:]) if inputs.dim() > 2 else None
         if inputs.dim() < 2 or inputs[0].numel() != self.features or (shape and self.shape and shape != self.shape):
-            wanted = self.shape or (self.features,)
-            raise DataError(
-                f"samples of shape {shape or tuple(inputs.shape[1:])}, but the model was trained on {wanted}; give such"
-            )
+            found = shape or tuple(inputs.shape[1:])
+            raise DataError(f"samples of shape {found}, but the model was trained on samples {self._form}; give such")
         return inputs
+
+    @property
+    def _form(self) -> str:
+        return f"of shape {self.shape or (self.features,)}" + (", pixels in bytes" if self.bytes_scaled else "")
 
     def standardized(self, inputs: Tensor) -> Tensor:
         """Flat inputs, less the mean and times the scale that training used, if any."""
@@ -116,6 +124,7 @@ class Preparation:
         """What was made of the data, a line for each thing to know; of arrays with classes 0, 1, 2, ... nothing."""
         labels = self.target.labels
         lines = [self.target.describe()] if self.is_table or labels != tuple(range(len(labels))) else []
+        lines += [self.note] if self.note else []
         if not self.is_table:
             return lines
         plain = [c for c in self.columns if c.kind == "number" and not c.missing and c.form == "plain"]
@@ -191,12 +200,14 @@ class Preparation:
         return list(names) if self.named else sorted(names, key=lambda name: int(name.rpartition(" ")[2]))
 
     def _check_bytes(self, samples: Arrays) -> None:
-        if samples.inputs.ndim < 3 or samples.inputs.dtype.kind == "f" and self._already_scaled(samples.inputs):
+        if samples.inputs.ndim < 3 or (samples.inputs.dtype.kind == "f" and self._already_scaled(samples.inputs)):
             return
         pixels = samples.inputs.dtype == np.uint8
         if pixels != self.bytes_scaled:
             was, now = ("bytes" if flag else "other numbers" for flag in (self.bytes_scaled, pixels))
-            raise DataError(f"{samples.source}: pictures of {now}, but the model was trained on pictures of {was}; give such")
+            raise DataError(
+                f"{samples.source}: pictures of {now}, but the model was trained on pictures of {was}; give such"
+            )
 
     def _already_scaled(self, inputs: np.ndarray) -> bool:
         return self.bytes_scaled and (not inputs.size or float(inputs.max()) <= 1)
@@ -219,7 +230,7 @@ def fit_preparation(samples: Samples, target: Target, *, name: str) -> Preparati
         pixels = inputs.dtype == np.uint8 and inputs.ndim > 2
         shape = tuple(inputs.shape[1:]) if inputs.ndim > 2 else None
         features = int(np.prod(inputs.shape[1:], dtype=np.int64))
-        return Preparation(name, target, shape=shape, features=features, bytes_scaled=pixels)
+        return Preparation(name, target, shape=shape, features=features, bytes_scaled=pixels, note=samples.note)
     columns, left_out = [], {}
     for column, values in samples.columns.items():
         try:
@@ -250,7 +261,9 @@ def _as_array(frame: Frame, preparation: Preparation) -> Arrays:
     """A table of plain numbers for a model that was trained on an array."""
     encoded = [Column(name, "number").encode(values, frame.place) for name, values in frame.columns.items()]
     if told := next((each.told for each in encoded if each.told), None):
-        raise DataError(f"{frame.source}: {told.split(' but')[0]}; the model was trained on an array without missing values")
+        raise DataError(
+            f"{frame.source}: {told.split(' but')[0]}; the model was trained on an array without missing values"
+        )
     inputs = np.concatenate([each.inputs for each in encoded], axis=1)
     if preparation.shape and inputs.shape[1] == preparation.features:
         inputs = inputs.reshape(-1, *preparation.shape)

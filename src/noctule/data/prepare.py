@@ -149,8 +149,12 @@ def _labelled(samples: Samples, target: str | None) -> Labelled:
         name = find_target(samples, target)
         return Labelled(samples.without(name), samples.columns[name], name)
     if isinstance(samples, Dataset):
-        arrays = Arrays(samples.inputs.numpy().reshape(len(samples), *(samples.shape or (-1,))), None, source="the data")
+        arrays = Arrays(
+            samples.inputs.numpy().reshape(len(samples), *(samples.shape or (-1,))), None, source="the data"
+        )
         return Labelled(arrays, samples.targets.numpy(), "label")
+    if samples.inputs.ndim < 2:
+        raise DataError(f"{samples.source}: inputs of shape {samples.inputs.shape}; give (samples, features)")
     if samples.labels is None:
         raise DataError(f"{samples.source} has no labels; give one for each sample")
     return Labelled(samples, samples.labels, samples.label_name)

@@ -37,6 +37,17 @@ class Splits:
                         "every part needs the same columns and the same classes"
                     )
 
+    def describe(self) -> str:
+        """The sizes, and what was made of the user's own data: a line, or several."""
+        parts = {"training": self.train, "validation": self.validation, "test": self.test}
+        sizes = [f"{len(part)} {what}" for what, part in parts.items() if part is not None]
+        what = f"{self.train.classes} classes" if self.train.classes else "a number to predict"
+        samples = f"{', '.join(sizes[:-1])} and {sizes[-1]} samples"
+        lines = [f"{self.train.name}: {self.train.features} features, {what}, {samples}"]
+        if self.validation is None:
+            lines.append("no validation part: all but the test part is trained on, and the last epoch is taken")
+        return "\n".join([*lines, *(self.preparation.describe() if self.preparation is not None else [])])
+
 
 def split(dataset: Dataset, *, validation: float | Dataset = 0.1, test: float | Dataset = 0.2, seed: int = 0) -> Splits:
     """Cut a set into train, validation and test; a class has the same share of every part, to about one sample.

@@ -127,10 +127,10 @@ def _is_header(names: Sequence[str], below: Sequence[Sequence[str]]) -> bool:
 
 
 def _column_names(names: Sequence[str]) -> list[str]:
-    """The names, each once: another column of the same name gets a number behind it."""
+    """The names, each once: what has none or that of another column gets a number, as pandas does it."""
     found: list[str] = []
-    for name in names:
-        number, own = 0, name
+    for at, name in enumerate(names):
+        number, own = 0, name or f"Unnamed: {at}"
         while own in found:
             number += 1
             own = f"{name}.{number}"

@@ -52,7 +52,7 @@ class Target:
         if (numbers < 0).any():
             row = int((numbers < 0).argmax())
             raise DataError(
-                f"{place(row)} has the label {str(cells[row])[:80]!r}, which no train sample has; correct it, or add train "
+                f"{place(row)} has the label {str(_plain(cells[row]))[:80]!r}, which no train sample has; correct it, or add train "
                 "samples of this class"
             )
         return numbers
@@ -97,7 +97,7 @@ def fit_target(name: str, values: np.ndarray, place: Callable[[int], str], *, ta
             return Target(name, why=f"{why}; --task classification makes them classes")
     if len(counts) == 1:
         raise DataError(
-            f"the target {name!r} is {str(cells[0])[:80]!r} in all {len(cells)} rows: there is nothing to learn with one "
+            f"the target {name!r} is {str(_plain(cells[0]))[:80]!r} in all {len(cells)} rows: there is nothing to learn with one "
             "class only. Name another column (--target), or add samples of other classes"
         )
     if len(counts) > max(2 * FEW_CLASSES, len(cells) / 2) and task == "auto":
@@ -130,11 +130,14 @@ def _cells(values: np.ndarray, place: Callable[[int], str]) -> list[Label]:
     if values.ndim != 1:
         raise DataError(f"labels of shape {values.shape}; give one class number per sample (argmax of one-hot)")
     if values.dtype.kind == "M":
-        raise DataError(f"{place(0)}: the target holds dates; turn them into numbers, or name another column (--target)")
+        raise DataError(
+            f"{place(0)}: the target holds dates; turn them into numbers, or name another column (--target)"
+        )
     if values.dtype.kind not in "biufUO":
         raise DataError(f"labels of type {values.dtype}; give integers or text")
-    cells = values.tolist() if values.dtype.kind != "O" else [_stripped(value) for value in values]
-    for row, cell in enumerate(cells):
+    cells: list[Label] = []
+    for row, cell in enumerate(values.tolist() if values.dtype.kind != "O" else map(_stripped, values)):
+        cells.append(cell)
         if cell is None or cell != cell or (isinstance(cell, str) and cell in _ABSENT):
             raise DataError(f"{place(row)}: no label; give one, or leave out the row")
     if any(isinstance(cell, str) for cell in cells):
@@ -168,7 +171,9 @@ def _numbers(cells: list[Label], name: str, place: Callable[[int], str]) -> np.n
         wrong = ~np.isfinite(numbers.astype(np.float32))
     if wrong.any():
         row = int(wrong.argmax())
-        raise DataError(f"{place(row)}: {cells[row]!r} in the target {name!r} is no finite number (as float32); correct it")
+        raise DataError(
+            f"{place(row)}: {cells[row]!r} in the target {name!r} is no finite number (as float32); correct it"
+        )
     return numbers
 
 

@@ -60,12 +60,8 @@ def say(run: RunFolder, splits: Splits) -> None:
     preparation = splits.preparation
     if preparation is None or "worker" in run.about():
         return
-    lines = preparation.describe()
-    if splits.validation is None:
-        lines.append(f"no validation part: all {len(splits.train)} samples that are not for the test are trained on, and the "
-                     "last epoch is taken")  # fmt: skip
-    for line in lines:
-        print(line, flush=True)
+    if preparation.describe() or splits.validation is None:
+        print(splits.describe(), flush=True)
 
 
 def describe(splits: Splits | Text) -> dict[str, Any]:

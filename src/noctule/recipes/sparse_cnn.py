@@ -50,8 +50,8 @@ def sparse_cnn(
     """A convolutional network that stores, computes and learns its non-zeros only.
 
     Args:
-        data: a built-in data set of images, or your own: a folder of PNG or JPEG files in a folder for each class, an .npz file, or a
-            folder of idx files. From Python also what `noctule.data.load` takes: (X, y), ...
+        data: a built-in data set of images, or your own: a folder of PNG or JPEG files in a folder for each class, an .npz
+            file, or a folder of idx files. From Python also what `noctule.data.load` takes: (X, y), ...
         data_dir: where built-in data sets are looked for first.
         target: the column of a table to predict (default: one called label, target, class or y, or else the last).
         task: whether the target is classes or a number (auto: text and few whole numbers are classes).

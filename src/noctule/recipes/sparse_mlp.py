@@ -86,7 +86,9 @@ def sparse_mlp(
         raise ValueError(
             f"batch and hidden widths must be at least 1 and epochs at least 0, got {batch}, {hidden} and {epochs}"
         )
-    splits = standardize(load(data, data_dir=data_dir, seed=seed, validation_fraction=validation, target=target, task=task))
+    splits = standardize(
+        load(data, data_dir=data_dir, seed=seed, validation_fraction=validation, target=target, task=task)
+    )
     widths = (splits.train.features, *hidden, splits.train.outputs)
     say(run, splits)
     recipe = _preset(original).with_options(
