@@ -137,9 +137,9 @@ def _cells(values: np.ndarray, place: Callable[[int], str]) -> list[Label]:
         raise DataError(f"labels of type {values.dtype}; give integers or text")
     cells: list[Label] = []
     for row, cell in enumerate(values.tolist() if values.dtype.kind != "O" else map(_stripped, values)):
-        cells.append(cell)
         if cell is None or cell != cell or (isinstance(cell, str) and cell in _ABSENT):
             raise DataError(f"{place(row)}: no label; give one, or leave out the row")
+        cells.append(cell)
     if any(isinstance(cell, str) for cell in cells):
         return _texts_or_numbers(cells)
     return cells
