@@ -68,7 +68,7 @@ def test_the_run_says_what_it_made_of_the_data(trained, capsys):
     assert (about["target"], about["task"]) == ("Stays", "classification")
     assert "classes long / no" in (run / "report.html").read_text()
     kept = json.loads((run / "data.json").read_text())
-    assert kept["target"]["labels"] == ["long", "no"]
+    assert kept["target"]["labels"] == load_model(run)[1]["labels"] == ["long", "no"]
     assert {column["name"] for column in kept["columns"]} == {"Age", "Room", "Since", "Paid"}
 
 

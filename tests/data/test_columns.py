@@ -73,6 +73,11 @@ def test_categories_and_levels_never_seen() -> None:
     assert made.told == "'column' has 'z' in 1 rows but in no training row: taken as none of the known"
 
 
+def test_levels_that_a_file_happens_to_hold_as_numbers_are_the_same() -> None:
+    column = fit("1", "2.5", "PC", "1", "PC")
+    assert column.encode(np.array([1.0, 2.5]), place).inputs.tolist() == encoded(column, "1", "2.5")
+
+
 def test_many_levels_are_one_number() -> None:
     cells = [f"level {at}" for at in range(MOST_LEVELS + 1)] * 2 + ["level 3"]
     column = fit(*cells)
@@ -94,6 +99,7 @@ def test_flags(cells: list[str], wanted: list[int]) -> None:
         (["01.02.2020", "28.02.2020"], [0, 27]),
         (["1/13/2020", "1/2/2020"], [11, 0]),
         (["13/1/2020", "2/1/2020"], [11, 0]),
+        (["1/13/2020 1:30 PM", "1/12/2020 12:00 AM"], [1.5625, 0]),
         (["3 Jan 2020", "1 Feb 2020"], [0, 29]),
         (["2020-01-01T12:00:00Z", "2020-01-02 06:00:00+00:00"], [0.5, 1.25]),
     ],

@@ -141,6 +141,16 @@ def test_the_target_is_named_or_found() -> None:
         load(frame, target="port")
 
 
+def test_a_separator_at_the_end_of_each_line_makes_no_target(tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text("".join(f"{at},{at % 7},{'ab'[at % 2]},\n" for at in range(20)))
+    splits = load(tmp_path / "own.csv")
+    assert splits.preparation is not None
+    assert splits.preparation.target.labels == ("a", "b")
+    assert splits.preparation.left_out == {"column 4": "empty"}
+    with pytest.raises(UsageError, match="no table, so there are no columns"):
+        load((X, Y), target="y")
+
+
 def test_a_class_with_few_samples_stays_in_the_training_part() -> None:
     frame = people(50)
     frame.loc[7, "kind"] = "yak"

@@ -260,7 +260,7 @@ def _texts(values: np.ndarray) -> np.ndarray:
         return values
     if values.dtype.kind == "M":
         return np.array(["" if np.isnat(value) else str(value) for value in values], object)
-    return np.array(["" if value != value else f"{value:.17g}" for value in values.tolist()], object)
+    return np.array(["" if value != value else repr(value).removesuffix(".0") for value in values.tolist()], object)
 
 
 def _some(texts: Iterable[str], most: int = 4) -> str:

@@ -43,7 +43,7 @@ def read_object(source: Any, *, labels: bool = True) -> dict[str, Samples]:
 
 def frame_of(table: Any, *, source: str = "the DataFrame") -> Frame:
     """A pandas DataFrame as it is here."""
-    names = [str(name) for name in table.columns]
+    names = [str(name).strip() for name in table.columns]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise DataError(f"{source} has two columns called {twice!r}; rename one")
     columns: dict[str, np.ndarray] = {}
@@ -114,7 +114,7 @@ def _of_columns(columns: Mapping[Any, Any]) -> Frame:
         array = _array(cells)
         if array is None or array.ndim == 0:
             raise UsageError(f"the column {name!r} is a {type(cells).__name__}; {_ACCEPTED}")
-        made |= _expanded(str(name), _values(array) if array.ndim == 1 else array)
+        made |= _expanded(str(name).strip(), _values(array) if array.ndim == 1 else array)
     if len({len(values) for values in made.values()}) != 1 or not len(next(iter(made.values()))):
         sizes = ", ".join(f"{name}: {len(values)}" for name, values in list(made.items())[:10])
         raise DataError(f"the columns must be equally long, and not empty: {sizes or 'there are none'}")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from noctule.data.dataset import Dataset
-from noctule.data.frame import Arrays, Frame
+from noctule.data.frame import MISSING, Arrays, Frame
 from noctule.data.preparation import Preparation, Samples, fingerprint, fit_preparation
 from noctule.data.splits import Splits, split_rows
 from noctule.data.table import LABEL_NAMES
@@ -121,7 +121,9 @@ def find_target(frame: Frame, target: str | None) -> str:
     if len(likely) > 1:
         both = ", ".join(map(repr, likely))
         raise DataError(f"{frame.source}: the columns {both} could each be the label; say which (--target), or rename")
-    return likely[0] if likely else names[-1]
+    if likely:
+        return likely[0]
+    return next((name for name in reversed(names) if not _is_empty(frame.columns[name])), names[-1])
 
 
 def target_of(samples: Samples, preparation: Preparation) -> tuple[Samples, np.ndarray | None]:
@@ -148,6 +150,10 @@ def _labelled(samples: Samples, target: str | None) -> Labelled:
             raise DataError(f"{samples.source} needs at least one feature and the label, but has one column")
         name = find_target(samples, target)
         return Labelled(samples.without(name), samples.columns[name], name)
+    if target is not None:
+        raise UsageError(
+            "these data are no table, so there are no columns to name the target among: leave --target out"
+        )
     if isinstance(samples, Dataset):
         arrays = Arrays(
             samples.inputs.numpy().reshape(len(samples), *(samples.shape or (-1,))), None, source="the data"
@@ -158,6 +164,11 @@ def _labelled(samples: Samples, target: str | None) -> Labelled:
     if samples.labels is None:
         raise DataError(f"{samples.source} has no labels; give one for each sample")
     return Labelled(samples, samples.labels, samples.label_name)
+
+
+def _is_empty(values: np.ndarray) -> bool:
+    """Whether a column holds nothing at all, as one behind a separator at the end of each line."""
+    return values.dtype == object and not any(text not in MISSING for text in values.tolist())
 
 
 def _check_columns(labelled: Mapping[str, Labelled]) -> None:

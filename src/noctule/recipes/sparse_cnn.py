@@ -108,9 +108,10 @@ def sparse_cnn(
             checkpoint_seconds=checkpoint_seconds,
         )
         path = run.path if sparse else run.path / "dense.safetensors"
-        save_model(path, model.state_dict(), {**architecture, "layers": _layers(model)})
+        save_model(path, model.state_dict(), {**architecture, **names, "layers": _layers(model)})
         return outcome
 
+    names = {"labels": describe(splits).get("labels")}
     architecture = {"kind": "cnn", "shape": list(shape), "classes": classes}
     architecture |= {"channels": list(channels), "convolutions": convolutions, "dropout": dropout, "density": density}
     ToSparse(density=density)  # refuses what cannot be

@@ -124,9 +124,10 @@ def sparse_mlp(
             checkpoint_seconds=checkpoint_seconds,
         )
         path = run.path if sparse else run.path / "dense.safetensors"
-        save_model(path, model.state_dict(), {**architecture, "layers": _layers(model)})
+        save_model(path, model.state_dict(), {**architecture, **names, "layers": _layers(model)})
         return outcome
 
+    names = {"labels": describe(splits).get("labels")}
     architecture = {"kind": "mlp", "widths": list(widths), "original": original, "dropout": recipe.dropout}
     architecture |= {"density": recipe.density, "epsilon": recipe.epsilon}
 
