@@ -248,7 +248,7 @@ def _fit_levels(name: str, counts: Counter[str], present: dict[str, int]) -> Col
     missing, rows = len(counts) > len(present), sum(present.values())
     if len(present) == 1 and not missing:
         raise Skip("the same in every training row")
-    if len(present) > 20 and len(present) >= _IDENTIFIER * rows:
+    if len(present) > 10 and len(present) >= _IDENTIFIER * rows:
         raise Skip("a different text in (almost) every row: an identifier, or prose")
     levels = tuple(sorted(present, key=lambda text: (-present[text], text)))
     return Column(name, "category" if len(levels) <= MOST_LEVELS else "index", missing=missing, levels=levels)
