@@ -177,9 +177,17 @@ def supervised(words: list[str]) -> int:
 
 def predict(words: list[str]) -> int:
     """Predict with the model of a finished run: CSV with a line for each sample."""
-    from noctule.predict import command
+    parser = Parser(prog="noctule predict", description=inspect.getdoc(predict))
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("data", metavar="DATA", help="as `noctule run --data` takes it, with or without the target")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="where to write (default: standard output)")
+    parser.add_argument("--series", choices=("sparse", "dense"), default="sparse", help="the model, or its dense twin")
+    parser.add_argument("--data-dir", type=Path, metavar="FOLDER", help="where built-in data sets are looked for first")
+    given = vars(parser.parse_args(words))
+    from noctule.predict import print_predictions
 
-    return command(words)
+    print_predictions(given.pop("run"), given.pop("data"), **given)
+    return 0
 
 
 def recipes(words: list[str]) -> int:

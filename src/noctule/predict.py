@@ -1,7 +1,6 @@
 """Predictions of a finished run for other data: ``noctule predict`` and the function behind it."""
 
 import csv
-import inspect
 import io
 import os
 import sys
@@ -26,7 +25,6 @@ from noctule.recipes.own_data import read_preparation
 from noctule.recipes.sparse_cnn import network as cnn_of
 from noctule.recipes.sparse_mlp import network as mlp_of
 from noctule.report import RunFolder
-from noctule.signature import Parser
 
 _ROWS_AT_A_TIME = 1000
 
@@ -104,31 +102,21 @@ def predict(
     return Predictions(labels, values, shares, files, _score(values, truth, samples, preparation), part)
 
 
-def command(words: list[str]) -> int:
-    """Predict with the model of a finished run: CSV with a line for each sample."""
-    parser = Parser(prog="noctule predict", description=inspect.getdoc(command))
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
-    parser.add_argument(
-        "data", metavar="DATA", help="a data set as `noctule run --data` takes it, with or without the target"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="where to write (default: standard output)")
-    parser.add_argument("--series", choices=("sparse", "dense"), default="sparse", help="the model, or its dense twin")
-    parser.add_argument("--data-dir", type=Path, metavar="FOLDER", help="where built-in data sets are looked for first")
-    given = parser.parse_args(words)
-    if given.out is not None and given.out.is_dir():
-        raise UsageError(f"{given.out} is a folder; name a file in it")
-    predictions = predict(given.run, given.data, series=given.series, data_dir=given.data_dir)
-    if given.out is None:
+def print_predictions(run: Path, data: str, *, out: Path | None, series: str, data_dir: Path | None) -> None:
+    """What ``noctule predict`` does: CSV to a file, or to standard output, and on the error output how many and how right."""
+    if out is not None and out.is_dir():
+        raise UsageError(f"{out} is a folder; name a file in it")
+    predictions = predict(run, data, series=series, data_dir=data_dir)
+    if out is None:
         _print(predictions)
     else:
-        _write(given.out, predictions)
-    where = "" if given.out is None else f", in {given.out}"
+        _write(out, predictions)
+    where = "" if out is None else f", in {out}"
     part = "" if predictions.part == "train" else f" of the {predictions.part} part"
     many = f"{len(predictions)} prediction{'' if len(predictions) == 1 else 's'}"
     print(f"{many}{part}{where}", file=sys.stderr)
     if predictions.score:
         print(f"{predictions.score[0]} on these samples: {predictions.score[1]:.4f}", file=sys.stderr)
-    return 0
 
 
 def _print(predictions: Predictions) -> None:
