@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "run": run,
         "server": server,
+        "predict": predict,
         "recipes": recipes,
         "data": data,
         "compare": compare,
@@ -230,6 +231,23 @@ def supervised(words: list[str]) -> int:
         return keep_server(int(descriptor)) if role == "server" else work(int(descriptor), train)
 
 
+def predict(words: list[str]) -> int:
+    """Predict with the model of a finished run: CSV with a line for each sample."""
+    parser = Parser(prog="noctule predict", description=inspect.getdoc(predict))
+    parser.add_argument("run", type=absolute, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("data", metavar="DATA", help="as `noctule run --data` takes it, with or without the target")
+    parser.add_argument("--out", type=absolute, metavar="FILE.csv", help="where to write (default: standard output)")
+    parser.add_argument("--series", choices=("sparse", "dense"), default="sparse", help="the model, or its dense twin")
+    parser.add_argument(
+        "--data-dir", type=absolute, metavar="FOLDER", help="where built-in data sets are looked for first"
+    )
+    given = vars(parser.parse_args(words))
+    from noctule.predict import print_predictions
+
+    print_predictions(given.pop("run"), given.pop("data"), **given)
+    return 0
+
+
 def recipes(words: list[str]) -> int:
     """List the recipes that are shipped."""
     Parser(prog="noctule recipes", description=inspect.getdoc(recipes)).parse_args(words)
@@ -244,15 +262,14 @@ def data(words: list[str]) -> int:
     source = declared("noctule.data.names", "DataSource").__metadata__[0]
     parser.add_argument("name", nargs="?", type=source, help="a data set, or a path to your own")
     parser.add_argument("--data-dir", type=absolute, metavar="FOLDER", help="where to look first")
+    parser.add_argument("--target", metavar="COLUMN", help="of a table, the one to predict")
     given = parser.parse_args(words)
     if given.name is None:
         print("\n".join(source.names))
         return 0
     from noctule.data import load
 
-    splits = load(given.name, data_dir=given.data_dir)
-    print(f"{splits.train.name}: {splits.train.features} features, {splits.train.classes} classes, "
-          f"{len(splits.train)} training, {len(splits.validation)} validation and {len(splits.test)} test samples")  # fmt: skip
+    print(load(given.name, data_dir=given.data_dir, target=given.target).describe())
     return 0
 
 

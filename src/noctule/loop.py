@@ -70,8 +70,10 @@ class Fitted:
     epoch_seconds: list[float] = field(default_factory=list)
     """The same, epoch by epoch."""
     best_epoch: int = 0
-    """The epoch, from 1, with the best validation accuracy of a network of these widths; of equals the first."""
+    """The epoch, from 1, with the best validation accuracy of a network of these widths; of equals the first. The last without
+    validation."""
     best_accuracy: float = -1.0
+    """R2 where numbers are predicted."""
     samples: int = 0
     """Samples of the epoch so far."""
     loss_sum: float = 0.0
@@ -89,12 +91,14 @@ def evaluate(
 ) -> tuple[float, float]:
     """Mean loss and accuracy on a data set, in evaluation mode; the model's mode is put back.
 
+    Where the targets are numbers it is R2 instead of the accuracy: 1 at best, 0 for the mean of the targets.
+
     Args:
         batch_size: targets at a time, at least those of one sample.
     """
     was_training = model.training
     model.eval()
-    loss = right = 0.0
+    loss = right = squares = 0.0
     targets_each = dataset.targets.numel() // len(dataset)
     try:
         with torch.no_grad():
@@ -102,9 +106,15 @@ def evaluate(
             for inputs, targets in batches.epoch(0):
                 outputs = model(inputs)
                 loss += float(loss_fn(outputs, targets)) * len(targets)
-                right += int((outputs.argmax(1) == targets).sum())
+                if dataset.classes:
+                    right += int((outputs.argmax(1) == targets).sum())
+                else:
+                    squares += float((outputs.flatten() - targets).double().square().sum())
     finally:
         model.train(was_training)
+    if not dataset.classes:
+        spread = float((dataset.targets.double() - dataset.targets.double().mean()).square().sum())
+        return loss / len(dataset), 1.0 - squares / spread if spread else 0.0
     return loss / len(dataset), right / dataset.targets.numel()
 
 
@@ -113,7 +123,7 @@ def fit(
     optimizer: Optimizer,
     train: Source,
     *,
-    validation: Dataset | Windows,
+    validation: Dataset | Windows | None,
     epochs: int,
     loss_fn: Loss = nn.functional.cross_entropy,
     methods: Sequence[Method] = (),
@@ -129,6 +139,7 @@ def fit(
     instruction set are the same, a resumed training ends bit for bit as one that was never stopped.
 
     Args:
+        validation: what selects the epoch; with None the last one is taken.
         scheduler: of the learning rate, stepped once after every optimizer step.
         methods: attached round the optimizer's steps, in this order.
     """
@@ -207,9 +218,13 @@ def fit(
                 save()
                 raise
             progress.seconds += time.perf_counter() - started
-            loss, accuracy = evaluate(model, validation, loss_fn=loss_fn)
-            _finish_epoch(progress, model, accuracy)
-            session.observe(validation_loss=loss, validation_accuracy=accuracy)
+            scores: dict[str, float] = {}
+            accuracy = 0.0
+            if validation is not None:
+                loss, accuracy = evaluate(model, validation, loss_fn=loss_fn)
+                scores = {"validation_loss": loss, f"validation_{'accuracy' if validation.classes else 'r2'}": accuracy}
+                session.observe(**scores)
+            _finish_epoch(progress, model, accuracy, last=validation is None)
             if journal is not None:
                 journal.log(
                     {
@@ -217,8 +232,7 @@ def fit(
                         "step": progress.step,
                         "seconds": progress.seconds,
                         "train_loss": progress.loss_sum / progress.samples,
-                        "validation_loss": loss,
-                        "validation_accuracy": accuracy,
+                        **scores,
                         "samples_per_second": progress.samples / progress.epoch_seconds[-1],
                         "layers": {
                             name: {
@@ -235,12 +249,12 @@ def fit(
     return progress
 
 
-def _finish_epoch(progress: Fitted, model: nn.Module, accuracy: float) -> None:
+def _finish_epoch(progress: Fitted, model: nn.Module, accuracy: float, *, last: bool) -> None:
     progress.epoch += 1
     progress.batch = 0
     progress.epoch_seconds.append(progress.seconds - sum(progress.epoch_seconds))
     state = model.state_dict()
-    if accuracy > progress.best_accuracy or _shapes(state) != _shapes(progress.best_state):
+    if last or accuracy > progress.best_accuracy or _shapes(state) != _shapes(progress.best_state):
         progress.best_accuracy, progress.best_epoch = accuracy, progress.epoch
         progress.best_state = copy.deepcopy(state)
 

@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Place:
-    """Of a ``str`` or ``Path`` option, in `Annotated`: a file or folder that has to be there, or one of some names.
+    """Of a ``str``, ``Any`` or ``Path`` option, in `Annotated`: a file or folder that has to be there, or one of some names.
 
     What is there is kept as an absolute path, so that a run goes on from any folder.
     """
@@ -139,7 +139,7 @@ def _typed(annotation: Any, value: Any) -> Any:
     kind, _ = _without_none(annotation)
     if _place(kind):
         kind = typing.get_args(kind)[0]
-    if value is None or kind is bool or typing.get_origin(kind) is Literal:
+    if value is None or kind in (bool, Any) or typing.get_origin(kind) is Literal:
         return value
     if typing.get_origin(kind) is tuple:
         return tuple(typing.get_args(kind)[0](item) for item in value)

@@ -66,12 +66,25 @@ def test_parts_that_are_given_are_kept() -> None:
     assert rows_of(splits.train) == list(range(20))
 
 
-@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
+def test_a_validation_of_0_leaves_all_but_the_test_part_to_train() -> None:
+    whole = make(20)
+    splits = split(whole, validation=0)
+    assert splits.validation is None
+    assert sorted(rows_of(splits.train) + rows_of(splits.test)) == list(range(20))
+    assert rows_of(splits.test) == rows_of(split(whole).test)
+
+
+@pytest.mark.parametrize("fraction", [1, -0.1, 1.5, float("nan")])
 def test_fractions_outside_0_to_1_are_a_usage_error(fraction: float) -> None:
     with pytest.raises(UsageError, match="validation fraction must lie between 0 and 1"):
         split(make(10), validation=fraction)
     with pytest.raises(UsageError, match="test fraction"):
         split(make(10), test=fraction)
+
+
+def test_a_test_part_there_must_be() -> None:
+    with pytest.raises(UsageError, match="test fraction must lie between 0 and 1, not 0"):
+        split(make(10), test=0)
 
 
 @pytest.mark.parametrize(("rows", "validation", "test"), [(1, 0.1, 0.1), (2, 0.1, 0.1), (10, 0.5, 0.5)])

@@ -158,6 +158,7 @@ def _train(name: str, data_dir: Path | None, kind: str, seed: int, epochs: int) 
     task = TASKS[name]
     splits = standardize(load(name, data_dir=data_dir, seed=seed))
     train, parts = splits.train, {"test": splits.test}
+    assert splits.validation is not None
     if task.selected:
         parts["validation"] = splits.validation
     else:

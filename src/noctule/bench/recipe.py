@@ -76,7 +76,7 @@ def dataset_of(recipe: Recipe) -> Dataset:
     if recipe.data == "random":
         return random_data(recipe)
     splits = standardize(load(recipe.data, data_dir=recipe.data_dir))
-    parts = (splits.train, splits.validation)
+    parts = [part for part in (splits.train, splits.validation) if part is not None]
     return Dataset(
         torch.cat([part.inputs for part in parts]),
         torch.cat([part.targets for part in parts]),

@@ -191,6 +191,7 @@ def _train(
     groups = param_groups(model, weight_decay=WEIGHT_DECAY)
     optimizer = torch.optim.SGD(groups, lr=LEARNING_RATE, momentum=MOMENTUM, nesterov=True, fused=True)
     rewire = METHODS[method](Schedule(len(batches), epochs, patience, seed, layers[-1]))
+    assert splits.validation is not None
     scores = _Epochs(splits.validation, len(batches), rewire)
     started = time.perf_counter()
     label = f"{splits.train.name}, {_text(sparse)}, {method}, seed {seed}"

@@ -112,6 +112,7 @@ def train(rank: int, plan: dict[str, Any], *, stop: bool) -> Trained:
         if isinstance(team, Together):
             team.form()
         model, optimizer = network(plan["kind"], splits.train.features, splits.train.classes, plan["seed"])
+        assert splits.validation is not None
         reached = Reached(splits.validation, plan["look_every"], plan["reach"], stop)
         moving = (
             settling("gse", fraction=FRACTION, every=EVERY, steps=steps, seed=plan["seed"])

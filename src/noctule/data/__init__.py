@@ -1,10 +1,24 @@
 """Data sets in memory: load them by name or from the user's own files, split, standardise and batch them."""
 
 from noctule.data.batches import Batches
-from noctule.data.catalog import load, names
+from noctule.data.catalog import load, names, read
 from noctule.data.dataset import Dataset
 from noctule.data.scaling import standardize
 from noctule.data.splits import Splits, split
+from noctule.data.target import Task
 from noctule.data.text import Text, Windows, read_text
 
-__all__ = ["Batches", "Dataset", "Splits", "Text", "Windows", "load", "names", "read_text", "split", "standardize"]
+__all__ = [
+    "Batches",
+    "Dataset",
+    "Splits",
+    "Task",
+    "Text",
+    "Windows",
+    "load",
+    "names",
+    "read",
+    "read_text",
+    "split",
+    "standardize",
+]

@@ -1,17 +1,23 @@
-"""The data sets that have a name, and the one function that loads them or the user's own files."""
+"""The data sets that have a name, and the one function that loads them or the user's own data."""
 
 import difflib
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from noctule.data.dataset import Dataset
 from noctule.data.digits import read_digits
-from noctule.data.folder import read_path
+from noctule.data.folder import KINDS, read_path
 from noctule.data.madelon import read_madelon
 from noctule.data.mnist import FASHION_MNIST, MNIST, read_pictures
-from noctule.data.names import names
+from noctule.data.names import DataSource, names
+from noctule.data.objects import read_object
+from noctule.data.preparation import Preparation, Samples, fit_preparation
+from noctule.data.prepare import prepare, with_fingerprint
 from noctule.data.splits import Splits, split
-from noctule.errors import UsageError
+from noctule.data.target import Target, Task
+from noctule.errors import DataError, UsageError
 
 _SOURCES = {
     "digits": lambda **_: read_digits(),
@@ -24,51 +30,103 @@ assert tuple(sorted(_SOURCES)) == names
 
 
 def load(
-    name_or_path: str | os.PathLike[str],
+    name_or_path: DataSource,
     *,
     data_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
     validation_fraction: float = 0.1,
     mirror: str | None = None,
+    target: str | None = None,
+    task: Task = "auto",
 ) -> Splits:
-    """Load a built-in data set, or a file or folder of the user's, as train, validation and test.
+    """Load a built-in data set, or the user's own data, as train, validation and test.
+
+    Text, dates, booleans and missing values of a table become numbers as `Splits.preparation` says, which is learnt
+    from the training part alone.
 
     Args:
-        name_or_path: one of `names`, or else a path: a .npz or CSV file, or a folder of .npz, CSV or idx files. A
-            `pathlib.Path` is always a path.
+        name_or_path: one of `names`, or else a path: a CSV, Parquet, .npz or .npy file, or a folder of such, of idx
+            files, or of pictures in a folder for each class. A `pathlib.Path` is always a path. Or data in memory: a
+            DataFrame, a Hugging Face Dataset, (X, y), a dict of columns or of parts, a `Dataset`.
         data_dir: where to look for a built-in set first; then come the folder in the environment variable
             NOCTULE_DATA and the cache, ~/.cache/noctule or $XDG_CACHE_HOME/noctule, where downloads go.
         seed: of the cut between train and validation.
-        validation_fraction: of the train part, where the data bring no validation part of their own. Where they bring
-            no test part a fifth of the samples becomes one, the same for every seed.
+        validation_fraction: of the train part, where the data bring no validation part of their own; 0 for none. Where
+            they bring no test part a fifth of the samples becomes one, the same for every seed.
         mirror: the address of another server that has the published files in the same folders.
+        target: the column of a table that is to be predicted (default: one called label, target, class or y, or else
+            the last).
+        task: whether the target is classes or a number (default: text and few whole numbers are classes).
 
     Raises:
-        UsageError: no such name or path, `data_dir` is no folder, or a fraction outside (0, 1).
+        UsageError: no such name, path or column, `data_dir` is no folder, or a fraction outside [0, 1).
         DataError: data that are missing, corrupt, empty or not what they should be.
 
     >>> load("digits").train
     Dataset('digits', samples=1258, features=64, classes=10, shape=(8, 8))
     """
-    parts = _read(name_or_path, data_dir=None if data_dir is None else Path(data_dir), mirror=mirror)
-    return split(
-        parts["train"],
-        validation=parts.get("validation", validation_fraction),
-        test=parts.get("test", 0.2),
-        seed=seed,
-    )
+    found = read(name_or_path, data_dir=None if data_dir is None else Path(data_dir), mirror=mirror)
+    parts = found.parts
+    if all(isinstance(part, Dataset) for part in parts.values()):
+        return _of_data_sets(parts, found.name, target, task, validation_fraction, seed)  # type: ignore[arg-type]
+    try:
+        return prepare(
+            parts, name=found.name, validation_fraction=validation_fraction, seed=seed, target=target, task=task
+        )
+    except DataError as error:
+        if found.path is None or str(found.path) in str(error):
+            raise
+        raise DataError(f"{found.path}: {error}") from error
 
 
-def _read(name_or_path: str | os.PathLike[str], *, data_dir: Path | None, mirror: str | None) -> dict[str, Dataset]:
-    if isinstance(name_or_path, str) and name_or_path in _SOURCES:
-        return _SOURCES[name_or_path](data_dir=data_dir, mirror=mirror)
-    path = Path(name_or_path).expanduser()
-    if path.is_dir() or path.is_file():
-        return read_path(path)
-    near = difflib.get_close_matches(str(name_or_path).lower().replace("_", "-"), names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+class Found:
+    """Samples by part, the name of their set, and where they came from if from files."""
+
+    def __init__(self, parts: Mapping[str, Samples], name: str, path: Path | None) -> None:
+        self.parts, self.name, self.path = parts, name, path
+
+
+def read(
+    source: DataSource, *, data_dir: Path | None = None, mirror: str | None = None, like: Preparation | None = None
+) -> Found:
+    """The samples that a name, a path or an object stands for, as they are.
+
+    Args:
+        source: as `load` takes it.
+        data_dir: where built-in sets are looked for first.
+        mirror: of the published files.
+        like: of a model that is to predict these samples, which may lack labels.
+    """
+    if isinstance(source, Splits):
+        parts = {part: getattr(source, part) for part in ("train", "validation", "test")}
+        return Found({part: each for part, each in parts.items() if each is not None}, source.train.name, None)
+    if not isinstance(source, str | os.PathLike):
+        name = source.name if isinstance(source, Dataset) else "own data"
+        return Found(read_object(source, labels=like is None), name, None)
+    if isinstance(source, str) and source in _SOURCES:
+        return Found(_SOURCES[source](data_dir=data_dir, mirror=mirror), source, None)
+    path = Path(source).expanduser()
+    if str(source) and (path.is_dir() or path.is_file()):
+        return Found(read_path(path, like=like), path.stem if path.is_file() else path.resolve().name, path)
+    near = difflib.get_close_matches(str(source).lower().replace("_", "-"), names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise UsageError(
-        f"there is no data set, file or folder called {str(name_or_path)!r}{hint} "
-        f"Built-in sets: {', '.join(names)}; or give the path of a .npz or CSV file, "
-        "or of a folder of .npz, CSV or idx files"
+        f"there is no data set, file or folder called {str(source)!r}{hint} "
+        f"Built-in sets: {', '.join(names)}; or give the path of your own data: {KINDS}"
     )
+
+
+def _of_data_sets(
+    parts: Mapping[str, Dataset], name: str, target: str | None, task: Task, validation: float, seed: int
+) -> Splits:
+    """Sets that are tensors already."""
+    train = parts["train"]
+    found = "classification" if train.classes else "regression"
+    if target is not None or task not in ("auto", found):
+        raise UsageError(
+            f"{name} has no columns and is a {found}: leave out {'target' if target is not None else 'task'}"
+        )
+    made = split(train, validation=parts.get("validation", validation), test=parts.get("test", 0.2), seed=seed)
+    preparation = fit_preparation(made.train, Target("label", labels=tuple(range(train.classes))), name=name)
+    made = replace(made, preparation=preparation)
+    return made if name in names else with_fingerprint(made)  # those that have a name are checked as they are read

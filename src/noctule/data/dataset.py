@@ -1,4 +1,4 @@
-"""A labelled data set in memory: one flat float32 row and one class number per sample, checked when it is made."""
+"""A labelled data set in memory: one flat float32 row and one class or number per sample, checked when it is made."""
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
@@ -18,12 +18,12 @@ class Dataset:
     """Samples and their classes; rows are counted from 0.
 
     Inputs of any real dtype and of shape (samples, ...) become contiguous float32 of shape (samples, features), and
-    more than one trailing dimension is remembered as `shape`; integer targets become int64. What has that form already
-    is not copied.
+    more than one trailing dimension is remembered as `shape`; integer targets become int64. With ``classes=0`` the
+    targets are numbers to predict, and become float32. What has that form already is not copied.
 
     Raises:
-        DataError: no samples, inputs and targets of different lengths, NaN or infinite inputs, labels outside
-            0 .. classes - 1. It names the set, the first offending row and the remedy.
+        DataError: no samples, inputs and targets of different lengths, NaN or infinite inputs or targets, labels
+            outside 0 .. classes - 1. It names the set, the first offending row and the remedy.
 
     >>> Dataset(torch.rand(5, 8, 8), torch.tensor([0, 1, 2, 1, 0]), name="toy", classes=3)
     Dataset('toy', samples=5, features=64, classes=3, shape=(8, 8))
@@ -48,11 +48,12 @@ class Dataset:
             raise self._error(f"has {len(inputs)} inputs but {len(targets)} targets; give one target per row")
         if inputs.numel() == 0:
             raise self._error(f"is empty (inputs of shape {tuple(inputs.shape)}); give at least one sample and feature")
-        if inputs.is_complex() or targets.is_floating_point() or targets.is_complex():
+        if inputs.is_complex() or targets.is_complex() or (targets.is_floating_point() and self.classes):
             raise self._error(f"has {inputs.dtype} inputs and {targets.dtype} targets; give real and integer numbers")
         shape = tuple(inputs.shape[1:]) if self.shape is None and inputs.dim() > 2 else self.shape
+        kind = torch.int64 if self.classes else torch.float32
         object.__setattr__(self, "inputs", inputs.detach().flatten(1).to(torch.float32).contiguous())
-        object.__setattr__(self, "targets", targets.to(inputs.device, torch.int64).contiguous())
+        object.__setattr__(self, "targets", targets.to(inputs.device, kind).contiguous())
         object.__setattr__(self, "shape", None if shape is None else tuple(shape))
         if self.shape is not None and torch.Size(self.shape).numel() != self.features:
             raise self._error(f"has {self.features} features, which do not fill the sample shape {self.shape}")
@@ -72,6 +73,11 @@ class Dataset:
     def features(self) -> int:
         """The numbers in one sample."""
         return self.inputs.shape[1]
+
+    @property
+    def outputs(self) -> int:
+        """The numbers that a network gives for a sample: one for each class, or the one that is to be predicted."""
+        return self.classes or 1
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -99,6 +105,11 @@ class Dataset:
         return replace(self, inputs=self.inputs[rows], targets=self.targets[rows])
 
     def _check_targets(self) -> None:
+        if not self.classes:
+            if not torch.isfinite(self.targets).all():
+                row = int((~torch.isfinite(self.targets)).nonzero()[0])
+                raise self._error(f"has the target {float(self.targets[row])} in row {row}; repair or drop such rows")
+            return
         wrong = (self.targets < 0) | (self.targets >= self.classes)
         if wrong.any():
             row = int(wrong.nonzero()[0])

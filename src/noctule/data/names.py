@@ -1,13 +1,13 @@
 """The names of the built-in data sets, and the type of an option that takes one of them or a path."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from noctule.signature import Place
 
 names: tuple[str, ...] = ("digits", "fashion-mnist", "madelon", "mnist")
 """The built-in data sets."""
-DataSource = Annotated[str, Place(names, "data set, file or folder")]
-"""Of an option: a built-in data set, or a path to the user's own."""
+DataSource = Annotated[Any, Place(names, "data set, file or folder")]
+"""Of an option: a built-in data set, or a path to the user's own; from Python a DataFrame or arrays too."""
 InputFile = Annotated[Path, Place((), "file")]
 """Of an option: a file that has to be there."""

@@ -2,30 +2,48 @@
 
 import math
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.lib import format as npy
 
-from noctule.data.arrays import PARTS, Arrays
+from noctule.data.arrays import PARTS
+from noctule.data.frame import Arrays
 from noctule.errors import DataError
 
+PART_WORDS: dict[str, str] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+PART_WORDS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+"""What the parts are called."""
+_ROLE_WORDS: dict[str, str] = dict.fromkeys(
+    ("x", "data", "images", "image", "inputs", "input", "features", "samples", "xs"), "x"
+)
+_ROLE_WORDS |= dict.fromkeys(("y", "target", "targets", "label", "labels", "class", "classes", "ys"), "y")
 _MOST_DEFLATION = 1100
 """Deflate packs at most 1032 bytes into one: a larger claim is a lie."""
 
 
-def read_npz(path: Path) -> Arrays:
-    """The (inputs, labels) by part: keys x_train, y_train and, if there, the same of validation and test; or x and y.
+def read_npz(path: Path, *, labels: bool = True) -> dict[str, Arrays]:
+    """The inputs and labels by part, from keys such as x and y, X_train and y_train, train_images and train_labels, data
+    and target; other keys are left alone.
+
+    Args:
+        path: the archive.
+        labels: whether there must be labels; without, inputs alone are taken too.
 
     Raises:
-        DataError: a broken archive, one that holds Python objects, or one with other keys than these.
+        DataError: a broken archive, one that holds Python objects, or one without such keys.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            keys = _keys(path, list(members))
+            keys = find_keys(str(path), list(members), labels=labels)
             return {
-                part: (_read(archive, members[x], path), _read(archive, members[y], path))
+                part: Arrays(
+                    _read(archive, members[x], path),
+                    None if y is None else _read(archive, members[y], path),
+                    source=f"{path}, {x}",
+                )
                 for part, (x, y) in keys.items()
             }
     except DataError:
@@ -36,19 +54,54 @@ def read_npz(path: Path) -> Arrays:
         ) from error
 
 
-def _keys(path: Path, found: list[str]) -> dict[str, tuple[str, str]]:
-    wanted = {part: (f"x_{part}", f"y_{part}") for part in PARTS}
-    if "x_train" not in found:
-        wanted = {"train": ("x", "y")}
-    pairs = {part: pair for part, pair in wanted.items() if pair[0] in found or pair[1] in found}
-    known = {key for pair in pairs.values() for key in pair}
-    alike = {key for key in found if key in ("x", "y") or key.startswith(("x_", "y_"))}
-    if "train" not in pairs or known != alike:
+def read_npy(path: Path) -> np.ndarray:
+    """The array in a .npy file.
+
+    Raises:
+        DataError: it is broken, or holds Python objects.
+    """
+    try:
+        return np.load(path, allow_pickle=False)
+    except Exception as error:
+        raise DataError(f"{path} is corrupt or no .npy file of plain numbers ({error}); write it again") from error
+
+
+def find_keys(where: str, found: Sequence[str], *, labels: bool) -> dict[str, tuple[str, str | None]]:
+    """By part the names of inputs and of labels (None where there are none) among names.
+
+    Raises:
+        DataError: there are none, half a pair, or two that mean the same.
+    """
+    roles: dict[tuple[str, str], list[str]] = {}
+    for key in found:
+        if meant := _meaning(key):
+            roles.setdefault(meant, []).append(key)
+    parts = {part for part, _ in roles}
+    twice = next((keys for keys in roles.values() if len(keys) > 1), None)
+    whole = [part for part in parts if (part, "x") in roles and ((part, "y") in roles or not labels)]
+    usable = "train" in whole or (not labels and len(whole) > 0)
+    if twice or not usable or set(whole) != parts:
         raise DataError(
-            f"{path} has the keys {', '.join(sorted(found)) or 'none'}; it needs x_train and y_train, with or without "
-            "x_validation and y_validation, x_test and y_test; or just x and y"
+            f"{where} has the keys {', '.join(sorted(found)) or 'none'}"
+            + (f", of which {' and '.join(sorted(twice))} mean the same" if twice else "")
+            + "; it needs x_train and y_train, with or without x_validation and y_validation, x_test and y_test; or just x "
+            "and y. Names like X, data, images and target, labels do too"
         )
-    return pairs
+    return {
+        part: (roles[part, "x"][0], roles[part, "y"][0] if (part, "y") in roles else None)
+        for part in PARTS
+        if part in parts
+    }
+
+
+def _meaning(key: str) -> tuple[str, str] | None:
+    """The part and whether inputs (x) or labels (y); None for another name."""
+    words = key.lower().replace("-", "_").replace(" ", "_").strip("_").split("_")
+    parts = [PART_WORDS[word] for word in words if word in PART_WORDS]
+    roles = [_ROLE_WORDS[word] for word in words if word in _ROLE_WORDS]
+    if len(parts) > 1 or len(roles) != 1 or len(parts) + len(roles) != len(words):
+        return None
+    return (parts[0] if parts else "train"), roles[0]
 
 
 def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> np.ndarray:

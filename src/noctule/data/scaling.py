@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from noctule.data.dataset import Dataset
+from noctule.data.preparation import with_scaling
 from noctule.data.splits import Splits
 
 _ROWS_AT_A_TIME = 512
@@ -17,20 +18,37 @@ def standardize(splits: Splits) -> Splits:
     """New splits with `(x - mean) / deviation` per feature, both taken from the train part.
 
     Tables and pictures alike are treated feature by feature (pixel by pixel), as in the original code of sparse
-    evolutionary training. A feature that is constant in the train part becomes 0 everywhere. The given splits are
-    left as they are.
+    evolutionary training. A feature that is constant in the train part becomes 0 everywhere. Numbers that are to be
+    predicted are treated alike. The given splits are left as they are.
     """
     mean, deviation = _moments(splits.train.inputs)
     constant = deviation <= _RELATIVE_FLOOR * mean.abs()
     scale = torch.where(constant, 0.0, 1 / torch.where(constant, 1.0, deviation))
 
+    target_mean, target_deviation = _of_targets(splits.train)
+
     def scaled(part: Dataset) -> Dataset:
         inputs = torch.empty_like(part.inputs)
         for rows in _chunks(part.inputs):
             inputs[rows] = (part.inputs[rows].double() - mean) * scale
-        return replace(part, inputs=inputs)
+        targets = part.targets if part.classes else ((part.targets.double() - target_mean) / target_deviation).float()
+        return replace(part, inputs=inputs, targets=targets)
 
-    return Splits(train=scaled(splits.train), validation=scaled(splits.validation), test=scaled(splits.test))
+    preparation = splits.preparation
+    if preparation is not None:
+        preparation = replace(
+            with_scaling(preparation, mean, scale), target_mean=target_mean, target_deviation=target_deviation
+        )
+    validation = None if splits.validation is None else scaled(splits.validation)
+    return Splits(scaled(splits.train), validation, scaled(splits.test), preparation)
+
+
+def _of_targets(train: Dataset) -> tuple[float, float]:
+    """Mean and deviation of numbers that are to be predicted."""
+    if train.classes:
+        return 0.0, 1.0
+    targets = train.targets.double()
+    return float(targets.mean()), float(targets.std(correction=0)) or 1.0
 
 
 def _moments(inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from noctule.data.dataset import Dataset
+from noctule.data.preparation import Preparation
 from noctule.errors import DataError, UsageError
 
 _TEST_SEED = 20_100_617
@@ -14,15 +15,20 @@ _TEST_SEED = 20_100_617
 
 @dataclass(frozen=True)
 class Splits:
-    """Three sets with the same features and classes: fit on `train`, choose on `validation`, read `test` once."""
+    """Three sets with the same features and classes: fit on `train`, choose on `validation`, read `test` once.
+
+    `validation` is None where everything but the test part is trained on; `preparation` is what made the samples into
+    these tensors.
+    """
 
     train: Dataset
-    validation: Dataset
+    validation: Dataset | None
     test: Dataset
+    preparation: Preparation | None = None
 
     def __post_init__(self) -> None:
         """Refuse parts that do not belong together."""
-        for part in ("validation", "test"):
+        for part in ("validation", "test") if self.validation is not None else ("test",):
             for what in ("features", "classes"):
                 given, wanted = getattr(getattr(self, part), what), getattr(self.train, what)
                 if given != wanted:
@@ -31,42 +37,80 @@ class Splits:
                         "every part needs the same columns and the same classes"
                     )
 
+    def describe(self) -> str:
+        """The sizes, and what was made of the user's own data: a line, or several."""
+        parts = {"training": self.train, "validation": self.validation, "test": self.test}
+        sizes = [f"{len(part)} {what}" for what, part in parts.items() if part is not None]
+        what = f"{self.train.classes} classes" if self.train.classes else "a number to predict"
+        samples = f"{', '.join(sizes[:-1])} and {sizes[-1]} samples"
+        lines = [f"{self.train.name}: {self.train.features} features, {what}, {samples}"]
+        if self.validation is None:
+            lines.append("no validation part: all but the test part is trained on, and the last epoch is taken")
+        return "\n".join([*lines, *(self.preparation.describe() if self.preparation is not None else [])])
+
 
 def split(dataset: Dataset, *, validation: float | Dataset = 0.1, test: float | Dataset = 0.2, seed: int = 0) -> Splits:
     """Cut a set into train, validation and test; a class has the same share of every part, to about one sample.
 
-    `validation` and `test` are fractions of `dataset`, or sets of their own that are kept as they are. Every sample
-    lands in exactly one part, and the parts keep the order of the samples. The validation part depends on `seed`;
-    the test part does not, so that runs with different seeds are judged on the same samples.
+    `validation` and `test` are fractions of `dataset`, or sets of their own that are kept as they are; a validation of 0
+    is none. Every sample lands in exactly one part, and the parts keep the order of the samples. The validation part
+    depends on `seed`; the test part does not, so that runs with different seeds are judged on the same samples.
 
     Raises:
-        UsageError: a fraction outside (0, 1).
+        UsageError: a fraction outside [0, 1) for validation, outside (0, 1) for test.
         DataError: nothing is left to train on, or the parts do not fit together.
     """
-    for what, part in (("validation", validation), ("test", test)):
-        if not isinstance(part, Dataset) and not 0 < part < 1:
-            raise UsageError(f"the {what} fraction must lie between 0 and 1, not {part}")
+    rows = split_rows(
+        dataset.targets,
+        validation=None if isinstance(validation, Dataset) else validation,
+        test=None if isinstance(test, Dataset) else test,
+        seed=seed,
+        name=dataset.name,
+    )
+    if not isinstance(test, Dataset):
+        test = dataset.take(rows["test"])
+    if not isinstance(validation, Dataset):
+        validation_part = dataset.take(rows["validation"]) if "validation" in rows else None
+    else:
+        validation_part = validation
+    return Splits(train=dataset.take(rows["train"]), validation=validation_part, test=test)
+
+
+def split_rows(
+    targets: Tensor, *, validation: float | None, test: float | None, seed: int, name: str, keep: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The sorted row numbers of the parts that `split` cuts: train, and validation and test where a fraction is given.
+
+    Args:
+        targets: (rows,) classes, or numbers: then each range of them has the same share of every part.
+        keep: (rows,) bool, of rows that stay in train whatever is drawn.
+    """
+    if validation is not None and not 0 <= validation < 1:
+        raise UsageError(f"the validation fraction must lie between 0 and 1, or be 0 for none, not {validation}")
+    if test is not None and not 0 < test < 1:
+        raise UsageError(f"the test fraction must lie between 0 and 1, not {test}")
+    total = len(targets)
     counts = {
-        what: 0 if isinstance(part, Dataset) else max(1, round(part * len(dataset)))
-        for what, part in (("validation", validation), ("test", test))
+        what: max(1, round(part * total)) if part else 0 for what, part in (("validation", validation), ("test", test))
     }
-    if sum(counts.values()) >= len(dataset):
+    kept = torch.zeros(total, dtype=torch.bool) if keep is None else keep
+    if sum(counts.values()) >= total:
         raise DataError(
-            f"data set {dataset.name!r} has {len(dataset)} samples: {counts['validation']} for validation and "
+            f"data set {name!r} has {total} samples: {counts['validation']} for validation and "
             f"{counts['test']} for test leave none to train on; give more samples or smaller fractions"
         )
-    rest = torch.arange(len(dataset))
-    if not isinstance(test, Dataset):
-        test_rows, rest = _draw(rest, dataset.targets, counts["test"], seed=_TEST_SEED)
-        test = dataset.take(test_rows)
-    if not isinstance(validation, Dataset):
-        validation_rows, rest = _draw(rest, dataset.targets, counts["validation"], seed=seed)
-        validation = dataset.take(validation_rows)
-    return Splits(train=dataset.take(rest), validation=validation, test=test)
+    if sum(counts.values()) > int((~kept).sum()):
+        kept = torch.zeros(total, dtype=torch.bool)
+    rest, parts = (~kept).nonzero()[:, 0], {}
+    for what, part_seed in (("test", _TEST_SEED), ("validation", seed)):
+        if counts[what]:
+            parts[what], rest = _draw(rest, targets, counts[what], seed=part_seed)
+    parts["train"] = torch.cat([rest, kept.nonzero()[:, 0]]).sort().values
+    return parts
 
 
 def _draw(rows: Tensor, targets: Tensor, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """`count` of the rows and the others, both sorted: shuffled, sorted by class, then taken at equal distances."""
+    """`count` of the rows and the others, both sorted: shuffled, sorted by target, then taken at equal distances."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     shuffled = rows[torch.randperm(len(rows), generator=generator)]
     by_class = shuffled[targets.cpu()[shuffled].argsort(stable=True)]

@@ -1,116 +1,138 @@
-"""CSV files with one sample per line and a label column; a cell that is no number is named with its place."""
+"""CSV files and their kin: one row per line, whatever separates the cells; a wrong line is named."""
 
 import csv
-import math
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
+from noctule.data.cells import to_number
+from noctule.data.content import open_content
+from noctule.data.frame import MISSING, Frame
+from noctule.data.sniff import BLANKS, NAMES, Layout, sniff
 from noctule.errors import DataError
 
 LABEL_NAMES = ("label", "target", "class", "y")
 
 
-@dataclass(frozen=True, eq=False)
-class Table:
-    """What a file holds: `inputs` (rows, features) float32, `labels` (rows,) text, `columns` the header, if any."""
+def read_table(path: Path) -> Frame:
+    """Read a text file of cells, gzipped or not; the separator is found out, lines that begin with # are comments.
 
-    inputs: np.ndarray
-    labels: np.ndarray
-    columns: tuple[str, ...] | None
-
-
-def read_table(path: Path) -> Table:
-    """Read a text file of cells separated by commas, semicolons or tabs.
-
-    The label column is the one that the header calls label, target, class or y, or else the last one. The first line
-    is a header if none of its cells is a number, the label's name apart, or if they count 0, 1, 2, ... to the label.
+    The first line is a header if none of its cells is a number, the label's name apart, and they are no values of their
+    columns; or if they count 0, 1, 2, ... to the label.
 
     Raises:
-        DataError: a cell that is no finite number, a missing label, a ragged line; with file, line and column.
+        DataError: a ragged line, a name that is missing, no rows, no UTF-8; with file and line.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            first_line = file.readline()
-            file.seek(0)
-            return _read(file, path, delimiter=max(",;\t", key=first_line.count))
+        with open_content(path) as raw, TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
+            layout = sniff(file, path)
+            for plain in (True, False):
+                file.seek(0)
+                if (frame := _read(_Lines(file), path, layout, plain=plain)) is not None:
+                    return frame
+            raise AssertionError(path)
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path} is no CSV text in UTF-8 ({error}); save it as such") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _read(file, path: Path, *, delimiter: str) -> Table:
-    lines = csv.reader(file, delimiter=delimiter)
-    rows = (cells for cells in lines if any(map(str.strip, cells)))
+class _Lines:
+    """The lines of a file that are no comments, and the number of the last one given."""
+
+    def __init__(self, file: TextIOWrapper) -> None:
+        self._file, self.number, self._quoted = file, 0, False
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._file:
+            self.number += 1
+            if not self._quoted and line.lstrip().startswith("#"):
+                continue
+            if line.count('"') % 2:
+                self._quoted = not self._quoted
+            yield line
+
+
+def _rows(lines: _Lines, separator: str) -> Iterator[list[str]]:
+    if separator == BLANKS:
+        return (line.split() for line in lines if line.strip())
+    cells = csv.reader(lines, delimiter=separator, skipinitialspace=True)
+    return (row for row in cells if any(map(str.strip, row)))
+
+
+def _read(lines: _Lines, path: Path, layout: Layout, *, plain: bool) -> Frame | None:
+    """The table; with `plain` None where a cell is no number, which costs less than keeping the text of each."""
+    rows = _rows(lines, layout.separator)
     first = next(rows, [])
-    names = tuple(cell.strip() for cell in first)
-    if len(names) < 2:
-        raise DataError(f"{path} needs at least one feature and the label, separated by commas, in its first line")
-    header = _is_header(names)
-    label = _label_column(path, names) if header else len(names) - 1
-    numbers, labels, line_numbers = array("f"), [], array("q")
-    for cells in rows if header else chain([first], rows):
-        where = f"{path}, line {lines.line_num}"
-        if len(cells) != len(names):
-            raise DataError(f"{where}: {len(cells)} cells, but the first line has {len(names)}; make them equal")
-        text = cells.pop(label).strip()
-        if not text:
-            raise DataError(f"{where}, column {label + 1}: no label; give one, or leave out the line")
-        try:
-            numbers.extend(map(float, cells))
-        except ValueError:
-            _refuse(where, cells, label)
-        labels.append(text)
-        line_numbers.append(lines.line_num)
-    if not labels:
-        raise DataError(f"{path} has a header but no samples; give one line per sample")
-    inputs = np.frombuffer(numbers, np.float32).reshape(len(labels), len(names) - 1)
-    wrong = (~np.isfinite(inputs)).any(axis=1)
-    if wrong.any():
-        row = int(wrong.argmax())
-        _refuse(f"{path}, line {line_numbers[row]}", [str(number) for number in inputs[row]], label)
-    return Table(inputs, np.array(labels, dtype=object), names if header else None)
-
-
-def _is_header(names: Sequence[str]) -> bool:
-    others = [name for name in names if name.lower() not in LABEL_NAMES]
-    counted = len(others) < len(names) and others == [str(number) for number in range(len(others))]
-    return counted or all(_number(name) is None for name in others)
-
-
-def _label_column(path: Path, names: Sequence[str]) -> int:
-    named = [column for column, name in enumerate(names) if name.lower() in LABEL_NAMES]
-    if "" in names:
+    width = len(first)
+    if width < 2:
         raise DataError(
-            f"{path}: column {names.index('') + 1} has no name in the header; name it, or leave it out if it only "
-            "counts the rows (pandas: to_csv(..., index=False))"
+            f"{path} needs at least one feature and the label in its first line, separated by commas, semicolons, tabs, | or "
+            "blanks, which were not found"
         )
-    if len(named) > 1:
-        both = ", ".join(repr(names[column]) for column in named)
-        raise DataError(f"{path}: the columns {both} could each be the label; rename all but one")
-    return named[0] if named else len(names) - 1
-
-
-def _refuse(where: str, cells: Sequence[str], label: int) -> NoReturn:
-    for position, cell in enumerate(cells):
-        number = _number(cell)
-        if number is None or not math.isfinite(number):
-            column = position + (position >= label) + 1
+    names = layout.comment_header or tuple(cell.strip() for cell in first)
+    header = bool(layout.comment_header) or _is_header(names, layout.rows[1:])
+    columns = _column_names(names) if header else [f"column {at + 1}" for at in range(width)]
+    if not header or layout.comment_header:
+        rows = chain([first], rows)
+    numbers, line_numbers = array("d"), array("q")
+    texts: list[list[str]] = [[] for _ in columns]
+    known: dict[str, str] = {}
+    for cells in rows:
+        if len(cells) != width:
             raise DataError(
-                f"{where}, column {column}: {cell[:80]!r} is no finite number (as float32); every cell but the label "
-                "must be one: fill in or leave out what is missing, and turn categories into numbers"
+                f"{path}, line {lines.number}: {len(cells)} cells, but the first line has {width}, separated by "
+                f"{NAMES[layout.separator]}; make them equal"
             )
-    raise AssertionError(where)
+        line_numbers.append(lines.number)
+        if plain:
+            try:
+                numbers.extend(map(float, cells))
+            except ValueError:
+                return None
+        else:
+            for column, cell in zip(texts, map(str.strip, cells), strict=True):
+                column.append(known.setdefault(cell, cell))
+    if not line_numbers:
+        raise DataError(f"{path} has a header but no samples; give one line per sample")
+    if plain:
+        values = list(np.frombuffer(numbers, np.float64).reshape(-1, width).T)
+    else:
+        values = [_numbers_or_text(column) for column in texts]
+    lines_of_rows = np.frombuffer(line_numbers, np.int64)
+    return Frame(dict(zip(columns, values, strict=True)), source=str(path), lines=lines_of_rows, named=header)
 
 
-def _number(text: str) -> float | None:
+def _numbers_or_text(column: list[str]) -> np.ndarray:
+    """As numbers where each cell is a plain one or missing; else as the text that it is."""
     try:
-        return float(text)
+        read = {text: np.nan if text in MISSING else float(text) for text in set(column)}
     except ValueError:
-        return None
+        return np.array(column, object)
+    if all(text in MISSING for text in read):
+        return np.array(column, object)
+    return np.array([read[text] for text in column], np.float64)
+
+
+def _is_header(names: Sequence[str], below: Sequence[Sequence[str]]) -> bool:
+    others = {at: name for at, name in enumerate(names) if name.lower() not in LABEL_NAMES}
+    counted = len(others) < len(names) and list(others.values()) == [str(number) for number in range(len(others))]
+    if counted:
+        return True
+    if any(to_number(name) is not None or (name and name in MISSING) for name in others.values()):
+        return False
+    return not any(name and name == row[at].strip() for at, name in others.items() for row in below if at < len(row))
+
+
+def _column_names(names: Sequence[str]) -> list[str]:
+    """The names, each once: what has none or that of another column gets a number, as pandas does it."""
+    found: list[str] = []
+    for at, name in enumerate(names):
+        number, own = 0, name or f"Unnamed: {at}"
+        while own in found:
+            number += 1
+            own = f"{name}.{number}"
+        found.append(own)
+    return found

@@ -1,5 +1,6 @@
 """Train a truly sparse convolutional network, beside its dense twin."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from noctule.checkpoint import save_model
 from noctule.convert import convert_
-from noctule.data import Batches, load
+from noctule.data import Batches, Task, load
 from noctule.data.augment import Augment, cutout, flip, shift
 from noctule.data.names import DataSource
 from noctule.layers import FuseEpilogue, SparseLayer, ToSparse
@@ -16,7 +17,8 @@ from noctule.layers.keep_layout import KeepLayout
 from noctule.method import Method
 from noctule.models import cnn
 from noctule.optim import param_groups
-from noctule.recipes.training import Compare, Moving, describe, falling_rate, settling, train_classifier, train_series
+from noctule.recipes.own_data import describe, keep_preparation, say
+from noctule.recipes.training import Compare, Moving, falling_rate, settling, train_classifier, train_series
 from noctule.report import Journal, RunFolder
 
 
@@ -25,6 +27,8 @@ def sparse_cnn(
     *,
     data: DataSource = "digits",
     data_dir: Path | None = None,
+    target: str | None = None,
+    task: Task = "auto",
     channels: tuple[int, ...] = (32, 64, 128),
     convolutions: int = 2,
     epochs: int = 10,
@@ -47,8 +51,11 @@ def sparse_cnn(
     """A convolutional network that stores, computes and learns its non-zeros only.
 
     Args:
-        data: a built-in data set of images, or a folder or file of .npz or idx data.
+        data: a built-in data set of images, or your own: a folder of PNG or JPEG files in a folder for each class, an .npz
+            file, or a folder of idx files. From Python also what `noctule.data.load` takes: (X, y), ...
         data_dir: where built-in data sets are looked for first.
+        target: the column of a table to predict (default: one called label, target, class or y, or else the last).
+        task: whether the target is classes or a number (auto: text and few whole numbers are classes).
         channels: of each stage; every stage ends by halving the image.
         convolutions: in each stage.
         epochs: passes over the training data.
@@ -63,7 +70,8 @@ def sparse_cnn(
         shift: pixels by which training images are moved at most, up or down and left or right.
         flip: mirror half of the training images, left for right.
         cutout: side of a square that is cut out of each training image.
-        validation: share of the training data that selects the epoch, where the data bring no validation part.
+        validation: share of the training data that selects the epoch, where the data bring no validation part; with 0 all are
+            trained on and the last epoch is taken.
         compare: train the dense twin too: yes, no, or where it is small (auto).
         seed: of data order, augmentation, places, weights and dropout.
         checkpoint_seconds: training time between two checkpoints within an epoch.
@@ -73,9 +81,9 @@ def sparse_cnn(
     if min(shift, cutout) < 0:
         raise ValueError(f"shift and cutout must be at least 0 pixels, got {shift} and {cutout}")
     # Pixels stay as they are: the network scales them itself, so that zero is black, which shifts and cuts fill with.
-    splits = load(data, data_dir=data_dir, seed=seed, validation_fraction=validation)
-    shape, classes = splits.train.image_shape, splits.train.classes
-    to_sparse = ToSparse(density=density)
+    splits = load(data, data_dir=data_dir, seed=seed, validation_fraction=validation, target=target, task=task)
+    shape, classes = splits.train.image_shape, splits.train.outputs
+    say(run, splits)
     augment = _augment(shift, flip, cutout)
     batches = Batches(splits.train, batch, seed=seed, drop_last=True, augment=augment)  # one sample has no variance
     steps = epochs * len(batches)
@@ -83,17 +91,12 @@ def sparse_cnn(
     if rewire != "none":
         moving.extend(settling(rewire, fraction=fraction, every=every, steps=steps, seed=seed))
 
-    def network() -> nn.Module:
-        torch.manual_seed(seed)
-        return cnn(shape, classes, channels=channels, convolutions=convolutions, dropout=dropout)
-
     def train(journal: Journal) -> dict[str, Any]:
         sparse = journal.series == "sparse"
-        model = network()
-        if sparse:
-            for rule in (to_sparse, FuseEpilogue(), KeepLayout()):
-                model = convert_(model, rule).model
+        torch.manual_seed(seed)
+        model = network(architecture, sparse=sparse)
         optimizer = torch.optim.AdamW(param_groups(model, weight_decay=weight_decay), lr=learning_rate, fused=True)
+        keep_preparation(run, splits)
         outcome = train_classifier(
             model,
             optimizer,
@@ -105,19 +108,31 @@ def sparse_cnn(
             journal=journal,
             checkpoint_seconds=checkpoint_seconds,
         )
-        if sparse:
-            save_model(run.path, model.state_dict(), {**architecture, "layers": _layers(model)})
+        path = run.path if sparse else run.path / "dense.safetensors"
+        save_model(path, model.state_dict(), {**architecture, **names, "layers": _layers(model)})
         return outcome
 
+    names = {"labels": describe(splits).get("labels")}
     architecture = {"kind": "cnn", "shape": list(shape), "classes": classes}
-    architecture |= {"channels": list(channels), "convolutions": convolutions}
+    architecture |= {"channels": list(channels), "convolutions": convolutions, "dropout": dropout, "density": density}
+    ToSparse(density=density)  # refuses what cannot be
     return train_series(
         run,
         train,
         about={"data": describe(splits)},
         compare=compare,
-        dense_weights=sum(p.numel() for p in network().parameters() if p.dim() > 1),
+        dense_weights=sum(p.numel() for p in network(architecture, sparse=False).parameters() if p.dim() > 1),
     )
+
+
+def network(architecture: Mapping[str, Any], *, sparse: bool) -> nn.Module:
+    """The network of a run, its weights as they are drawn, from what `model.json` says of it."""
+    sizes = {name: architecture[name] for name in ("channels", "convolutions", "dropout")}
+    model: nn.Module = cnn(tuple(architecture["shape"]), architecture["classes"], **sizes)
+    if sparse:
+        for rule in (ToSparse(density=architecture["density"]), FuseEpilogue(), KeepLayout()):
+            model = convert_(model, rule).model
+    return model
 
 
 def _augment(pixels: int, mirror: bool, side: int) -> Augment | None:

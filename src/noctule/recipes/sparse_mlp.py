@@ -1,6 +1,6 @@
 """Train a truly sparse multilayer perceptron, beside its dense twin."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 
 from noctule.checkpoint import save_model
 from noctule.convert import convert_
-from noctule.data import Batches, load, standardize
+from noctule.data import Batches, Task, load, standardize
 from noctule.data.names import DataSource
 from noctule.decay import Decay
 from noctule.launch import team
@@ -19,11 +19,11 @@ from noctule.method import Method
 from noctule.models import mlp
 from noctule.models.mlp import Activation, relu
 from noctule.optim import param_groups
+from noctule.recipes.own_data import describe, keep_preparation, say
 from noctule.recipes.training import (
     GROWERS,
     Compare,
     Moving,
-    describe,
     falling_rate,
     settling,
     train_classifier,
@@ -38,6 +38,8 @@ def sparse_mlp(
     *,
     data: DataSource = "digits",
     data_dir: Path | None = None,
+    target: str | None = None,
+    task: Task = "auto",
     hidden: tuple[int, ...] = (1000, 1000, 1000),
     epochs: int = 20,
     batch: int = 128,
@@ -57,8 +59,11 @@ def sparse_mlp(
     """A multilayer perceptron that stores, computes and learns its non-zeros only.
 
     Args:
-        data: a built-in data set, or a folder or file of .npz, idx or CSV data.
+        data: a built-in data set, or your own: a CSV, Parquet, .npz or .npy file, a folder of such, of idx files, or of PNG or JPEG
+            files in a folder for each class. From Python also what `noctule.data.load` takes: a DataFrame, (X, y), ...
         data_dir: where built-in data sets are looked for first.
+        target: the column of a table to predict (default: one called label, target, class or y, or else the last).
+        task: whether the target is classes or a number (auto: text and few whole numbers are classes).
         hidden: widths of the hidden layers.
         epochs: passes over the training data.
         batch: samples in a step.
@@ -72,7 +77,8 @@ def sparse_mlp(
         learning_rate: at the start (default: 0.002, which falls along a cosine to a hundredth; original: 0.01, constant).
         weight_decay: decoupled from the gradient, times the learning rate (default: 0.01; original: 0.0002).
         dropout: after each hidden layer (default: 0.15; original: 0.3).
-        validation: share of the training data that selects the epoch, where the data bring no validation part.
+        validation: share of the training data that selects the epoch, where the data bring no validation part; with 0 all are
+            trained on and the last epoch is taken.
         compare: train the dense twin too: yes, no, or where it is small (auto).
         seed: of data order, places, weights and dropout.
         checkpoint_seconds: training time between two checkpoints within an epoch.
@@ -81,8 +87,11 @@ def sparse_mlp(
         raise ValueError(
             f"batch and hidden widths must be at least 1 and epochs at least 0, got {batch}, {hidden} and {epochs}"
         )
-    splits = standardize(load(data, data_dir=data_dir, seed=seed, validation_fraction=validation))
-    widths = (splits.train.features, *hidden, splits.train.classes)
+    splits = standardize(
+        load(data, data_dir=data_dir, seed=seed, validation_fraction=validation, target=target, task=task)
+    )
+    widths = (splits.train.features, *hidden, splits.train.outputs)
+    say(run, splits)
     recipe = _preset(original).with_options(
         density=density,
         rewire=rewire,
@@ -101,10 +110,9 @@ def sparse_mlp(
     def train(journal: Journal) -> dict[str, Any]:
         sparse = journal.series == "sparse"
         torch.manual_seed(seed)
-        model: nn.Module = mlp(*widths, activation=recipe.activation, dropout=recipe.dropout)
-        if sparse:
-            model = convert_(convert_(model, recipe.to_sparse).model, FuseEpilogue()).model
+        model = network(architecture, sparse=sparse)
         optimizer = recipe.optimizer(model, recipe)
+        keep_preparation(run, splits)
         outcome = train_classifier(
             model,
             optimizer,
@@ -116,9 +124,13 @@ def sparse_mlp(
             journal=journal,
             checkpoint_seconds=checkpoint_seconds,
         )
-        if sparse:
-            save_model(run.path, model.state_dict(), _structure(model, widths))
+        path = run.path if sparse else run.path / "dense.safetensors"
+        save_model(path, model.state_dict(), {**architecture, **names, "layers": _layers(model)})
         return outcome
+
+    names = {"labels": describe(splits).get("labels")}
+    architecture = {"kind": "mlp", "widths": list(widths), "original": original, "dropout": recipe.dropout}
+    architecture |= {"density": recipe.density, "epsilon": recipe.epsilon}
 
     _ = recipe.to_sparse, methods(True)  # refuse what cannot be before anything is trained or written
     if not 0.0 <= recipe.dropout < 1.0:
@@ -130,6 +142,14 @@ def sparse_mlp(
         compare=compare,
         dense_weights=sum(a * b for a, b in zip(widths, widths[1:])),
     )
+
+
+def network(architecture: Mapping[str, Any], *, sparse: bool) -> nn.Module:
+    """The network of a run, its weights as they are drawn, from what `model.json` says of it."""
+    recipe = _preset(architecture["original"])
+    recipe = replace(recipe, density=architecture["density"], epsilon=architecture["epsilon"])
+    model = mlp(*architecture["widths"], activation=recipe.activation, dropout=architecture["dropout"])
+    return convert_(convert_(model, recipe.to_sparse).model, FuseEpilogue()).model if sparse else model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +235,8 @@ def _preset(original: bool) -> _Recipe:
     )
 
 
-def _structure(model: nn.Module, widths: tuple[int, ...]) -> dict[str, Any]:
-    layers = {
+def _layers(model: nn.Module) -> dict[str, Any]:
+    return {
         name: {
             "in_features": m.in_features,
             "out_features": m.out_features,
@@ -226,4 +246,3 @@ def _structure(model: nn.Module, widths: tuple[int, ...]) -> dict[str, Any]:
         for name, m in model.named_modules()
         if isinstance(m, SparseLinear)
     }
-    return {"kind": "mlp", "widths": list(widths), "layers": layers}

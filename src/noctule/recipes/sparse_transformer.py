@@ -14,7 +14,8 @@ from noctule.layers import FuseEpilogue, SparseLinear, ToSparse
 from noctule.method import Method
 from noctule.models import Transformer
 from noctule.optim import param_groups
-from noctule.recipes.training import Compare, Moving, describe, settling, train_classifier, train_series
+from noctule.recipes.own_data import describe
+from noctule.recipes.training import Compare, Moving, settling, train_classifier, train_series
 from noctule.report import Journal, RunFolder
 from noctule.schedule import cosine
 

@@ -12,6 +12,7 @@ from noctule.launch import team
 from noctule.loop import Fitted, evaluate, fit
 from noctule.measure import footprint, measure
 from noctule.method import Method
+from noctule.recipes.own_data import errors, loss_for
 from noctule.report import Journal, RunFolder, write_report
 from noctule.rewire import Grow, Rewire, anywhere, guided, steepest
 from noctule.schedule import cosine
@@ -82,6 +83,7 @@ def train_classifier(
                 shared,
                 validation=splits.validation,
                 epochs=epochs,
+                loss_fn=loss_for(splits.train),
                 methods=methods,
                 scheduler=scheduler,
                 journal=own,
@@ -113,19 +115,16 @@ def falling_rate(optimizer: Optimizer, steps: int) -> LRScheduler | None:
     return CosineAnnealingLR(optimizer, steps, eta_min=optimizer.param_groups[0]["lr"] / 100) if steps else None
 
 
-def describe(splits: Splits | Text) -> dict[str, Any]:
-    """The data set and its sizes, as a summary keeps them."""
-    sizes = {name: len(getattr(splits, name)) for name in ("train", "validation", "test")}
-    return {"name": splits.train.name, "features": splits.train.features, "classes": splits.train.classes, **sizes}
-
-
 def _judged(model: nn.Module, fitted: Fitted, splits: Splits | Text) -> dict[str, Any]:
     if fitted.best_state:
         model.load_state_dict(fitted.best_state)
-    loss, accuracy = evaluate(model, splits.test)
+    loss, score = evaluate(model, splits.test, loss_fn=loss_for(splits.train))
+    scores: dict[str, Any] = {"test_accuracy": score}
+    if isinstance(splits, Splits) and not splits.train.classes:
+        scores = {"test_r2": score, **errors(model, splits)}
     seconds = sorted(fitted.epoch_seconds)
     return {
-        "test_accuracy": accuracy,
+        **scores,
         "test_loss": loss,
         "best_epoch": fitted.best_epoch,
         "epochs": fitted.epoch,
@@ -139,7 +138,7 @@ def _multiply_adds(model: nn.Module, train: Batches) -> float:
     inputs, targets = next(train.epoch(0))
     model.eval()
     with measure(dense_operations=True) as cost:
-        nn.functional.cross_entropy(model(inputs), targets).backward()
+        loss_for(train.dataset)(model(inputs), targets).backward()
     model.zero_grad()
     model.train()
     return cost.multiply_adds / len(targets)

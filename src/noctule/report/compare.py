@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 
-from noctule.report.facts import best_validation, by_series, number, outcomes, training_bytes
+from noctule.report.facts import best_validation, by_series, number, outcomes, predicts_numbers, score, training_bytes
 from noctule.report.folder import RunFolder
 from noctule.report.together import how
-from noctule.report.units import GAP, count, duration, percent, size
+from noctule.report.units import GAP, count, duration, percent, r2, size
 
 _HEADS = ("run", "series", "accuracy", "parameters", "training memory", "time per epoch")
 
 
 def compare_table(folders: Sequence[RunFolder]) -> str:
-    """A line per run and series: accuracy on the test set (on validation while unfinished), weights, bytes, seconds.
+    """A line per run and series: accuracy or R2 on the test set (on validation while unfinished), weights, bytes, seconds.
 
     Of a run by several workers the bytes are those of one of them.
     """
@@ -26,14 +26,15 @@ def _rows(folder: RunFolder, run: str) -> list[tuple[str, ...]]:
     records = folder.metrics()
     finished, started = outcomes(folder.summary()), by_series(records)
     run, rows = ", ".join([run, *how(folder.about(), records)]), []
+    of_score = r2 if predicts_numbers([*records, *finished.values()]) else percent
     for name in dict.fromkeys([*started, *finished]):
         own = finished.get(name)
         if own is None:
             best = best_validation(started[name])
-            rows.append((run, name, "-" if best is None else f"{percent(best)} (validation)", "-", "-", "-"))
+            rows.append((run, name, "-" if best is None else f"{of_score(best)} (validation)", "-", "-", "-"))
             continue
         show = (
-            (percent, number(own, "test_accuracy")),
+            (of_score, score(own, "test")),
             (count, number(own, "parameters")),
             (size, training_bytes(own)),
             (duration, number(own, "seconds_per_epoch")),
@@ -49,7 +50,7 @@ def _names(folders: Sequence[RunFolder]) -> list[str]:
 
 
 def _printable(cell: str) -> str:
-    cell = cell.replace(GAP, " ")
+    cell = cell.replace(GAP, " ").replace("R²", "R2")
     return "".join(character if character.isprintable() else "?" for character in cell)
 
 

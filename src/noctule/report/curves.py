@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from noctule.report.facts import by_series, mapping, number
+from noctule.report.facts import by_series, mapping, number, predicts_numbers
 from noctule.report.palette import COLORS
 from noctule.report.svg import Bar, Line, bar_chart, line_chart
 from noctule.report.ticks import Point
@@ -39,9 +39,12 @@ EPOCHS = Across("epoch", 1, "epoch", "epoch")
 
 
 def learning(records: Records) -> list[str]:
-    """Validation accuracy and both losses, each against epochs and against the time spent training."""
+    """Validation accuracy (R² of a regression) and both losses, each against epochs and against the time spent training."""
     series, time = by_series(records), _time(records)
-    return [_accuracy(series, EPOCHS), _accuracy(series, time), _losses(series, EPOCHS), _losses(series, time)]
+    losses = [_losses(series, EPOCHS), _losses(series, time)]
+    if predicts_numbers(records):
+        return [_r2(series, EPOCHS), _r2(series, time), *losses]
+    return [_accuracy(series, EPOCHS), _accuracy(series, time), *losses]
 
 
 def structure(records: Records) -> list[str]:
@@ -62,6 +65,14 @@ def _accuracy(series: Mapping[str, Records], across: Across) -> str:
 
     lines = [Line(name, across.points(own, accuracy), place) for place, (name, own) in enumerate(series.items())]
     return across.chart(lines, "Validation accuracy (%)", " %")
+
+
+def _r2(series: Mapping[str, Records], across: Across) -> str:
+    lines = [
+        Line(name, across.points(own, lambda record: number(record, "validation_r2")), place)
+        for place, (name, own) in enumerate(series.items())
+    ]
+    return across.chart(lines, "Validation R²")
 
 
 def _losses(series: Mapping[str, Records], across: Across) -> str:

@@ -58,6 +58,17 @@ def training_bytes(outcome: Mapping[str, Any]) -> float | None:
 
 
 def best_validation(records: Sequence[Mapping[str, Any]]) -> float | None:
-    """The highest validation accuracy of any record."""
-    scores = [number(record, "validation_accuracy") for record in records]
-    return max((score for score in scores if score is not None), default=None)
+    """The highest validation accuracy of any record; R2 where a number is predicted."""
+    scores = [score(record, "validation") for record in records]
+    return max((found for found in scores if found is not None), default=None)
+
+
+def score(record: object, part: str) -> float | None:
+    """The accuracy on a part of the data; R2 where a number is predicted."""
+    found = number(record, f"{part}_r2")
+    return number(record, f"{part}_accuracy") if found is None else found
+
+
+def predicts_numbers(records: Sequence[object]) -> bool:
+    """Whether these records, or outcomes, are of a regression."""
+    return any(number(record, f"{part}_r2") is not None for record in records for part in ("validation", "test"))

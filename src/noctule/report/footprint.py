@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from noctule.report.facts import BASELINE, mapping, number, outcomes, training_bytes
+from noctule.report.facts import BASELINE, mapping, number, outcomes, predicts_numbers, training_bytes
 from noctule.report.markup import text
 from noctule.report.units import GAP, MINUS, MISSING, TIMES, count, duration, energy, ratio, size
 
@@ -20,7 +20,13 @@ def footprint(summary: Outcome) -> str:
     dense = series.get(BASELINE)
     others = [own for own in series.values() if own is not dense] if dense is not None else []
     rows = []
-    for label, show in (("Test accuracy", _accuracy), ("Test loss", _loss), ("Best epoch, by validation", _best_epoch)):
+    scores = _OF_NUMBERS if predicts_numbers(list(series.values())) else {"Test accuracy": _accuracy}
+    epoch = (
+        "Best epoch, by validation"
+        if number(mapping(summary, "data"), "validation") != 0
+        else "Last epoch, no validation"
+    )
+    for label, show in {**scores, "Test loss": _loss, epoch: _best_epoch}.items():
         first = show is _accuracy
         beside = [_points(own, dense) if first else _NO_CELL for own in others]
         rows.append(_row(label, [show(own) for own in series.values()], beside, "total" if first else ""))
@@ -91,6 +97,22 @@ def _accuracy(own: Outcome) -> str:
 def _loss(own: Outcome) -> str:
     loss = number(own, "test_loss")
     return MISSING if loss is None else f"{loss:.4g}"
+
+
+def _r2(own: Outcome) -> str:
+    return MISSING if (value := number(own, "test_r2")) is None else f"{value:.4f}"
+
+
+def _of(key: str) -> Callable[[Outcome], str]:
+    return lambda own: MISSING if (value := number(own, key)) is None else f"{value:.5g}"
+
+
+_OF_NUMBERS: dict[str, Callable[[Outcome], str]] = {
+    "Test R²": _r2,
+    "Test error, root mean square": _of("test_rmse"),
+    "Test error, mean absolute": _of("test_mae"),
+}
+"""What is said of a regression in place of the accuracy; errors are in the unit of the target."""
 
 
 def _best_epoch(own: Outcome) -> str:

@@ -3,8 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from noctule.report.facts import BASELINE, best_validation, by_series, number, outcomes, training_bytes
-from noctule.report.units import GAP, count, duration, percent, ratio, size
+from noctule.report.facts import (
+    BASELINE,
+    best_validation,
+    by_series,
+    number,
+    outcomes,
+    predicts_numbers,
+    score,
+    training_bytes,
+)
+from noctule.report.units import GAP, count, duration, percent, r2, ratio, size
 
 
 def headline(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
@@ -24,7 +33,8 @@ def _unfinished(records: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for name, own in by_series(records).items():
         best = best_validation(own)
-        reached = "no validation accuracy yet" if best is None else f"{percent(best)} on the validation set at best"
+        of_score = r2 if predicts_numbers(own) else percent
+        reached = "no validation accuracy yet" if best is None else f"{of_score(best)} on the validation set at best"
         epoch = number(own[-1], "epoch")
         parts.append(f"{name} {f'after epoch {epoch:.0f}' if epoch is not None else 'so far'}: {reached}")
     return f"Not finished. {_capital('; '.join(parts))}."
@@ -72,14 +82,21 @@ def _against_baseline(name: str, outcome: Mapping[str, Any], twin: Mapping[str, 
 
 
 def _accuracy(name: str, outcome: Mapping[str, Any]) -> str:
-    accuracy = number(outcome, "test_accuracy")
-    return f"{name}: " + ("test accuracy not available" if accuracy is None else f"{percent(accuracy)} on the test set")
+    found, of_score = score(outcome, "test"), r2 if predicts_numbers([outcome]) else percent
+    return f"{name}: " + ("test accuracy not available" if found is None else f"{of_score(found)} on the test set")
 
 
 def _difference(outcome: Mapping[str, Any], twin: Mapping[str, Any]) -> str:
-    mine, theirs = number(outcome, "test_accuracy"), number(twin, "test_accuracy")
+    mine, theirs = score(outcome, "test"), score(twin, "test")
     if mine is None or theirs is None:
         return " (no test accuracy of the dense twin)" if mine is not None else ""
+    if predicts_numbers([outcome]):
+        away = f"{abs(mine - theirs):.3f}"
+        return (
+            f", {away} {'above' if mine > theirs else 'below'} its dense twin"
+            if float(away)
+            else ", level with its dense twin"
+        )
     points = round(100 * (mine - theirs), 1)
     if points == 0:
         return ", level with its dense twin"

@@ -61,11 +61,21 @@ def data(summary: Mapping[str, Any]) -> str | None:
     """The data set and its sizes in words; None when the summary does not name one."""
     about = mapping(summary, "data")
     parts = [f"{count(size)} {what}" for what in ("features", "classes") if (size := number(about, what)) is not None]
+    if about.get("target"):
+        parts = [f"{count(number(about, 'features') or 0)} features", f"target {about['target']}"]
+        labels = about.get("labels")
+        parts.append(f"classes {_labels(labels)}" if isinstance(labels, list) else "a number: regression")
     for part in ("train", "validation", "test"):
         if (samples := number(about, part)) is not None:
             parts.append(f"{count(samples)} {part} samples")
     words = ([str(about["name"])] if about.get("name") else []) + parts
     return ", ".join(words) or None
+
+
+def _labels(labels: list[Any]) -> str:
+    """The names of the classes in the order of their numbers."""
+    more = f" and {len(labels) - 20} more" if len(labels) > 20 else ""
+    return " / ".join(str(label) for label in labels[:20]) + more
 
 
 def _value(value: object) -> str:

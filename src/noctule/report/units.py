@@ -47,6 +47,11 @@ def percent(share: float | None) -> str:
     return f"{text}{GAP}%"
 
 
+def r2(value: float | None) -> str:
+    """The coefficient of determination: R² 0.873."""
+    return MISSING if value is None else f"R²{GAP}{value:.3f}"
+
+
 def ratio(value: float | None) -> str:
     """How many times: 11×, 6.8×, 0.71×."""
     if value is None:

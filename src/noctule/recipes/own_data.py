@@ -1,0 +1,100 @@
+"""What a recipe does with the data it was given: say what was made of them, keep that, and score what was learnt."""
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from noctule.checkpoint.atomic import replacing
+from noctule.data import Dataset, Splits, Text, Windows
+from noctule.data.preparation import Preparation
+from noctule.errors import DataError
+from noctule.loop import Loss
+from noctule.report import RunFolder
+
+FILE = "data.json"
+"""In a run's folder: what was learnt from the training part to make samples into tensors."""
+
+
+def keep_preparation(run: RunFolder, splits: Splits) -> None:
+    """Write `data.json` into the run's folder; say what was made of the user's own data, and where they are no longer the same.
+
+    Raises:
+        DataError: a run that goes on finds other data than it began with.
+    """
+    preparation = splits.preparation
+    if preparation is None:
+        return
+    path = run.path / FILE
+    if path.exists():
+        if read_preparation(run).fingerprint != preparation.fingerprint:
+            raise DataError(
+                f"the data {preparation.name!r} are not those that {run.path} began with: put those back, or start a new run"
+            )
+        return
+    with replacing(path) as file:
+        file.write(json.dumps(preparation.to_json(), indent=1).encode())
+
+
+def read_preparation(run: RunFolder) -> Preparation:
+    """What `keep_preparation` wrote.
+
+    Raises:
+        DataError: there is none, or it is no longer readable.
+    """
+    path = run.path / FILE
+    try:
+        return Preparation.from_json(json.loads(path.read_bytes()))
+    except OSError as error:
+        raise DataError(
+            f"{run.path} does not say how its data were prepared ({error.strerror}: {FILE}): its recipe keeps no such file, or "
+            "nothing was trained yet"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}); train again") from error
+
+
+def say(run: RunFolder, splits: Splits) -> None:
+    """Print what was made of the user's own data, once for all workers."""
+    preparation = splits.preparation
+    if preparation is None or "worker" in run.about():
+        return
+    if preparation.describe() or splits.validation is None:
+        print(splits.describe(), flush=True)
+
+
+def describe(splits: Splits | Text) -> dict[str, Any]:
+    """The data set and its sizes, as a summary keeps them."""
+    parts = {name: getattr(splits, name) for name in ("train", "validation", "test")}
+    sizes = {name: 0 if part is None else len(part) for name, part in parts.items()}
+    about = {"name": splits.train.name, "features": splits.train.features, "classes": splits.train.classes, **sizes}
+    preparation = splits.preparation if isinstance(splits, Splits) else None
+    if preparation is not None and preparation.describe():
+        about |= {"target": preparation.target.name, "task": preparation.target.task}
+        about |= {"labels": list(preparation.target.labels)} if preparation.target.labels else {}
+    return about
+
+
+def loss_for(data: Dataset | Windows) -> Loss:
+    """Cross-entropy for classes, the squared error for numbers."""
+    return nn.functional.cross_entropy if data.classes else squared_error
+
+
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The mean square of the difference, of outputs (B, 1) and targets (B,)."""
+    return nn.functional.mse_loss(outputs.flatten(), targets)
+
+
+@torch.no_grad()
+def errors(model: nn.Module, splits: Splits) -> dict[str, float]:
+    """Root of the mean squared error and mean absolute error on the test part, in the unit of the target."""
+    deviation = 1.0 if splits.preparation is None else splits.preparation.target_deviation
+    model.eval()
+    away = [
+        model(inputs).flatten() - targets
+        for inputs, targets in zip(splits.test.inputs.split(1000), splits.test.targets.split(1000), strict=True)
+    ]
+    off = torch.cat(away).double() * deviation
+    model.train()
+    return {"test_rmse": float(off.square().mean().sqrt()), "test_mae": float(off.abs().mean())}
