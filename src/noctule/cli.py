@@ -12,6 +12,7 @@ from typing import Any
 
 from noctule.errors import NoctuleError, UsageError
 from noctule.signature import Parser, add_options, from_json, nearest, options
+from noctule.threads import let_threads_sleep
 
 BENCHMARKS = (
     "layers",
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(words: list[str]) -> int:
     """Train by a recipe, or go on with a run that was stopped."""
+    let_threads_sleep()  # before anything loads torch
     from noctule.launch import Strategy
     from noctule.launch.torchrun import under_torchrun
     from noctule.report import RunFolder
