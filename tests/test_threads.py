@@ -55,11 +55,12 @@ from noctule.topology import Topology
 def woken(weights):
     before = len(os.listdir("/proc/self/task"))
     topology = Topology.random((1000, 1000), weights)
+    topology.transposed  # torch's own sorting
     values, x, dy = torch.ones(weights), torch.ones(1000, 128), torch.ones(1000, 128)
     torch.set_num_threads(3)
     kernels.spmm(topology, values, x)
     kernels.spmm_t(topology, values, dy)
-    kernels.gradients(topology, dy, x, True)
+    kernels.gradients(topology, dy, x, bias=True)
     torch.set_num_threads(1)
     return len(os.listdir("/proc/self/task")) - before
 
