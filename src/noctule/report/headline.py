@@ -3,8 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from noctule.report.facts import BASELINE, best_validation, by_series, number, outcomes, training_bytes
-from noctule.report.units import GAP, count, duration, percent, ratio, size
+from noctule.report.facts import BASELINE, apart, best_validation, by_series, number, outcomes, training_bytes
+from noctule.report.units import GAP, count, duration, percent, ratio, signed, size
+
+STORED = "weights, gradients and optimizer state"
+"""What `training_bytes` adds up, indices included."""
 
 
 def headline(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
@@ -15,7 +18,7 @@ def headline(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -
     name = "sparse" if "sparse" in finished else next(iter(finished))
     if name == BASELINE or BASELINE not in finished:
         return _alone(name, finished[name])
-    return _against_baseline(name, finished[name], finished[BASELINE])
+    return _against_baseline(name, finished[name], finished[BASELINE], apart(summary, name))
 
 
 def _unfinished(records: Sequence[Mapping[str, Any]]) -> str:
@@ -37,11 +40,13 @@ def _alone(name: str, outcome: Mapping[str, Any]) -> str:
     if (seconds := number(outcome, "seconds_per_epoch")) is not None:
         parts.append(f"{duration(seconds)} per epoch")
     if (stored := training_bytes(outcome)) is not None:
-        parts.append(f"{size(stored)} of training memory")
+        parts.append(f"{size(stored)} of {STORED}")
     return _capital(_accuracy(name, outcome) + (f", with {_listed(parts)}." if parts else "."))
 
 
-def _against_baseline(name: str, outcome: Mapping[str, Any], twin: Mapping[str, Any]) -> str:
+def _against_baseline(
+    name: str, outcome: Mapping[str, Any], twin: Mapping[str, Any], apart: tuple[float, float] | None
+) -> str:
     gains, costs = [], []
     mine, theirs = number(outcome, "parameters"), number(twin, "parameters")
     if mine is not None and theirs:
@@ -53,7 +58,7 @@ def _against_baseline(name: str, outcome: Mapping[str, Any], twin: Mapping[str, 
             costs.append(f"{ratio(mine / theirs)} its parameters")
     for mine, theirs, what in (
         (number(outcome, "seconds_per_epoch"), number(twin, "seconds_per_epoch"), "time per epoch"),
-        (training_bytes(outcome), training_bytes(twin), "training memory"),
+        (training_bytes(outcome), training_bytes(twin), STORED),
     ):
         if not mine or not theirs:
             continue
@@ -63,7 +68,7 @@ def _against_baseline(name: str, outcome: Mapping[str, Any], twin: Mapping[str, 
             gains.append(f"{ratio(theirs / mine)} less {what}")
         else:
             costs.append(f"{ratio(mine / theirs)} the {what}")
-    sentence = _accuracy(name, outcome) + _difference(outcome, twin)
+    sentence = _accuracy(name, outcome) + _difference(outcome, twin, apart)
     if gains:
         sentence += f", with {_listed(gains)}"
     if costs:
@@ -76,14 +81,17 @@ def _accuracy(name: str, outcome: Mapping[str, Any]) -> str:
     return f"{name}: " + ("test accuracy not available" if accuracy is None else f"{percent(accuracy)} on the test set")
 
 
-def _difference(outcome: Mapping[str, Any], twin: Mapping[str, Any]) -> str:
+def _difference(outcome: Mapping[str, Any], twin: Mapping[str, Any], apart: tuple[float, float] | None) -> str:
     mine, theirs = number(outcome, "test_accuracy"), number(twin, "test_accuracy")
     if mine is None or theirs is None:
         return " (no test accuracy of the dense twin)" if mine is not None else ""
-    points = round(100 * (mine - theirs), 1)
-    if points == 0:
-        return ", level with its dense twin"
-    return f", {abs(points)}{GAP}points {'above' if points > 0 else 'below'} its dense twin"
+    way = f" in {twin['way']}" if isinstance(twin.get("way"), str) else ""
+    against = f" against {percent(theirs)} of its dense twin{way}"
+    if apart is None:
+        return f"{against} ({signed(100 * (mine - theirs), 1)}{GAP}points)"
+    points, margin = apart
+    said = f"{signed(points, 1)}{GAP}±{GAP}{margin:.1f}{GAP}points"
+    return f"{against} ({'no difference: ' if abs(points) <= margin else ''}{said})"
 
 
 def _listed(parts: Sequence[str]) -> str:
