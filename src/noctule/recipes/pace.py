@@ -1,6 +1,7 @@
 """What several workers of one machine have to be faster than: one process with all of their threads."""
 
 import copy
+import inspect
 from itertools import chain, count
 from statistics import median
 from time import perf_counter
@@ -27,7 +28,8 @@ def alone_seconds(model: nn.Module, optimizer: Optimizer, train: Batches, *, wor
     """
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     twin = copy.deepcopy(model)
-    own = type(optimizer)(twin.parameters(), **optimizer.defaults)
+    accepted = inspect.signature(type(optimizer)).parameters
+    own = type(optimizer)(twin.parameters(), **{k: v for k, v in optimizer.defaults.items() if k in accepted})
     batches = chain.from_iterable(train.epoch(epoch) for epoch in count())
     seconds: list[float] = []
     twin.train()

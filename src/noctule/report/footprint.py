@@ -24,7 +24,7 @@ def footprint(summary: Outcome) -> str:
         beside = [_points(summary, name, own, dense) if first else _NO_CELL for name, own in others.items()]
         rows.append(_row(label, [show(own) for own in series.values()], beside, "total" if first else ""))
     for label, kind, get, show in _COSTS:
-        beside = [_ratio(get(dense), get(own)) for own in others.values()] if dense is not None else []
+        beside = [_NO_CELL if "whole" in kind else _ratio(get(dense), get(own)) for own in others.values()]
         rows.append(_row(label, [show(get(own)) for own in series.values()], beside, kind))
     heads = [*series, *(f"dense / {name}" for name in series if name != BASELINE and others)]
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in ("Measure", *heads))
@@ -47,8 +47,8 @@ _COSTS: tuple[tuple[str, str, Callable[[Outcome], float | None], Callable[[float
     ("indices", "part", _key("index_bytes"), size),
     ("gradients", "part", _key("gradient_bytes"), size),
     ("optimizer state", "part", _key("optimizer_bytes"), size),
-    ("Peak of the whole process", "", _key("peak_memory_bytes"), size),
-    ("in use before its training: Python, torch, data", "part", _key("memory_before_bytes"), size),
+    ("Peak of the whole process", "whole", _key("peak_memory_bytes"), size),
+    ("in use before it trained", "part whole", _key("memory_before_bytes"), size),
     ("Multiply-adds per sample", "", _key("multiply_adds_per_sample"), count),
     ("Time per epoch, median", "total", _key("seconds_per_epoch"), duration),
     ("Time for the whole training", "", _key("seconds"), duration),
@@ -106,7 +106,8 @@ def _twin(dense: Outcome) -> list[str]:
 def _notes(summary: Outcome, *, compared: bool) -> list[str]:
     notes = [
         "Stored from step to step are weights, indices, gradients and optimizer state, counted tensor by tensor. The peak is the most "
-        "memory that the process had at once: all of that, activations, and whatever was there before. "
+        "memory that the process had at once: that, activations, and all that was there before (Python, torch, the data, and what "
+        "an earlier series left), so the peaks of two series do not compare. "
         "Multiply-adds count the forward pass and both gradients."
     ]
     if compared:

@@ -6,7 +6,7 @@ from typing import Any
 from noctule.report.facts import BASELINE, apart, best_validation, by_series, number, outcomes, training_bytes
 from noctule.report.units import GAP, count, duration, percent, ratio, signed, size
 
-STORED = "weights, gradients and optimizer state"
+STORED = "memory for weights, gradients and optimizer state"
 """What `training_bytes` adds up, indices included."""
 
 
