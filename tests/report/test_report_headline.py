@@ -69,7 +69,7 @@ def uncertain(summary):
 
 def test_a_difference_within_its_uncertainty_is_called_none_and_the_twin_is_named():
     few = uncertain({"data": {"test": 100}}).replace("\u00a0", " ")
-    assert "against 91.5 % of its dense twin in bf16 autocast (no difference: \u22120.3 \u00b1 7.8 points)" in few
+    assert "against 91.5 % of its dense twin in bf16 autocast (no difference: \u22120.3 \u00b1 7.9 points)" in few
     many = uncertain({"data": {"test": 1_000_000}}).replace("\u00a0", " ")
     assert "(\u22120.3 \u00b1 0.1 points)" in many
     paired = {"difference": {"points": -0.3, "margin_points": 0.2}}

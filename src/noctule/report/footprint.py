@@ -105,8 +105,8 @@ def _twin(dense: Outcome) -> list[str]:
 
 def _notes(summary: Outcome, *, compared: bool) -> list[str]:
     notes = [
-        "Stored from step to step are weights, indices, gradients and optimizer state, counted tensor by tensor. The peak is the most "
-        "memory that the process had at once: that, activations, and all that was there before (Python, torch, the data, and what "
+        "Stored from step to step are weights, indices, gradients and optimizer state, counted tensor by tensor. "
+        "The peak is the most memory that the process had at once: that, activations, and all that was there before (Python, torch, the data, and what "
         "an earlier series left), so the peaks of two series do not compare. "
         "Multiply-adds count the forward pass and both gradients."
     ]
