@@ -24,7 +24,7 @@ def footprint(summary: Outcome) -> str:
         beside = [_points(summary, name, own, dense) if first else _NO_CELL for name, own in others.items()]
         rows.append(_row(label, [show(own) for own in series.values()], beside, "total" if first else ""))
     for label, kind, get, show in _COSTS:
-        beside = [_NO_CELL if "whole" in kind else _ratio(get(dense), get(own)) for own in others.values()]
+        beside = [_NO_CELL if "whole" in kind else _ratio(get(dense or {}), get(own)) for own in others.values()]
         rows.append(_row(label, [show(get(own)) for own in series.values()], beside, kind))
     heads = [*series, *(f"dense / {name}" for name in series if name != BASELINE and others)]
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in ("Measure", *heads))
@@ -105,9 +105,9 @@ def _twin(dense: Outcome) -> list[str]:
 
 def _notes(summary: Outcome, *, compared: bool) -> list[str]:
     notes = [
-        "Stored from step to step are weights, indices, gradients and optimizer state, counted tensor by tensor. "
-        "The peak is the most memory that the process had at once: that, activations, and all that was there before (Python, torch, the data, and what "
-        "an earlier series left), so the peaks of two series do not compare. "
+        "Stored from step to step are weights, indices, gradients and optimizer state, counted tensor by tensor. The peak is the "
+        "most memory that the process had at once: that, activations, and all that was there before (Python, torch, the data, and "
+        "what an earlier series left), so the peaks of two series do not compare. "
         "Multiply-adds count the forward pass and both gradients."
     ]
     if compared:
