@@ -20,6 +20,7 @@ from noctule.output import tolerant
 from noctule.signature import Parser, absolute, add_options, from_json, nearest, options
 from noctule.source import declared
 from noctule.strategy import Serving, Strategy, several
+from noctule.threads import let_threads_sleep
 
 BENCHMARKS = (
     "layers",
@@ -91,6 +92,7 @@ def _chosen(words: list[str], commands: dict[str, Callable[[list[str]], int]]) -
 
 def run(words: list[str]) -> int:
     """Train by a recipe, or go on with a run that was stopped."""
+    let_threads_sleep()  # before anything loads torch
     from noctule.report.folder import RunFolder, refuse_occupied
 
     name = words.pop(0) if words and not words[0].startswith("-") else None

@@ -9,6 +9,7 @@ import torch
 from noctule.kernels import native
 from noctule.measure import machine, measure
 from noctule.measure.cpus import available_cpus
+from noctule.threads import how_threads_wait
 
 
 def findings() -> dict[str, str]:
@@ -21,6 +22,7 @@ def findings() -> dict[str, str]:
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
         "python": sys.version.split()[0],
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "idle threads": how_threads_wait(),
         "compiled kernels": _kernels(),
         "OpenMP runtimes": _openmp(),
         "CUDA": torch.cuda.get_device_name() if torch.cuda.is_available() else "not available",

@@ -8,13 +8,13 @@ from noctule.report import RunFolder, compare_table
 def test_one_line_a_run_and_series(make_run):
     runs = [make_run("one"), make_run("two", series={}), make_run("three", records=[], series={})]
     assert compare_table(runs).splitlines() == [
-        "run    series             accuracy  parameters  training memory  time per epoch",
-        "-----  ------  -------------------  ----------  ---------------  --------------",
-        "one    sparse               90.1 %     100,000          1.40 MB          1.25 s",
-        "one    dense                90.5 %   2,500,000          30.0 MB          8.50 s",
-        "two    sparse  89.6 % (validation)           -                -               -",
-        "two    dense   89.6 % (validation)           -                -               -",
-        "three  -              no epoch yet           -                -               -",
+        "run    series             accuracy  parameters   stored  time per epoch",
+        "-----  ------  -------------------  ----------  -------  --------------",
+        "one    sparse               90.1 %     100,000  1.40 MB          1.25 s",
+        "one    dense                90.5 %   2,500,000  30.0 MB          8.50 s",
+        "two    sparse  89.6 % (validation)           -        -               -",
+        "two    dense   89.6 % (validation)           -        -               -",
+        "three  -              no epoch yet           -        -               -",
     ]
 
 

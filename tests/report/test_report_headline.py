@@ -32,43 +32,61 @@ def said(sparse=None, dense=None, records=(), **series):
 
 def test_a_good_run():
     assert said(SPARSE, DENSE) == (
-        "Sparse: 91.2 % on the test set, 0.3 points below its dense twin, with 4.5 % of its parameters, "
-        "6.8x less time per epoch and 11x less training memory."
+        "Sparse: 91.2 % on the test set against 91.5 % of its dense twin (\u22120.3 points), with 4.5 % of its parameters, "
+        "6.8x less time per epoch and 11x less memory for weights, gradients and optimizer state."
     )
 
 
 def test_a_slower_and_larger_run_says_so():
     slow = SPARSE | {"seconds_per_epoch": 17.0, "index_bytes": 1000}
     assert said(slow, DENSE).endswith(
-        "with 4.5 % of its parameters, but it takes 2.5x the time per epoch and 2.7x the training memory."
+        "with 4.5 % of its parameters, but it takes 2.5x the time per epoch and 2.7x the "
+        "memory for weights, gradients and optimizer state."
     )
     big = slow | {"parameters": 2000}
     assert said(big, DENSE).endswith(
-        "twin, and it takes 2.0x its parameters, 2.5x the time per epoch and 2.7x the training memory."
+        "points), and it takes 2.0x its parameters, 2.5x the time per epoch and 2.7x the memory for weights, gradients and "
+        "optimizer state."
     )
 
 
 @pytest.mark.parametrize(
     ("accuracy", "words"),
     [
-        (0.915, "level with its dense twin"),
-        (0.9153, "level with its dense twin"),
-        (0.925, "1.0 points above its dense twin"),
-        (0.5, "41.5 points below its dense twin"),
+        (0.915, "against 91.5 % of its dense twin (0.0 points)"),
+        (0.9153, "against 91.5 % of its dense twin (0.0 points)"),
+        (0.925, "against 91.5 % of its dense twin (+1.0 points)"),
+        (0.5, "against 91.5 % of its dense twin (\u221241.5 points)"),
     ],
 )
 def test_the_difference_of_accuracy(accuracy, words):
     assert words in said(SPARSE | {"test_accuracy": accuracy}, DENSE)
 
 
+def uncertain(summary):
+    return headline({"series": {"sparse": SPARSE, "dense": DENSE | {"way": "bf16 autocast"}}} | summary, ())
+
+
+def test_a_difference_within_its_uncertainty_is_called_none_and_the_twin_is_named():
+    few = uncertain({"data": {"test": 100}}).replace("\u00a0", " ")
+    assert "against 91.5 % of its dense twin in bf16 autocast (no difference: \u22120.3 \u00b1 7.9 points)" in few
+    many = uncertain({"data": {"test": 1_000_000}}).replace("\u00a0", " ")
+    assert "(\u22120.3 \u00b1 0.1 points)" in many
+    paired = {"difference": {"points": -0.3, "margin_points": 0.2}}
+    assert "(\u22120.3 \u00b1 0.2 points)" in uncertain({"data": {"test": 100}} | paired).replace("\u00a0", " ")
+
+
 def test_equal_costs_are_not_gains():
     sentence = said(DENSE, DENSE)
-    assert "as many parameters, about the same time per epoch and about the same training memory" in sentence
+    assert (
+        "as many parameters, about the same time per epoch and about the same memory for weights, gradients and optimizer state"
+        in sentence
+    )
     assert "less" not in sentence
 
 
 def test_a_run_without_a_twin_boasts_of_nothing():
-    costs = "45 parameters, 1.00 s per epoch and 35 B of training memory"
+    costs = "45 parameters, 1.00 s per epoch and 35 B of memory for weights, gradients and optimizer state"
     assert said(SPARSE) == f"Sparse: 91.2 % on the test set, with {costs}."
     assert said(None, DENSE).startswith("Dense: 91.5 % on the test set, with 1,000 parameters")
     assert said(rigl=SPARSE, static=DENSE).startswith("Rigl: 91.2 %")

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from noctule.bench.csr import CsrLinear, CsrOwnBackward
-from noctule.bench.dense import OneDnnLinear
 from noctule.bench.peers import sparselab, sparseprop
 from noctule.bench.workers import Process
 from noctule.layers import SparseLinear
+from noctule.layers.onednn import OneDnnLinear
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,11 @@ except ImportError:
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What the kernels are compiled for; all tensors of a call have the same, but a bias may have any."""
-PARALLEL_FROM = 1 << 15
-"""Multiply-adds (or elements moved) under which a second thread costs more than it gives."""
+PARALLEL_FROM = 1 << 19
+"""Multiply-adds, some 30 us of one thread, under which it is not worth waking the others. From there on all of them share the
+work: a team of another size than the last would have libgomp end threads and start new ones."""
+MOVED = 2
+"""Multiply-adds that take as long as moving an element."""
 REPACK_FROM = 8
 """Uses of a row from which it pays to copy misplaced rows to cache lines first."""
 
@@ -111,8 +114,8 @@ def epilogue_backward(dy_OB: Tensor, kept: Kept, bias: bool) -> tuple[Tensor, Te
     dbias = dy.new_empty(rows) if bias else None
     _native.epilogue_backward(
         dy.element_size(), dy.data_ptr(), dy.stride(0), _address(dz) if kept.changed else 0, dz.stride(0), _address(dbias), rows,
-        batch, _threads(rows * batch), kept.epilogue.slope, kept.epilogue.scale, _address(kept.positive), _address(kept.kept),
-        (batch + 7) // 8,
+        batch, _threads(MOVED * rows * batch), kept.epilogue.slope, kept.epilogue.scale, _address(kept.positive),
+        _address(kept.kept), (batch + 7) // 8,
     )  # fmt: skip
     return dz, dbias
 
@@ -124,7 +127,7 @@ def transpose(x_BI: Tensor) -> Tensor:
     x_IB = _rows(features, batch, x.dtype)
     _native.transpose(
         x.element_size(), x.data_ptr(), x.stride(0), x_IB.data_ptr(), x_IB.stride(0), batch, features,
-        _threads(batch * features),
+        _threads(MOVED * batch * features),
     )  # fmt: skip
     return x_IB
 
@@ -137,7 +140,8 @@ def place(x_BCHW: Tensor, frame: Frame) -> Tensor:
     strides[0] = strides[0] if batch > 1 else 1
     _native.place(
         y.element_size(), x_BCHW.data_ptr(), *strides, rows, columns, frame.top, frame.left, y.data_ptr(),
-        frame.rows * batch, channels, *frame.phases, frame.high, frame.wide, batch, _threads(y.numel()),
+        frame.rows * batch, channels, *frame.phases, frame.high, frame.wide, batch,
+        _threads(MOVED * y.numel()),
     )  # fmt: skip
     return y
 
@@ -216,7 +220,7 @@ def _packed(x: Tensor, weights: int) -> Tensor:
     y = _rows(features, batch, x.dtype)
     _native.copy_rows(
         y.element_size(), x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), features, batch,
-        _threads(features * batch),
+        _threads(MOVED * features * batch),
     )  # fmt: skip
     return y
 

@@ -29,7 +29,7 @@ class Apart(Team):
         timeout_seconds: for any one answer of the server.
     """
 
-    alone = False
+    alone = one_machine = False
     many_models = False  # the server has one
 
     def __init__(self, ticket: Ticket, *, world: int, strategy: Strategy, timeout_seconds: float) -> None:

@@ -35,6 +35,8 @@ class Team:
     """How many there are now."""
     alone = True
     """Whether there are no others."""
+    one_machine = True
+    """Whether all of them are on this machine, and their records in one folder."""
     many_models = True
     """Whether it can train one model after the other."""
     trained = False

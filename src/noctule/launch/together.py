@@ -62,7 +62,7 @@ class Together(Team):
         strategy: how they train together.
     """
 
-    alone = False
+    alone = one_machine = False
 
     def __init__(self, rendezvous: Rendezvous, *, member: int, strategy: Strategy) -> None:
         """In no group yet."""

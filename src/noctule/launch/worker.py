@@ -119,6 +119,7 @@ def work(descriptor: int, recipe: Callable[[dict[str, Any]], None]) -> int:
     plan = said[0]
     torch.set_num_threads(plan["threads"])
     with as_member_of(_team(line, plan)) as team:
+        team.one_machine = True
         try:
             recipe(plan)
             if not team.trained and plan["workers"] > 1:

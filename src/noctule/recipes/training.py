@@ -1,8 +1,10 @@
 """What recipes share: a sparse network and its dense twin, trained alike one after the other, and what each of them took."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
@@ -12,7 +14,10 @@ from noctule.launch import team
 from noctule.loop import Fitted, evaluate, fit
 from noctule.measure import footprint, measure
 from noctule.method import Method
+from noctule.recipes.difference import difference, keep, right
 from noctule.recipes.own_data import errors, loss_for
+from noctule.recipes.pace import alone_seconds, compared
+from noctule.recipes.twin import strongest_
 from noctule.report import Journal, RunFolder, write_report
 from noctule.rewire import Grow, Rewire, anywhere, guided, steepest
 from noctule.schedule import cosine
@@ -53,6 +58,8 @@ def train_series(
         if name in summary["series"]:
             continue
         summary["series"][name] = train(Journal(run, name))
+        if found := difference(_right(run, "sparse"), _right(run, "dense")):
+            summary["difference"] = found
         run.write_summary(summary)
         write_report(run)
     return summary
@@ -70,8 +77,17 @@ def train_classifier(
     journal: Journal,
     checkpoint_seconds: float,
 ) -> dict[str, Any]:
-    """Train, read the test set once with the weights that validation chose, and say what it took."""
+    """Train, read the test set once with the weights that validation chose, and say what it took.
+
+    A dense twin computes in the way that is the fastest here; choosing it is no part of what is measured.
+    """
     here = team()
+    multiply_adds = _multiply_adds(model, train)
+    chosen: dict[str, Any] = {"way": "fp32"}
+    if journal.series == "dense" and here.one_machine:
+        inputs, targets = next(train.epoch(0))
+        loss_fn = loss_for(splits.train)
+        chosen = strongest_(model, lambda twin: loss_fn(twin(inputs), targets), journal.run.whole / "twin.json")
     with measure() as cost:
         steps = epochs * len(train)
         shared, methods = here.share(train), [*methods, *here.methods(steps=steps)]
@@ -91,14 +107,25 @@ def train_classifier(
             )
         )
     held = footprint(model, optimizer, all_gradients=True)
-    return _judged(model, fitted, splits) | {
+    judged = _judged(model, fitted, splits)
+    if splits.train.classes:
+        keep(_right(journal.run, journal.series), right(model, splits.test))
+    if not here.alone and here.one_machine and here.rank == 0:
+        alone = alone_seconds(model, optimizer, train, loss_for(splits.train), workers=here.world)
+        chosen |= {"alone_seconds_per_epoch": alone, "alone_threads": here.world * torch.get_num_threads()}
+        words = compared(here.world, judged["seconds_per_epoch"] or 0.0, alone, threads=chosen["alone_threads"])
+        if words:
+            print(f"{journal.series}: {words}", flush=True)
+    return judged | {
+        **chosen,
         "parameters": held.parameters,
         "weights_bytes": held.weights_bytes,
         "index_bytes": held.index_bytes,
         "gradient_bytes": held.gradient_bytes,
         "optimizer_bytes": held.optimizer_bytes,
         "peak_memory_bytes": cost.peak_memory_bytes,
-        "multiply_adds_per_sample": _multiply_adds(model, train),
+        "memory_before_bytes": cost.memory_before_bytes,
+        "multiply_adds_per_sample": multiply_adds,
         "joules": cost.joules,
     }
 
@@ -113,6 +140,11 @@ def settling(rewire: str, *, fraction: float, every: int, steps: int, seed: int)
 def falling_rate(optimizer: Optimizer, steps: int) -> LRScheduler | None:
     """A learning rate that falls along a cosine to a hundredth; None where there is no step to take."""
     return CosineAnnealingLR(optimizer, steps, eta_min=optimizer.param_groups[0]["lr"] / 100) if steps else None
+
+
+def _right(run: RunFolder, series: str) -> Path:
+    """Where it is kept which samples of the test set a network got right."""
+    return run.path / f"right-{series}.npy"
 
 
 def _judged(model: nn.Module, fitted: Fitted, splits: Splits | Text) -> dict[str, Any]:

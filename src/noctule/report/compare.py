@@ -2,16 +2,27 @@
 
 from collections.abc import Sequence
 
-from noctule.report.facts import best_validation, by_series, number, outcomes, predicts_numbers, score, training_bytes
+from noctule.report.facts import (
+    BASELINE,
+    best_validation,
+    by_series,
+    number,
+    outcomes,
+    predicts_numbers,
+    score,
+    training_bytes,
+)
 from noctule.report.folder import RunFolder
 from noctule.report.together import how
 from noctule.report.units import GAP, count, duration, percent, r2, size
 
-_HEADS = ("run", "series", "accuracy", "parameters", "training memory", "time per epoch")
+_HEADS = ("run", "series", "accuracy", "parameters", "stored", "time per epoch")
 
 
 def compare_table(folders: Sequence[RunFolder]) -> str:
     """A line per run and series: accuracy or R2 on the test set (on validation while unfinished), weights, bytes, seconds.
+
+    Stored are weights, indices, gradients and optimizer state; a dense twin says in which way it was trained.
 
     Of a run by several workers the bytes are those of one of them.
     """
@@ -39,7 +50,8 @@ def _rows(folder: RunFolder, run: str) -> list[tuple[str, ...]]:
             (size, training_bytes(own)),
             (duration, number(own, "seconds_per_epoch")),
         )
-        rows.append((run, name, *("-" if value is None else words(value) for words, value in show)))
+        way = f", {own['way']}" if name == BASELINE and isinstance(own.get("way"), str) else ""
+        rows.append((run, name + way, *("-" if value is None else words(value) for words, value in show)))
     return rows or [(run, "-", "no epoch yet", "-", "-", "-")]
 
 

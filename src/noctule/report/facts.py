@@ -57,6 +57,32 @@ def training_bytes(outcome: Mapping[str, Any]) -> float | None:
     return sum(known) if len(known) == len(parts) else None
 
 
+def accuracy_margin(accuracy: float, samples: float) -> float:
+    """Half of Wilson's 95 % interval of an accuracy measured on `samples`: what the draw of the test set explains."""
+    z = 1.96
+    spread = accuracy * (1 - accuracy) / samples + (z / (2 * samples)) ** 2
+    return z * math.sqrt(max(0.0, spread)) / (1 + z**2 / samples)
+
+
+def apart(summary: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    """How many points a series is more accurate than the baseline, and half of the 95 % interval of that.
+
+    Sample by sample where the summary says so, else as if each had a test set of its own; None where their size is unknown.
+    """
+    own, twin = (outcomes(summary).get(series, {}) for series in (name, BASELINE))
+    mine, theirs = number(own, "test_accuracy"), number(twin, "test_accuracy")
+    if mine is None or theirs is None or not (0 <= mine <= 1 and 0 <= theirs <= 1):
+        return None
+    paired = mapping(summary, "difference")
+    points, margin = number(paired, "points"), number(paired, "margin_points")
+    if name == "sparse" and points is not None and margin is not None:
+        return points, margin
+    samples = number(mapping(summary, "data"), "test")
+    if not samples or samples < 1:
+        return None
+    return 100 * (mine - theirs), 100 * math.hypot(accuracy_margin(mine, samples), accuracy_margin(theirs, samples))
+
+
 def best_validation(records: Sequence[Mapping[str, Any]]) -> float | None:
     """The highest validation accuracy of any record; R2 where a number is predicted."""
     scores = [score(record, "validation") for record in records]

@@ -124,6 +124,11 @@ class RunFolder:
             files.replace(path / "run.json", files.to_json(run.about() | {"worker": worker}, indent=2))
         return cls(path)
 
+    @property
+    def whole(self) -> Path:
+        """The folder of the whole run, also where this is that of one of its workers."""
+        return self.path.parent.parent if self.path.parent.name == "workers" else self.path
+
     def workers(self) -> list[Self]:
         """Of a run by several workers the folder of each, in their order; of any other this one alone."""
         others = [p for p in (self.path / "workers").glob("*/run.json") if p.parent.name.isdecimal()]

@@ -1,12 +1,20 @@
 """The table of what each series reached and what it cost, beside the dense baseline."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from noctule.report.facts import BASELINE, mapping, number, outcomes, predicts_numbers, training_bytes
+from noctule.report.facts import (
+    BASELINE,
+    accuracy_margin,
+    apart,
+    mapping,
+    number,
+    outcomes,
+    predicts_numbers,
+    training_bytes,
+)
 from noctule.report.markup import text
-from noctule.report.units import GAP, MINUS, MISSING, TIMES, count, duration, energy, ratio, size
+from noctule.report.units import GAP, MISSING, TIMES, count, duration, energy, ratio, signed, size
 
 Outcome = Mapping[str, Any]
 _NO_CELL = '<td class="none"></td>'
@@ -18,7 +26,7 @@ def footprint(summary: Outcome) -> str:
     if not series:
         return "<p>The table of results and costs is written when the run has finished.</p>"
     dense = series.get(BASELINE)
-    others = [own for own in series.values() if own is not dense] if dense is not None else []
+    others = {name: own for name, own in series.items() if own is not dense} if dense is not None else {}
     rows = []
     scores = _OF_NUMBERS if predicts_numbers(list(series.values())) else {"Test accuracy": _accuracy}
     epoch = (
@@ -28,10 +36,10 @@ def footprint(summary: Outcome) -> str:
     )
     for label, show in {**scores, "Test loss": _loss, epoch: _best_epoch}.items():
         first = show is _accuracy
-        beside = [_points(own, dense) if first else _NO_CELL for own in others]
+        beside = [_points(summary, name, own, dense) if first else _NO_CELL for name, own in others.items()]
         rows.append(_row(label, [show(own) for own in series.values()], beside, "total" if first else ""))
     for label, kind, get, show in _COSTS:
-        beside = [_ratio(get(dense), get(own)) for own in others] if dense is not None else []
+        beside = [_NO_CELL if "whole" in kind else _ratio(get(dense or {}), get(own)) for own in others.values()]
         rows.append(_row(label, [show(get(own)) for own in series.values()], beside, kind))
     heads = [*series, *(f"dense / {name}" for name in series if name != BASELINE and others)]
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in ("Measure", *heads))
@@ -43,25 +51,19 @@ def footprint(summary: Outcome) -> str:
     )
 
 
-def accuracy_margin(accuracy: float, samples: float) -> float:
-    """Half of Wilson's 95 % interval of an accuracy measured on `samples`: what the draw of the test set explains."""
-    z = 1.96
-    spread = accuracy * (1 - accuracy) / samples + (z / (2 * samples)) ** 2
-    return z * math.sqrt(max(0.0, spread)) / (1 + z**2 / samples)
-
-
 def _key(name: str) -> Callable[[Outcome], float | None]:
     return lambda outcome: number(outcome, name)
 
 
 _COSTS: tuple[tuple[str, str, Callable[[Outcome], float | None], Callable[[float | None], str]], ...] = (
     ("Parameters", "", _key("parameters"), count),
-    ("Training memory, total", "total", training_bytes, size),
+    ("Stored from step to step, total", "total", training_bytes, size),
     ("weights", "part", _key("weights_bytes"), size),
     ("indices", "part", _key("index_bytes"), size),
     ("gradients", "part", _key("gradient_bytes"), size),
     ("optimizer state", "part", _key("optimizer_bytes"), size),
-    ("Peak memory of the process", "", _key("peak_memory_bytes"), size),
+    ("Peak of the whole process", "whole", _key("peak_memory_bytes"), size),
+    ("in use before it trained", "part whole", _key("memory_before_bytes"), size),
     ("Multiply-adds per sample", "", _key("multiply_adds_per_sample"), count),
     ("Time per epoch, median", "total", _key("seconds_per_epoch"), duration),
     ("Time for the whole training", "", _key("seconds"), duration),
@@ -80,13 +82,14 @@ def _ratio(dense: float | None, own: float | None) -> str:
     return f"<td{' class=worse' if dense < own else ''}>{ratio(dense / own)}</td>"
 
 
-def _points(own: Outcome, dense: Outcome | None) -> str:
+def _points(summary: Outcome, name: str, own: Outcome, dense: Outcome | None) -> str:
     mine, theirs = number(own, "test_accuracy"), number(dense, "test_accuracy")
     if mine is None or theirs is None:
         return _NO_CELL
-    points = round(100 * (mine - theirs), 2)
-    sign = "+" if points > 0 else MINUS if points < 0 else ""
-    return f'<td class="points">{sign}{abs(points):.2f} points</td>'
+    found = apart(summary, name)
+    points, margin = found or (100 * (mine - theirs), None)
+    words = signed(points, 2) + ("" if margin is None else f" ±{GAP}{margin:.2f}") + f"{GAP}points"
+    return f'<td class="points">{words}</td>'
 
 
 def _accuracy(own: Outcome) -> str:
@@ -120,13 +123,29 @@ def _best_epoch(own: Outcome) -> str:
     return count(best) if best is None or epochs is None else f"{count(best)} of {count(epochs)}"
 
 
+def _twin(dense: Outcome) -> list[str]:
+    """How the dense twin was trained, and what else was tried."""
+    way, ways = dense.get("way"), mapping(dense, "ways_seconds")
+    if not isinstance(way, str):
+        return []
+    tried = ", ".join(f"{text(name)} {duration(taken)}" for name in ways if (taken := number(ways, name)) is not None)
+    if not tried:
+        return [f"Dense was trained in {text(way)}; which way is the fastest here was not measured."]
+    return [f"Dense was trained in {text(way)}, the fastest way here (forward and backward of a step: {tried})."]
+
+
 def _notes(summary: Outcome, *, compared: bool) -> list[str]:
     notes = [
-        "Training memory is what is stored from step to step; activations come on top, and are in the peak. "
+        "Stored from step to step are weights, indices, gradients and optimizer state, counted tensor by tensor. The peak is the "
+        "most memory that the process had at once: that, activations, and all that was there before (Python, torch, the data, and "
+        "what an earlier series left), so the peaks of two series do not compare. "
         "Multiply-adds count the forward pass and both gradients."
     ]
     if compared:
         notes.append(f"Above 1{TIMES}, dense needs that many times as much; points are the difference from dense.")
+        notes.extend(_twin(outcomes(summary)[BASELINE]))
+        if mapping(summary, "difference"):
+            notes.append(f"Points are given with half of their 95{GAP}% interval, the test samples paired.")
     samples = number(mapping(summary, "data"), "test")
     scores = [number(own, "test_accuracy") for own in outcomes(summary).values()]
     margins = [accuracy_margin(score, samples) for score in scores if samples and score is not None and 0 <= score <= 1]

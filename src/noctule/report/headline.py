@@ -5,6 +5,7 @@ from typing import Any
 
 from noctule.report.facts import (
     BASELINE,
+    apart,
     best_validation,
     by_series,
     number,
@@ -13,7 +14,10 @@ from noctule.report.facts import (
     score,
     training_bytes,
 )
-from noctule.report.units import GAP, count, duration, percent, r2, ratio, size
+from noctule.report.units import GAP, count, duration, percent, r2, ratio, signed, size
+
+STORED = "memory for weights, gradients and optimizer state"
+"""What `training_bytes` adds up, indices included."""
 
 
 def headline(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
@@ -24,7 +28,7 @@ def headline(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -
     name = "sparse" if "sparse" in finished else next(iter(finished))
     if name == BASELINE or BASELINE not in finished:
         return _alone(name, finished[name])
-    return _against_baseline(name, finished[name], finished[BASELINE])
+    return _against_baseline(name, finished[name], finished[BASELINE], apart(summary, name))
 
 
 def _unfinished(records: Sequence[Mapping[str, Any]]) -> str:
@@ -47,11 +51,13 @@ def _alone(name: str, outcome: Mapping[str, Any]) -> str:
     if (seconds := number(outcome, "seconds_per_epoch")) is not None:
         parts.append(f"{duration(seconds)} per epoch")
     if (stored := training_bytes(outcome)) is not None:
-        parts.append(f"{size(stored)} of training memory")
+        parts.append(f"{size(stored)} of {STORED}")
     return _capital(_accuracy(name, outcome) + (f", with {_listed(parts)}." if parts else "."))
 
 
-def _against_baseline(name: str, outcome: Mapping[str, Any], twin: Mapping[str, Any]) -> str:
+def _against_baseline(
+    name: str, outcome: Mapping[str, Any], twin: Mapping[str, Any], apart: tuple[float, float] | None
+) -> str:
     gains, costs = [], []
     mine, theirs = number(outcome, "parameters"), number(twin, "parameters")
     if mine is not None and theirs:
@@ -63,7 +69,7 @@ def _against_baseline(name: str, outcome: Mapping[str, Any], twin: Mapping[str, 
             costs.append(f"{ratio(mine / theirs)} its parameters")
     for mine, theirs, what in (
         (number(outcome, "seconds_per_epoch"), number(twin, "seconds_per_epoch"), "time per epoch"),
-        (training_bytes(outcome), training_bytes(twin), "training memory"),
+        (training_bytes(outcome), training_bytes(twin), STORED),
     ):
         if not mine or not theirs:
             continue
@@ -73,7 +79,7 @@ def _against_baseline(name: str, outcome: Mapping[str, Any], twin: Mapping[str, 
             gains.append(f"{ratio(theirs / mine)} less {what}")
         else:
             costs.append(f"{ratio(mine / theirs)} the {what}")
-    sentence = _accuracy(name, outcome) + _difference(outcome, twin)
+    sentence = _accuracy(name, outcome) + _difference(outcome, twin, apart)
     if gains:
         sentence += f", with {_listed(gains)}"
     if costs:
@@ -86,21 +92,19 @@ def _accuracy(name: str, outcome: Mapping[str, Any]) -> str:
     return f"{name}: " + ("test accuracy not available" if found is None else f"{of_score(found)} on the test set")
 
 
-def _difference(outcome: Mapping[str, Any], twin: Mapping[str, Any]) -> str:
+def _difference(outcome: Mapping[str, Any], twin: Mapping[str, Any], apart: tuple[float, float] | None) -> str:
     mine, theirs = score(outcome, "test"), score(twin, "test")
     if mine is None or theirs is None:
         return " (no test accuracy of the dense twin)" if mine is not None else ""
+    way = f" in {twin['way']}" if isinstance(twin.get("way"), str) else ""
     if predicts_numbers([outcome]):
-        away = f"{abs(mine - theirs):.3f}"
-        return (
-            f", {away} {'above' if mine > theirs else 'below'} its dense twin"
-            if float(away)
-            else ", level with its dense twin"
-        )
-    points = round(100 * (mine - theirs), 1)
-    if points == 0:
-        return ", level with its dense twin"
-    return f", {abs(points)}{GAP}points {'above' if points > 0 else 'below'} its dense twin"
+        return f" against {r2(theirs)} of its dense twin{way} ({signed(mine - theirs, 3)})"
+    against = f" against {percent(theirs)} of its dense twin{way}"
+    if apart is None:
+        return f"{against} ({signed(100 * (mine - theirs), 1)}{GAP}points)"
+    points, margin = apart
+    said = f"{signed(points, 1)}{GAP}±{GAP}{margin:.1f}{GAP}points"
+    return f"{against} ({'no difference: ' if abs(points) <= margin else ''}{said})"
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from noctule.report.markup import text
 from noctule.report.provenance import provenance
 from noctule.report.style import SCRIPT, STYLE
 from noctule.report.together import Workers, everyone, how, how_many, together
-from noctule.report.units import count
+from noctule.report.units import count, duration
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -129,10 +129,26 @@ def _each(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]], summar
     workers = how_many(about, records)
     if workers < 2 or not outcomes(summary):
         return ""
-    return (
+    return _pace(summary, workers) + (
         f'<p class="note">Memory is that of one of the {count(workers)} workers, of which each needs as much. Multiply-adds are '
         "those of one sample, which one worker takes. Times are those of all workers together, energy that of this machine.</p>"
     )
+
+
+def _pace(summary: Mapping[str, Any], workers: int) -> str:
+    """The workers beside one process with all of their threads."""
+    said = []
+    for name, own in outcomes(summary).items():
+        took, alone, threads = (
+            number(own, key) for key in ("seconds_per_epoch", "alone_seconds_per_epoch", "alone_threads")
+        )
+        if took is not None and alone is not None and threads is not None:
+            faster = "without --workers it is faster here" if alone < took else "the workers are faster here"
+            said.append(
+                f"{name}: {count(workers)} workers took {duration(took)} an epoch; one process with {count(threads)} threads takes "
+                f"about {duration(alone)}, as measured over some steps: {faster}."
+            )
+    return "".join(f"<p>{text(words[:1].upper() + words[1:])}</p>" for words in said)
 
 
 def _structure(records: Sequence[Mapping[str, Any]]) -> str:

@@ -52,6 +52,12 @@ def r2(value: float | None) -> str:
     return MISSING if value is None else f"R²{GAP}{value:.3f}"
 
 
+def signed(value: float, decimals: int) -> str:
+    """A number with its sign, which nought has not: +0.2, \u22120.3, 0.0."""
+    rounded = round(value, decimals)
+    return f"{'+' if rounded > 0 else MINUS if rounded < 0 else ''}{abs(rounded):.{decimals}f}"
+
+
 def ratio(value: float | None) -> str:
     """How many times: 11×, 6.8×, 0.71×."""
     if value is None:

@@ -1,4 +1,4 @@
-"""Dense linear layers beside torch's own: the faster matrix product that is in the same wheel."""
+"""`nn.Linear` on the faster matrix product that is in the same wheel."""
 
 from typing import Any
 
@@ -16,14 +16,16 @@ class OneDnnLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, I) -> (B, O)."""
-        return _OneDnnProduct.apply(x, self.weight, self.bias)  # type: ignore[return-value]
+        """(..., I) -> (..., O)."""
+        y_BO = _OneDnnProduct.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
+        return y_BO.view(*x.shape[:-1], -1)  # type: ignore[union-attr]
 
 
 class _OneDnnProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BI: Tensor, weight_OI: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x_BI: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_BI, weight_OI)
+        ctx.has_bias = bias is not None
         return _product(x_BI, weight_OI, bias)
 
     @staticmethod
@@ -31,7 +33,7 @@ class _OneDnnProduct(torch.autograd.Function):
     def backward(ctx: Any, dy_BO: Tensor) -> tuple[Tensor | None, ...]:
         x_BI, weight_OI = ctx.saved_tensors
         dx_BI = _product(dy_BO, weight_OI.t(), None) if ctx.needs_input_grad[0] else None
-        return dx_BI, _product(dy_BO.t(), x_BI.t(), None), dy_BO.sum(0)
+        return dx_BI, _product(dy_BO.t(), x_BI.t(), None), dy_BO.sum(0) if ctx.has_bias else None
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
