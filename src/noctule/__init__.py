@@ -1,10 +1,13 @@
 """Noctule: train, shrink and ship neural networks on the hardware people have.
 
-The public names, each loaded on first use: importing the package itself does nothing.
+The public names, each loaded on first use. Importing the package itself imports nothing of torch or of our own parts; it only
+sees to it that models with sparse layers load where transformers is imported.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from noctule.on_import import on_import
 
 __version__ = "0.1.0"
 
@@ -76,6 +79,9 @@ if TYPE_CHECKING:
     from noctule.report import RunFolder, write_report
     from noctule.rewire import Rewire, ctre, gse, rigl, set_
     from noctule.topology import Remap, Topology, merge, resize
+
+
+on_import("transformers.quantizers.auto", lambda: import_module("noctule.layers.hugging_face"))
 
 
 def __getattr__(name: str) -> Any:

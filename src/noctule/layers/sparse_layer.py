@@ -75,6 +75,7 @@ class SparseLayer(nn.Module):
         self._held: Tensor | None = None
         self._awaits_values = False
         self._given = Given()
+        self._taken: Any = None
         self.watch: Watch | None = None
         self.topology = topology.to(device) if device is not None else topology
         factory: dict[str, Any] = {"device": self.topology.device if device is None else device, "dtype": dtype}
@@ -290,7 +291,12 @@ class SparseLayer(nn.Module):
         return self._given.add(to_tensor(self.topology))
 
     def set_extra_state(self, state: Any) -> None:
-        """Nothing: `_load_from_state_dict` took the places before the values."""
+        """Move to the places of a state that comes without values, by a tool that loads piece by piece; these are to follow.
+
+        In `load_state_dict`, `_load_from_state_dict` has done so before the values.
+        """
+        if state is not self._taken:
+            self._take_places(state, None)
 
     @property
     def _extra_state(self) -> Tensor:
@@ -330,9 +336,11 @@ class SparseLayer(nn.Module):
             return
         if not whole:
             state_dict = {key: value for key, value in state_dict.items() if key != prefix + "values"}
+        self._taken = places
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._taken = None
         if not whole:
             missing_keys[:] = [key for key in missing_keys if key != prefix + "values"]
         elif values is not None:
@@ -418,7 +426,9 @@ class SparseLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` gave."""
         fresh = {"kinship": Kinship(), "_given": Given()}
-        super().__setstate__({"doubtful": False, "_held": None, "_awaits_values": False, **state, **fresh})
+        super().__setstate__(
+            {"doubtful": False, "_held": None, "_awaits_values": False, "_taken": None, **state, **fresh}
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy, which is known of as long as its numbers may be updated from this layer's (see `noctule.layers.copies`)."""

@@ -15,7 +15,7 @@ class StandIn(Tensor):
     read weights past the layer's forward. Whoever needs the numbers is told what to do instead.
 
     Args:
-        like: where dtype, device and whether it is trained come from.
+        like: where dtype, device, whether it is trained and what others have noted on it come from.
         shape: of the dense weight.
         product: (x, bias) -> ``F.linear(x, weight, bias)``, or None where there is none.
     """
@@ -28,7 +28,7 @@ class StandIn(Tensor):
         made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=like.dtype, device=like.device, requires_grad=like.requires_grad
         )
-        made.product = product
+        made.__dict__.update(like.__dict__, product=product)
         return made
 
     @classmethod
