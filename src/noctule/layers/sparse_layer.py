@@ -324,6 +324,13 @@ class SparseLayer(nn.Module):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         places, values = state_dict.get(prefix + "_extra_state"), state_dict.get(prefix + "values")
+        own = values is not None and _same_memory(values, self.values)
+        if type(places).__name__ == "_EXTRA_STATE":  # from torch's set_model_state_dict, for what a shard does not hold
+            places = None
+            state_dict = {key: value for key, value in state_dict.items() if key != prefix + "_extra_state"}
+            values = None if own else values
+        elif own and self._held is not None:
+            state_dict, values = {**state_dict, prefix + "values": self._held}, self._held
         whole = values is None or places is not None or self._awaits_values  # values are never taken for other places
         old, remap = dict(self.named_parameters(recurse=False)), None
         try:
@@ -444,6 +451,10 @@ def _tensor(places: Any) -> Tensor:
     if not isinstance(places, Tensor):
         raise ValueError(f"not a topology: expected the tensor that a sparse layer gave, got {places!r:.200}")
     return places
+
+
+def _same_memory(a: Any, b: Tensor) -> bool:
+    return isinstance(a, Tensor) and not a.is_meta and a.shape == b.shape and a.data_ptr() == b.data_ptr()
 
 
 def weights_at(density: float, shape: tuple[int, int]) -> int:
