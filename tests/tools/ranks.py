@@ -49,6 +49,15 @@ def fixed_connections(rank, workers, folder):
     return model(X).detach(), other(X).detach()
 
 
+def other_places(rank, workers, folder):
+    """A checkpoint of other places than those of the sharded values."""
+    model, _ = sharded(seed=1)
+    state = model.state_dict()
+    dcp.load({"model": state}, checkpoint_id=folder)
+    model.load_state_dict(state)
+    return model(X).detach()
+
+
 def moving_connections(rank, workers):
     """What attach says to connections of sharded values that are to move."""
     model, optimizer = sharded()

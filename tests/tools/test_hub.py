@@ -14,7 +14,9 @@ X = torch.randn(4, 20)
 class Net(nn.Module, hub.PyTorchModelHubMixin):
     def __init__(self, width: int = 30):
         super().__init__()
-        self.layers = nn.Sequential(SparseLinear(20, width, density=0.2), nn.ReLU(), SparseLinear(width, 3, density=0.5))
+        self.layers = nn.Sequential(
+            SparseLinear(20, width, density=0.2), nn.ReLU(), SparseLinear(width, 3, density=0.5)
+        )
 
     def forward(self, x):
         return self.layers(x)

@@ -29,6 +29,10 @@ def test_fixed_connections_train_in_shards_as_on_one_and_come_back_on_one(worker
     set_state_dict(other, optimizer, model_state_dict=state, optim_state_dict=optimizer_state)
     ranks.steps(other, optimizer, 3)
     torch.testing.assert_close(other(ranks.X), plain(ranks.X))
+    halfway = ranks.build()
+    ranks.steps(halfway, torch.optim.Adam(halfway.parameters(), lr=0.01), 3)
+    for found in workers.call(ranks.other_places, str(tmp_path)):
+        torch.testing.assert_close(found, halfway(ranks.X).detach())
 
 
 def test_moving_connections_of_sharded_values_are_refused(workers):
