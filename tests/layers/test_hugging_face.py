@@ -251,7 +251,7 @@ def test_a_file_without_places_is_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     state = {name: x for name, x in load_file(file).items() if name != "classifier._extra_state"}
     save_file(state, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"not the places that a sparse layer gave|did not come with its values"):
+    with pytest.raises(ValueError, match="places"):
         type(model).from_pretrained(tmp_path)
 
 

@@ -143,19 +143,21 @@ class SparseLayers(HfQuantizer):
         """See that all places have come, and have the model be a plain one again."""
         for name, layer in model.named_modules():
             if isinstance(layer, SparseLayer):
-                if not layer._awaits_values or layer.values.shape != (layer.weights,):
+                if layer._taken is None or layer.values.shape != (
+                    layer.weights,
+                ):  # not by set_extra_state, from the file
                     raise ValueError(
                         f"the places of {name} did not come with its values: load without an offload to disk, "
                         "and from a folder that save_pretrained wrote"
                     )
-                layer._awaits_values = False
+                layer._awaits_values, layer._taken = False, None
                 layer.topology = layer.topology.to(layer.values.device)
         for part in model.modules():
             if isinstance(part, _pretrained()):
                 for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
-                    part.__dict__.pop(mark, None)
-                part.config.__dict__.pop("_is_quantized", None)
-        model.config.__dict__.pop("quantization_config", None)
+                    vars(part).pop(mark, None)
+                vars(part.config).pop("_is_quantized", None)
+        vars(model.config).pop("quantization_config", None)
         note_sparse_layers(model)
 
     def is_serializable(self) -> bool:

@@ -297,6 +297,7 @@ class SparseLayer(nn.Module):
         """
         if state is not self._taken:
             self._take_places(state, None)
+            self._taken = state
 
     @property
     def _extra_state(self) -> Tensor:
