@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 # The exact torch, first: a plain `torch` would bring gigabytes of CUDA where the CPU build is meant.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check bench bench-env clean
+.PHONY: demo test test-tools check bench bench-env clean
 
 demo: $(VENV)/installed
 	$(BIN)/noctule run sparse_mlp --data digits --epochs 100
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The tests with other people's tools (Trainer, accelerate, Lightning, peft), which `make test` skips where they are missing.
+test-tools: $(VENV)/tools
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/tools
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -38,6 +42,10 @@ $(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard cpp/*)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet "scikit-build-core>=0.10" "nanobind>=2.4" cmake ninja
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable . --group dev
+	touch $@
+
+$(VENV)/tools: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --group tools
 	touch $@
 
 clean:

@@ -1,12 +1,13 @@
 """Noctule: train, shrink and ship neural networks on the hardware people have.
 
-The public names, each loaded on first use. Importing the package itself imports nothing else; it only sees to it that torch
-finds our operators when an exported program asks for them.
+The public names, each loaded on first use. Importing the package itself imports nothing else; it only sees to it that torch finds
+our operators when an exported program asks for them, and that models with sparse layers load where transformers is imported.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from noctule.on_import import on_import
 from noctule.registration import offer
 
 __version__ = "0.1.0"
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
 
 
 offer()
+on_import("transformers.quantizers.auto", lambda: import_module("noctule.layers.hugging_face"))
 
 
 def __getattr__(name: str) -> Any:

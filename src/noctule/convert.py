@@ -49,6 +49,15 @@ class Explaining(Protocol):
         ...
 
 
+@runtime_checkable
+class Finishing(Protocol):
+    """A rule that has something to say of the model when all modules are replaced."""
+
+    def finish(self, model: nn.Module) -> None:
+        """Write down what must be known of the model as it is now, such as in its config."""
+        ...
+
+
 SHOWN = 20
 """Modules that stayed, in what is printed of a conversion."""
 
@@ -118,6 +127,8 @@ def convert_(model: nn.Module, rule: Rule | Planning, *, where: Where | None = N
     result.model = visit(model, "")
     if isinstance(rule, Explaining):
         _name_what_stays(result, rule, allowed, tied)
+    if isinstance(rule, Finishing):
+        rule.finish(result.model)
     if not result.changed:
         reasons = "; ".join(f"{name or '(model)'}: {why}" for name, why in islice(result.left.items(), SHOWN))
         warnings.warn(

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from noctule.followers import listeners
+from noctule.layers.ranks import check_places_of_ranks
 from noctule.optim import (
     RunningSteps,
     carry_state,
@@ -147,7 +148,8 @@ def attach(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer], *metho
     states in any order: where places come with a model, what was loaded before since the last step is of these places already.
 
     Raises:
-        ValueError: a trainable parameter is in none of the optimizers (looked at again at the first step).
+        ValueError: a trainable parameter is in none of the optimizers (looked at again at the first step), or the ranks of
+            `DistributedDataParallel` have their connections at different places.
         RuntimeError: an optimizer or a sparse layer is in another open session; later, at a step: a fused optimizer is
             about to step on gradients that a GradScaler has scaled.
 
@@ -223,6 +225,7 @@ class Session:
                     self._hooks.callback(optimizer.register_step_post_hook(after).remove)
                     self._hooks.callback(optimizer.register_load_state_dict_post_hook(self._restored.add).remove)
             self._check_model()
+            check_places_of_ranks(model)
             for method in methods:
                 method.begin(model, self.optimizers)
                 self._begun.append(method)

@@ -5,11 +5,10 @@ Importing Noctule imports neither torch nor the operators: they come when torch 
 
 import sys
 from importlib import import_module
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
+
+from noctule.on_import import on_import
 
 _HOMES = {
     "multiply_adds": "noctule.kernels.flops",
@@ -23,10 +22,7 @@ _HOMES = {
 
 def offer() -> None:
     """Offer them now if torch is there, else as soon as it is imported."""
-    if "torch" in sys.modules and hasattr(sys.modules["torch"], "ops"):
-        _offer_in(sys.modules["torch"])
-    else:
-        sys.meta_path.insert(0, _WaitingForTorch())
+    on_import("torch", lambda: _offer_in(sys.modules["torch"]))
 
 
 def _offer_in(torch: ModuleType) -> None:
@@ -40,24 +36,3 @@ def _offer_in(torch: ModuleType) -> None:
             return super().__getattr__(name)
 
     torch.ops.noctule = Operators("noctule")
-
-
-class _WaitingForTorch(MetaPathFinder):
-    """Finds nothing itself; what finds torch is made to say when it has loaded it."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """The spec of torch from the other finders, and None for any other module."""
-        if name != "torch":
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def execute_and_offer(module: ModuleType) -> None:
-            execute(module)
-            _offer_in(module)
-
-        spec.loader.exec_module = execute_and_offer  # type: ignore[method-assign]
-        return spec

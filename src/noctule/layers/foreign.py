@@ -1,5 +1,8 @@
 """Linear layers that are none by class: Hugging Face's ``Conv1D``, and weights that a module of torch keeps as bare parameters."""
 
+import sys
+from importlib import import_module
+
 import torch
 from torch import nn
 
@@ -8,6 +11,12 @@ def is_conv1d(module: nn.Module) -> bool:
     """Whether it is the ``Conv1D`` of `transformers`, which need not be installed to find out."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__.split(".")[0] == "transformers"
+
+
+def note_for_hugging_face(model: nn.Module) -> None:
+    """Where it is a model of `transformers`, or holds one, have its config say which layers are sparse."""
+    if "transformers.modeling_utils" in sys.modules:
+        import_module("noctule.layers.hugging_face").note_sparse_layers(model)
 
 
 def linear_of(conv: nn.Module) -> nn.Linear:

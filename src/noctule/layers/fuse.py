@@ -9,6 +9,7 @@ from torch import nn
 from noctule.convert import Rule, hooked
 from noctule.kernels import IDENTITY, Epilogue
 from noctule.layers.activations import AllReLU
+from noctule.layers.foreign import note_for_hugging_face
 from noctule.layers.sparse_layer import SparseLayer
 
 
@@ -25,6 +26,10 @@ class FuseEpilogue:
         """The rule, knowing which layers stand in one place only."""
         uses = Counter(child for module in modules.values() for child in module._modules.values())
         return lambda module: self._fold(module, uses)
+
+    def finish(self, model: nn.Module) -> None:
+        """Have the config of a Hugging Face model say what was folded."""
+        note_for_hugging_face(model)
 
     def _fold(self, module: nn.Module, uses: Counter[nn.Module | None]) -> nn.Module | None:
         """The sequence with fewer passes over memory, or None if there is nothing to fold."""

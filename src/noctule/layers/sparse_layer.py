@@ -76,6 +76,7 @@ class SparseLayer(nn.Module):
         self._held: Tensor | None = None
         self._awaits_values = False
         self._given = Given()
+        self._taken: Any = None
         self.watch: Watch | None = None
         self.topology = topology.to(device) if device is not None else topology
         factory: dict[str, Any] = {"device": self.topology.device if device is None else device, "dtype": dtype}
@@ -311,7 +312,13 @@ class SparseLayer(nn.Module):
         return self._given.add(to_tensor(self.topology))
 
     def set_extra_state(self, state: Any) -> None:
-        """Nothing: `_load_from_state_dict` took the places before the values."""
+        """Move to the places of a state that comes without values, by a tool that loads piece by piece; these are to follow.
+
+        In `load_state_dict`, `_load_from_state_dict` has done so before the values.
+        """
+        if state is not self._taken:
+            self._take_places(state, None)
+            self._taken = state
 
     @property
     def _extra_state(self) -> Tensor:
@@ -339,6 +346,13 @@ class SparseLayer(nn.Module):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         places, values = state_dict.get(prefix + "_extra_state"), state_dict.get(prefix + "values")
+        own = values is not None and _same_memory(values, self.values)
+        if type(places).__name__ == "_EXTRA_STATE":  # from torch's set_model_state_dict, for what a shard does not hold
+            places = None
+            state_dict = {key: value for key, value in state_dict.items() if key != prefix + "_extra_state"}
+            values = None if own else values
+        elif own and self._held is not None:
+            state_dict, values = {**state_dict, prefix + "values": self._held}, self._held
         whole = values is None or places is not None or self._awaits_values  # values are never taken for other places
         old, remap = dict(self.named_parameters(recurse=False)), None
         try:
@@ -351,9 +365,11 @@ class SparseLayer(nn.Module):
             return
         if not whole:
             state_dict = {key: value for key, value in state_dict.items() if key != prefix + "values"}
+        self._taken = places
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._taken = None
         if not whole:
             missing_keys[:] = [key for key in missing_keys if key != prefix + "values"]
         elif values is not None:
@@ -439,7 +455,9 @@ class SparseLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` gave."""
         fresh = {"kinship": Kinship(), "_given": Given()}
-        super().__setstate__({"doubtful": False, "_held": None, "_awaits_values": False, **state, **fresh})
+        super().__setstate__(
+            {"doubtful": False, "_held": None, "_awaits_values": False, "_taken": None, **state, **fresh}
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy, which is known of as long as its numbers may be updated from this layer's (see `noctule.layers.copies`)."""
@@ -462,6 +480,10 @@ class _Parametrizations(nn.ModuleDict):
 
     def add_module(self, name: str, module: Any) -> None:
         self._modules[name] = module
+
+
+def _same_memory(a: Any, b: Tensor) -> bool:
+    return isinstance(a, Tensor) and not a.is_meta and a.shape == b.shape and a.data_ptr() == b.data_ptr()
 
 
 def weights_at(density: float, shape: tuple[int, int]) -> int:

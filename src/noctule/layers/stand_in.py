@@ -20,7 +20,7 @@ class StandIn(Tensor):
     evaluation, which read weights past the layer's forward. Whoever needs the numbers is told what to do instead.
 
     Args:
-        values: the stored numbers (N,); of several layers where their weights stand here as one.
+        values: the stored numbers (N,); of several layers where their weights stand here as one. What others have noted on the first is noted here too.
         shape: of the dense weight.
         product: its product with an input, or None where there is none.
     """
@@ -41,7 +41,7 @@ class StandIn(Tensor):
             device=values[0].device,
             requires_grad=any(v.requires_grad for v in values),
         )
-        made.values, made.product = values, product
+        made.__dict__.update(values[0].__dict__, values=values, product=product)
         return made
 
     @classmethod

@@ -14,7 +14,7 @@ from noctule.convert import Leave, Rule, hooked
 from noctule.layers.attention import SparseAttention, projections_of
 from noctule.layers.dense_twin import twin_of
 from noctule.layers.experts import SparseExperts, expert_layers, is_experts
-from noctule.layers.foreign import is_conv1d, linear_of
+from noctule.layers.foreign import is_conv1d, linear_of, note_for_hugging_face
 from noctule.layers.sparse_conv1d import SparseConv1d, conv2d_of
 from noctule.layers.sparse_conv2d import SparseConv2d
 from noctule.layers.sparse_layer import SparseLayer
@@ -110,6 +110,10 @@ class ToSparse:
         """Why parameters that a module holds itself stay dense, where that is worth a word."""
         return why_dense(module)
 
+    def finish(self, model: nn.Module) -> None:
+        """Have the config of a Hugging Face model name its sparse layers."""
+        note_for_hugging_face(model)
+
     def _shares(self, layers: Sequence[nn.Module]) -> dict[nn.Module, int]:
         shapes = [tuple(m.weight.shape) for m in layers]  # type: ignore[union-attr]
         places = [prod(shape) for shape in shapes]
@@ -175,6 +179,10 @@ class ToDense:
         if any(hooked(m) for m in module.modules()):
             raise Leave("it has hooks, which would be lost")
         return twin_of(module) if isinstance(module, SparseLayer) else module.to_dense()
+
+    def finish(self, model: nn.Module) -> None:
+        """Have the config of a Hugging Face model name the layers that are sparse still."""
+        note_for_hugging_face(model)
 
 
 def parts_of(module: nn.Module) -> list[nn.Module]:

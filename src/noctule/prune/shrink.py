@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from noctule.layers.foreign import note_for_hugging_face
 from noctule.prune.constants import fold_
 from noctule.prune.readers import Paths, Reader, find_readers
 from noctule.prune.widths import Lines, planned, shape_of
@@ -57,6 +58,7 @@ def shrink(
         undo.pop_all()
     for change in changes:
         change.make_()
+    note_for_hugging_face(model)
     return {name: int(mask.sum()) for name, mask in removed.items()}
 
 

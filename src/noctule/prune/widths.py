@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from noctule.followers import Listener, listeners_of
 from noctule.layers import SparseConv2d, SparseLayer
+from noctule.layers.foreign import note_for_hugging_face
 from noctule.layers.places import fields_of
 from noctule.layers.sparse_layer import carried
 from noctule.optim import carry_state, check_carry
@@ -120,6 +121,7 @@ def resize_to(model: nn.Module, state: Mapping[str, Any], *, optimizers: Iterabl
             lines[name] = Lines(*(None if w == h else _first(w, h) for w, h in zip(wanted, have, strict=True)))
     for change in planned(model, lines, optimizers=optimizers):
         change.make_()
+    note_for_hugging_face(model)
 
 
 def _first(wanted: int, have: int) -> Tensor:
