@@ -20,7 +20,8 @@ class StandIn(Tensor):
     evaluation, which read weights past the layer's forward. Whoever needs the numbers is told what to do instead.
 
     Args:
-        values: the stored numbers (N,); of several layers where their weights stand here as one. What others have noted on the first is noted here too.
+        values: the stored numbers (N,); of several layers where their weights stand here as one.
+            What others have noted on the first is noted here too.
         shape: of the dense weight.
         product: its product with an input, or None where there is none.
     """
