@@ -198,7 +198,7 @@ def test_data_in_memory(data: object) -> None:
         assert torch.equal(part.targets, (part.inputs[:, 0] / 3 % 2).long())
 
 
-@pytest.mark.parametrize("data", [3, X, None, "", object(), [1, 2, 3]], ids=str)
+@pytest.mark.parametrize("data", [3, X, None, "", object(), [1, 2, 3]], ids=lambda data: type(data).__name__)
 def test_what_is_no_data(data: object) -> None:
     with pytest.raises((UsageError, DataError), match=r"give|no data set"):
         load(data)
