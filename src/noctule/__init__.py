@@ -1,7 +1,7 @@
 """Noctule: train, shrink and ship neural networks on the hardware people have.
 
 The public names, each loaded on first use. Importing the package itself imports nothing else; it only sees to it that torch finds
-our operators when an exported program asks for them, and that models with sparse layers load where transformers is imported.
+our operators when an exported program asks for them, and that transformers loads sparse layers and peft adapts them.
 """
 
 from importlib import import_module
@@ -83,6 +83,7 @@ if TYPE_CHECKING:
 
 
 offer()
+on_import("peft", lambda: import_module("noctule.layers.lora").know_sparse_layers())
 on_import("transformers.quantizers.auto", lambda: import_module("noctule.layers.hugging_face"))
 
 

@@ -11,7 +11,8 @@ from noctule.layers import FuseEpilogue, SparseConv2d, SparseLinear, ToDense, To
 
 peft = pytest.importorskip("peft")
 
-from noctule.layers.lora import LoraSparseLinear, sparse_lora  # noqa: E402
+import noctule  # noqa: E402, F401
+from noctule.layers.lora import LoraSparseLinear  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Failed to load", "ignore:Could not find a config file")
 
@@ -31,7 +32,7 @@ def sparse_model() -> Model:
 
 
 def config(**options):
-    return sparse_lora(peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=3, **options))
+    return peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=3, **options)
 
 
 def trained(model: nn.Module, steps: int = 5) -> nn.Module:
@@ -92,7 +93,7 @@ def test_an_adapted_layer_is_the_adapted_dense_one():
 @pytest.mark.parametrize("safe", [False, True])
 def test_a_merged_layer_is_dense_and_an_unmerged_one_is_as_before(safe, options):
     options = {**options, "target_modules": ["q_proj"]}
-    model = peft.get_peft_model(sparse_model(), sparse_lora(peft.LoraConfig(r=3, **options)))
+    model = peft.get_peft_model(sparse_model(), peft.LoraConfig(r=3, **options))
     trained(model)
     expected = model(X).detach()
     model.merge_adapter(safe_merge=safe)
@@ -144,7 +145,7 @@ def test_several_adapters():
 def test_adapters_are_saved_and_loaded(options, tmp_path):
     model = trained(peft.get_peft_model(sparse_model(), config(**options)))
     model.save_pretrained(tmp_path)
-    again = sparse_lora(peft.LoraConfig.from_pretrained(tmp_path))
+    again = peft.LoraConfig.from_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(sparse_model(), tmp_path, config=again)
     torch.testing.assert_close(loaded(X), model(X))
     assert not any(p.requires_grad for n, p in loaded.named_parameters())
@@ -156,7 +157,7 @@ def test_what_cannot_be_is_refused_with_the_remedy():
     fused = convert_(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), ToSparse(density=0.5)).model
     convert_(fused, FuseEpilogue())
     with pytest.raises(ValueError, match="leave FuseEpilogue out"):
-        peft.get_peft_model(fused, sparse_lora(peft.LoraConfig(target_modules=["0"])))
+        peft.get_peft_model(fused, peft.LoraConfig(target_modules=["0"]))
     for options in ({"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}):
         with pytest.raises(ValueError, match="dense weight"):
             peft.get_peft_model(sparse_model(), config(**options))
@@ -164,7 +165,7 @@ def test_what_cannot_be_is_refused_with_the_remedy():
         peft.get_peft_model(sparse_model(), config(use_dora=True))
     images = nn.Sequential(SparseConv2d(2, 2, 3, density=0.5))
     with pytest.raises(ValueError, match="SparseLinear only"):
-        peft.get_peft_model(images, sparse_lora(peft.LoraConfig(target_modules=["0"])))
+        peft.get_peft_model(images, peft.LoraConfig(target_modules=["0"]))
 
 
 def test_a_model_with_adapters_is_converted_first():
@@ -189,7 +190,7 @@ def test_gpt2_is_adapted_and_comes_back():
     convert_(base, ToSparse(density=0.4))
     ids = torch.randint(3, 40, (2, 8))
     expected = base(ids).logits
-    lora = sparse_lora(peft.LoraConfig(task_type="CAUSAL_LM", r=2, fan_in_fan_out=True))  # targets are GPT-2's own
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, fan_in_fan_out=True)  # targets are GPT-2's own
     model = peft.get_peft_model(base, lora)
     assert torch.equal(model(input_ids=ids).logits, expected)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

@@ -1,9 +1,12 @@
 """LoRA of the `peft` library on sparse layers: adapters that train on a frozen sparse base.
 
+Where noctule and peft are both imported, in any order, each `LoraConfig` knows sparse layers:
+
 >>> from peft import LoraConfig, get_peft_model  # doctest: +SKIP
->>> model = get_peft_model(model, sparse_lora(LoraConfig(target_modules=["q_proj", "v_proj"], r=8)))  # doctest: +SKIP
+>>> model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=8))  # doctest: +SKIP
 """
 
+import functools
 import warnings
 from typing import Any
 
@@ -23,13 +26,18 @@ from noctule.layers.sparse_linear import SparseLinear
 from noctule.layers.to_sparse import ToDense
 
 
-def sparse_lora(config: LoraConfig) -> LoraConfig:
-    """Let ``get_peft_model`` and ``PeftModel.from_pretrained`` put adapters round `SparseLinear`; returns the same config.
+def know_sparse_layers() -> None:
+    """Have ``get_peft_model`` put adapters round `SparseLinear`, by peft's hook for custom modules, which is one of each config."""
+    made = LoraConfig.__post_init__
+    if hasattr(made, "__wrapped__"):
+        return
 
-    The config does not store it: whoever loads adapters passes ``config=sparse_lora(LoraConfig.from_pretrained(folder))``.
-    """
-    config._register_custom_module({SparseLinear: LoraSparseLinear, SparseConv2d: _refuse_convolution})  # type: ignore[dict-item]
-    return config
+    @functools.wraps(made)
+    def post_init(config: LoraConfig) -> None:
+        made(config)
+        config._register_custom_module({SparseLinear: LoraSparseLinear, SparseConv2d: _refuse_convolution})  # type: ignore[dict-item]
+
+    LoraConfig.__post_init__ = post_init
 
 
 class LoraSparseLinear(Linear):
