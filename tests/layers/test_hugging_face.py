@@ -279,3 +279,21 @@ assert isinstance(model.transformer.h[1].mlp.c_fc, noctule.SparseLinear)
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=Path.cwd())
     assert not done.returncode, done.stderr
+
+
+class Converted(transformers.BertForMaskedLM):
+    """A user's class that is sparse from the start."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        convert_(self, ToSparse(density=0.3))
+
+
+def test_a_class_that_converts_itself_comes_back_with_its_places(tmp_path):
+    model = Converted(transformers.BertConfig(**SIZES)).eval()
+    layer = next(m for m in model.modules() if isinstance(m, SparseLayer))
+    other = Topology.random(layer.topology.shape, layer.weights - 3)
+    layer.remap_(other, Remap.between(layer.topology, other))
+    model.save_pretrained(tmp_path)
+    again = Converted.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(IDS).logits, model(IDS).logits)

@@ -288,6 +288,23 @@ def test_a_functional_call_with_the_state_of_other_places_is_refused():
     assert same(ours, twin)
 
 
+@pytest.mark.parametrize("weights", [60, 45])
+@pytest.mark.parametrize("order", ["values first", "places first"])
+def test_a_tool_that_sets_piece_by_piece(order, weights):
+    """As transformers does: values as an attribute, places by set_extra_state, in any order."""
+    ours, theirs = layer(weights, seed=0), layer(weights, seed=1)
+    state = copy.deepcopy(theirs.state_dict())
+    for piece in ("values", "places") if order == "values first" else ("places", "values"):
+        if piece == "values":
+            ours.values = nn.Parameter(state["values"])
+        else:
+            ours.set_extra_state(state["_extra_state"])
+    ours.bias = nn.Parameter(state["bias"])
+    assert same(ours, theirs)
+    assert torch.equal(ours(X), theirs(X))
+    assert same(copy.deepcopy(ours), theirs)
+
+
 def test_places_without_values_keep_the_numbers_by_place():
     theirs, ours = layer(seed=1), layer(seed=0)
     dense = ours.to_dense().weight.detach()

@@ -11,6 +11,7 @@ unknown quantization type and lists the weights that it does not find.
 import sys
 import warnings
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -95,11 +96,13 @@ class SparseLayers(HfQuantizer):
         with torch.device("cpu"):  # places are real, though the model is on meta
             if not shapes:
                 return
-            done = convert_(model, rule, where=lambda name, module: name in shapes)
+            there = {name for name in shapes if _parts(model.get_submodule(name))}  # of a class that converts itself
+            new = shapes.keys() - there
+            left = convert_(model, rule, where=lambda name, module: name in new).left if new else {}
             for name, wanted in shapes.items():
                 parts = _parts(model.get_submodule(name))
-                if name not in done.changed or len(parts) != len(wanted):
-                    why = done.left.get(name, "it is of another kind than it was")
+                if len(parts) != len(wanted):
+                    why = left.get(name, "it is of another kind than it was")
                     raise ValueError(f"the config says that {name} is sparse, and it cannot become so: {why}")
                 for part, (rows, columns, weights) in zip(parts, wanted, strict=True):
                     _empty(part, (rows, columns), weights)
@@ -195,5 +198,6 @@ def _empty(layer: SparseLayer, shape: tuple[int, int], weights: int) -> None:
     layer._take_shape(topology)
     layer.topology = topology
     layer.values = nn.Parameter(layer.values.new_empty(weights))
+    layer._paired = ref(layer.values)
     if layer.bias is not None:
         layer.bias = nn.Parameter(layer.bias.new_empty(shape[0]))

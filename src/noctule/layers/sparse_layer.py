@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Self
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -77,10 +78,13 @@ class SparseLayer(nn.Module):
         self._awaits_values = False
         self._given = Given()
         self._taken: Any = None
+        self._paired: Any = None
+        """A reference to the values that are of these places, unless others were put in as an attribute."""
         self.watch: Watch | None = None
         self.topology = topology.to(device) if device is not None else topology
         factory: dict[str, Any] = {"device": self.topology.device if device is None else device, "dtype": dtype}
         self.values = nn.Parameter(torch.empty(topology.size, **factory))
+        self._paired = ref(self.values)
         self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], **factory)) if bias else None)
         self._remap_checks: OrderedDict[int, Callable[[SparseLayer, Remap], None]] = OrderedDict()
         self._remap_hooks: OrderedDict[int, Callable[[SparseLayer, dict[str, nn.Parameter], Remap], None]] = (
@@ -187,7 +191,7 @@ class SparseLayer(nn.Module):
 
     def _told(self, old: dict[str, nn.Parameter], remap: Remap) -> None:
         """Tell of a change of places, and note which copies have not made it."""
-        self._awaits_values = False
+        self._awaits_values, self._paired = False, ref(self.values)
         if not remap.loaded:
             self.kinship.leave()
         self._given.moved(self.topology)
@@ -317,8 +321,13 @@ class SparseLayer(nn.Module):
         In `load_state_dict`, `_load_from_state_dict` has done so before the values.
         """
         if state is not self._taken:
-            self._take_places(state, None)
-            self._taken = state
+            old, put = dict(self.named_parameters(recurse=False)), self._paired() is not self.values
+            remap = self._take_places(
+                state, self.values if put else None
+            )  # values that were put in before are of these places
+            if remap is not None:
+                self._told(old, remap)
+            self._taken, self._paired = state, ref(self.values)
 
     @property
     def _extra_state(self) -> Tensor:
@@ -373,7 +382,7 @@ class SparseLayer(nn.Module):
         if not whole:
             missing_keys[:] = [key for key in missing_keys if key != prefix + "values"]
         elif values is not None:
-            self._awaits_values = False
+            self._awaits_values, self._paired = False, ref(self.values)
         if remap is not None:
             self._told(old, remap)
         if whole and places is not None:
@@ -449,6 +458,7 @@ class SparseLayer(nn.Module):
             "watch": None,
             "kinship": None,
             "_given": None,
+            "_paired": None,
         }
         return {**self.__dict__, **kept}
 
@@ -458,6 +468,7 @@ class SparseLayer(nn.Module):
         super().__setstate__(
             {"doubtful": False, "_held": None, "_awaits_values": False, "_taken": None, **state, **fresh}
         )
+        self._paired = ref(self.values)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy, which is known of as long as its numbers may be updated from this layer's (see `noctule.layers.copies`)."""
