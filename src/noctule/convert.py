@@ -206,6 +206,16 @@ def _tied(model: nn.Module) -> dict[nn.Module, str]:
     for name, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
             holders.setdefault(id(parameter), []).append((name, module, parameter_name))
+    for names in getattr(
+        model, "all_tied_weights_keys", {}
+    ).items():  # of Hugging Face, which ties models on meta after loading
+        ends = [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in names]
+        modules = [dict(model.named_modules()).get(path) for path, _ in ends]
+        if all(
+            m is not None and m._parameters.get(end) is not None and m._parameters[end].is_meta
+            for m, (_, end) in zip(modules, ends)
+        ):
+            holders[-1 - len(holders)] = [(path, m, end) for m, (path, end) in zip(modules, ends)]  # type: ignore[misc]
     return {
         module: f"its {parameter_name} is tied to {next(n for n, m, _ in several if m is not module) or '(model)'}"
         for several in holders.values()

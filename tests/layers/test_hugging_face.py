@@ -281,7 +281,7 @@ assert isinstance(model.transformer.h[1].mlp.c_fc, noctule.SparseLinear)
     assert not done.returncode, done.stderr
 
 
-class Converted(transformers.BertForSequenceClassification):
+class Converted(transformers.BertForMaskedLM):
     """A user's class that is sparse from the start."""
 
     def __init__(self, config):
