@@ -206,19 +206,21 @@ def _tied(model: nn.Module) -> dict[nn.Module, str]:
     for name, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
             holders.setdefault(id(parameter), []).append((name, module, parameter_name))
-    for names in getattr(
-        model, "all_tied_weights_keys", {}
-    ).items():  # of Hugging Face, which ties models on meta after loading
-        ends = [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in names]
-        modules = [dict(model.named_modules()).get(path) for path, _ in ends]
-        if all(
-            m is not None and m._parameters.get(end) is not None and m._parameters[end].is_meta
-            for m, (_, end) in zip(modules, ends)
-        ):
-            holders[-1 - len(holders)] = [(path, m, end) for m, (path, end) in zip(modules, ends)]  # type: ignore[misc]
     return {
         module: f"its {parameter_name} is tied to {next(n for n, m, _ in several if m is not module) or '(model)'}"
-        for several in holders.values()
+        for several in [*holders.values(), *_ties_to_come(model)]
         if len({id(m) for _, m, _ in several}) > 1
         for _, module, parameter_name in several
     }
+
+
+def _ties_to_come(model: nn.Module) -> list[list[tuple[str, nn.Module, str]]]:
+    """The ties that a Hugging Face model on meta makes only once it is loaded."""
+    modules, ties = dict(model.named_modules()), []
+    for names in getattr(model, "all_tied_weights_keys", {}).items():
+        ends = [
+            (path, modules[path], end) for path, _, end in (name.rpartition(".") for name in names) if path in modules
+        ]
+        if len(ends) == 2 and all(getattr(getattr(module, end, None), "is_meta", False) for _, module, end in ends):
+            ties.append(ends)
+    return ties
