@@ -90,6 +90,7 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
         elif time.monotonic() - since >= _ECHO_SECONDS:
             if _raises(before[signum]):
                 os._exit(128 + signum)
+            held.clear()
             signal.signal(signum, before[signum])
             _deliver(signum, before[signum])
             raise KeyboardInterrupt

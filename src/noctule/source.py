@@ -48,10 +48,11 @@ def _tree(module: str) -> ast.Module | None:
     root = importlib.util.find_spec(_PACKAGE)
     assert root is not None
     assert root.submodule_search_locations is not None
-    path = Path(root.submodule_search_locations[0], *module.split(".")[1:])
-    for file in (path / "__init__.py", path.with_suffix(".py")):
-        if file.is_file():
-            return ast.parse(file.read_text(encoding="utf-8"))
+    for folder in root.submodule_search_locations:  # several where it is installed to be edited
+        path = Path(folder, *module.split(".")[1:])
+        for file in (path / "__init__.py", path.with_suffix(".py")):
+            if file.is_file():
+                return ast.parse(file.read_text(encoding="utf-8"))
     return None
 
 

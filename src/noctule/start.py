@@ -30,7 +30,7 @@ from noctule.report import RunFolder, compare_table, write_report
 from noctule.signature import from_json
 from noctule.strategy import Strategy, several
 
-_OWN = {"run.json", "workers", "worker.log", "server", "tensorboard"}
+_OWN = {"run.json", "data.json", "twin.json", "workers", "worker.log", "server", "tensorboard"}
 """What is in a run's folder before anything is trained."""
 
 

@@ -125,9 +125,9 @@ def test_every_epoch_sees_all_samples_in_an_order_of_its_own():
     seen = []
 
     class Recording(SparseMLPRegressor):
-        def _loss(self, predicted, targets):
+        def _loss(self, predicted, targets, *weights):
             seen.append(targets[:, 0])
-            return super()._loss(predicted, targets)
+            return super()._loss(predicted, targets, *weights)
 
     X, y = numbers(100)
     Recording(**SMALL).fit(X, y)
@@ -205,10 +205,10 @@ def test_diverging_says_so():
 
 def test_ctrl_c_comes_between_two_steps_and_leaves_a_whole_model():
     class Interrupted(SparseMLPRegressor):
-        def _loss(self, predicted, targets):
+        def _loss(self, predicted, targets, *weights):
             if self._progress.step == 7:
                 signal.raise_signal(signal.SIGINT)
-            return super()._loss(predicted, targets)
+            return super()._loss(predicted, targets, *weights)
 
     X, y = numbers()
     estimator = Interrupted(**MOVING)
