@@ -23,20 +23,28 @@ class _Waiting(MetaPathFinder):
 
     def __init__(self, name: str, then: Callable[[], Any]) -> None:
         self.name, self.then = name, then
+        self._asking = False
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """The spec of that module from the other finders, and None for any other."""
-        if name != self.name:
+        if name != self.name or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        self._asking = True
+        try:
+            spec = find_spec(name)
+        finally:
+            self._asking = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
-        def execute_and_tell(module: ModuleType) -> None:
+        def execute_and_tell(
+            module: ModuleType,
+        ) -> None:  # a spec may be asked for without an import, to see what is installed
             execute(module)
-            self.then()
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self.then()
 
         spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]
         return spec

@@ -37,7 +37,7 @@ def know_sparse_layers() -> None:
         made(config)
         config._register_custom_module({SparseLinear: LoraSparseLinear, SparseConv2d: _refuse_convolution})  # type: ignore[dict-item]
 
-    LoraConfig.__post_init__ = post_init
+    LoraConfig.__post_init__ = post_init  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class LoraSparseLinear(Linear):
