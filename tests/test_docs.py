@@ -13,7 +13,7 @@ import noctule
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = sorted(m.name for m in pkgutil.walk_packages(noctule.__path__, "noctule.") if not m.name.endswith("._native"))
-OPTIONAL = {"noctule.layers.lora"}
+OPTIONAL = {"noctule.sparse.layers.lora"}
 """Modules that wrap a library which need not be there."""
 
 

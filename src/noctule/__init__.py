@@ -7,84 +7,84 @@ our operators when an exported program asks for them, and that transformers load
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from noctule.on_import import on_import
-from noctule.registration import offer
+from noctule.core.on_import import on_import
+from noctule.core.registration import offer
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "AllReLU": "layers",
+    "AllReLU": "sparse.layers",
     "Batches": "data",
     "Checkpoints": "checkpoint",
-    "Conversion": "convert",
+    "Conversion": "core.convert",
     "Dataset": "data",
-    "Decay": "decay",
-    "ExponentialAverage": "average",
-    "FuseEpilogue": "layers",
-    "ImportancePruning": "prune",
-    "KeepLayout": "layers",
-    "Method": "method",
-    "Remap": "topology",
-    "Rewire": "rewire",
+    "Decay": "sparse.rewire.decay",
+    "ExponentialAverage": "sparse.average",
+    "FuseEpilogue": "sparse.layers",
+    "ImportancePruning": "compress.prune",
+    "KeepLayout": "sparse.layers",
+    "Method": "core.method",
+    "Remap": "core.topology",
+    "Rewire": "sparse.rewire",
     "RunFolder": "report",
-    "Session": "method",
-    "SparseConv2d": "layers",
-    "SparseLinear": "layers",
+    "Session": "core.method",
+    "SparseConv2d": "sparse.layers",
+    "SparseLinear": "sparse.layers",
     "SparseMLPClassifier": "estimators",
     "SparseMLPRegressor": "estimators",
-    "ToDense": "layers",
-    "ToSparse": "layers",
-    "Topology": "topology",
-    "attach": "method",
-    "convert_": "convert",
-    "ctre": "rewire",
-    "erdos_renyi": "budget",
-    "evaluate": "loop",
-    "fit": "loop",
-    "follow": "followers",
+    "ToDense": "sparse.layers",
+    "ToSparse": "sparse.layers",
+    "Topology": "core.topology",
+    "attach": "core.method",
+    "convert_": "core.convert",
+    "ctre": "sparse.rewire",
+    "erdos_renyi": "sparse.budget",
+    "evaluate": "train.fit",
+    "fit": "train.fit",
+    "follow": "sparse.follow",
     "footprint": "measure",
-    "gse": "rewire",
-    "keep_freed_memory": "allocator",
+    "gse": "sparse.rewire",
+    "keep_freed_memory": "measure",
     "load_model": "checkpoint",
-    "merge": "topology",
+    "merge": "core.topology",
     "mlp": "models",
-    "param_groups": "optim",
-    "resize": "topology",
-    "rigl": "rewire",
+    "param_groups": "core.optim",
+    "resize": "core.topology",
+    "rigl": "sparse.rewire",
     "save_model": "checkpoint",
-    "set_": "rewire",
-    "shrink": "prune",
-    "uniform": "budget",
+    "set_": "sparse.rewire",
+    "shrink": "compress.prune",
+    "uniform": "sparse.budget",
     "write_report": "report",
 }
 
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
-    from noctule.allocator import keep_freed_memory
-    from noctule.average import ExponentialAverage
-    from noctule.budget import erdos_renyi, uniform
     from noctule.checkpoint import Checkpoints, load_model, save_model
-    from noctule.convert import Conversion, convert_
+    from noctule.compress.prune import ImportancePruning, shrink
+    from noctule.core.convert import Conversion, convert_
+    from noctule.core.method import Method, Session, attach
+    from noctule.core.optim import param_groups
+    from noctule.core.topology import Remap, Topology, merge, resize
     from noctule.data import Batches, Dataset
-    from noctule.decay import Decay
     from noctule.estimators import SparseMLPClassifier, SparseMLPRegressor
-    from noctule.followers import follow
-    from noctule.layers import AllReLU, FuseEpilogue, KeepLayout, SparseConv2d, SparseLinear, ToDense, ToSparse
-    from noctule.loop import evaluate, fit
     from noctule.measure import footprint
-    from noctule.method import Method, Session, attach
+    from noctule.measure.allocator import keep_freed_memory
     from noctule.models import mlp
-    from noctule.optim import param_groups
-    from noctule.prune import ImportancePruning, shrink
     from noctule.report import RunFolder, write_report
-    from noctule.rewire import Rewire, ctre, gse, rigl, set_
-    from noctule.topology import Remap, Topology, merge, resize
+    from noctule.sparse.average import ExponentialAverage
+    from noctule.sparse.budget import erdos_renyi, uniform
+    from noctule.sparse.follow import follow
+    from noctule.sparse.layers import AllReLU, FuseEpilogue, KeepLayout, SparseConv2d, SparseLinear, ToDense, ToSparse
+    from noctule.sparse.rewire import Rewire, ctre, gse, rigl, set_
+    from noctule.sparse.rewire.decay import Decay
+    from noctule.train.fit import evaluate, fit
 
 
 offer()
-on_import("peft", lambda: import_module("noctule.layers.lora").know_sparse_layers())
-on_import("transformers.quantizers.auto", lambda: import_module("noctule.layers.hugging_face"))
+on_import("peft", lambda: import_module("noctule.sparse.layers.lora").know_sparse_layers())
+on_import("transformers.quantizers.auto", lambda: import_module("noctule.sparse.layers.hugging_face"))
 
 
 def __getattr__(name: str) -> Any:

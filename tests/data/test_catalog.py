@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from noctule.core.errors import DataError, UsageError
 from noctule.data import Splits, load, names, standardize
 from noctule.data.madelon import MADELON
-from noctule.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from conftest import Site
@@ -48,7 +48,7 @@ def test_scikit_learn_is_imported_for_digits_alone_and_asked_for_where_it_is_mis
         "print('sklearn' in sys.modules)\n"
         "sys.modules['sklearn'] = None\n"
         "try: noctule.data.load('digits')\n"
-        "except noctule.errors.DataError as error: print(error)"
+        "except noctule.core.errors.DataError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.startswith("False\n")

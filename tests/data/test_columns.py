@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from noctule.core.errors import DataError
 from noctule.data.cells import date_format, number_style, to_date, to_number
 from noctule.data.columns import MOST_LEVELS, Column, Skip, fit_column
-from noctule.errors import DataError
 
 law = settings(deadline=None, derandomize=True, max_examples=60)
 TEXTS = st.sampled_from(["a", "b", "c", "", "?", "1", "2.5", "-3", "True", "no", "2020-02-03", "1,5", "x y"])

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from noctule.core.errors import DataError
 from noctule.data import Dataset
-from noctule.errors import DataError
 
 law = settings(deadline=None, derandomize=True, max_examples=50)
 

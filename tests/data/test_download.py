@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from noctule.core.errors import DataError
 from noctule.data.download import fetch
-from noctule.errors import DataError
 
 if TYPE_CHECKING:
     from conftest import Site
@@ -148,7 +148,7 @@ FULL_DISK = """
 import os, sys
 from pathlib import Path
 from noctule.data.download import fetch
-from noctule.errors import DataError
+from noctule.core.errors import DataError
 try:
     fetch(sys.argv[1], Path(sys.argv[2]) / "file.gz", content_bytes=300000, sha256="0" * 64)
 except DataError as error:

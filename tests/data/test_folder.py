@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from noctule.core.errors import DataError
 from noctule.data import Dataset, load
 from noctule.data.folder import read_path
 from noctule.data.frame import Arrays
 from noctule.data.prepare import prepare
-from noctule.errors import DataError
 
 PICTURES = np.arange(10 * 2 * 3, dtype=np.uint8).reshape(10, 2, 3) * 4
 LABELS = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2, 0], dtype=np.uint8)

@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from noctule.core.errors import DataError
 from noctule.data.idx import parse_idx, read_idx
-from noctule.errors import DataError
 
 law = settings(deadline=None, derandomize=True, max_examples=100)
 CODES = {"u1": 0x08, "i1": 0x09, ">i2": 0x0B, ">i4": 0x0C, ">f4": 0x0D, ">f8": 0x0E}

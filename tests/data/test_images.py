@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from noctule.core.errors import DataError
 from noctule.data import load
 from noctule.data.images import read_images
-from noctule.errors import DataError
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from noctule.core.errors import DataError
 from noctule.data.npz import find_keys, read_npz
-from noctule.errors import DataError
 
 law = settings(deadline=None, derandomize=True, max_examples=50)
 any_array = arrays.arrays(

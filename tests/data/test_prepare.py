@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from noctule.core.errors import DataError, UsageError
 from noctule.data import Dataset, Splits, load, standardize
 from noctule.data.objects import frame_of
 from noctule.data.preparation import Preparation
-from noctule.errors import DataError, UsageError
 
 pandas = pytest.importorskip("pandas")
 law = settings(deadline=None, derandomize=True, max_examples=12)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from noctule.core.errors import DataError, UsageError
 from noctule.data.published import Published, PublishedFile, read_published
-from noctule.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from conftest import Site

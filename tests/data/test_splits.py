@@ -5,8 +5,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from noctule.core.errors import DataError, UsageError
 from noctule.data import Dataset, Splits, split
-from noctule.errors import DataError, UsageError
 
 law = settings(deadline=None, derandomize=True, max_examples=50)
 

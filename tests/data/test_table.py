@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from noctule.core.errors import DataError
 from noctule.data.frame import Frame
 from noctule.data.table import read_table
-from noctule.errors import DataError
 
 law = settings(deadline=None, derandomize=True, max_examples=60)
 finite = st.floats(allow_nan=False, allow_infinity=False)

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from noctule.core.errors import DataError, UsageError
 from noctule.data.target import Target, fit_target
-from noctule.errors import DataError, UsageError
 
 law = settings(deadline=None, derandomize=True, max_examples=80)
 labels = st.one_of(

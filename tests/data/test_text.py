@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from noctule.core.errors import DataError, UsageError
 from noctule.data import Batches, Windows, read_text
-from noctule.errors import DataError, UsageError
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 
-from noctule.errors import NonFiniteError
+from noctule.core.errors import NonFiniteError
 from noctule.estimators import SparseMLPClassifier, SparseMLPRegressor
 from noctule.estimators.network import ACTIVATIONS, Network, density_of
-from noctule.layers import SparseLinear
+from noctule.sparse.layers import SparseLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 

@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from noctule.estimators import SparseMLPClassifier, SparseMLPRegressor
-from noctule.layers import SparseLinear
+from noctule.sparse.layers import SparseLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 

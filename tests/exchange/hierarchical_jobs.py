@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from exchange_cases import KEYS, Half, given
-from noctule.aggregate import median
-from noctule.channel import Channel
 from noctule.codecs import NaturalCompression
-from noctule.errors import ExchangeError
+from noctule.core.aggregate import median
+from noctule.core.errors import ExchangeError
+from noctule.core.exchange import Channel
 from noctule.exchange import AllGather, AllReduce, Compress, Group, TwoPhase, Weigh
 from noctule.exchange.hierarchical import Hierarchical, machines
 

@@ -16,10 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from exchange_cases import KEYS, Half, given
 from noctule import SparseLinear, ToSparse, convert_, ctre, gse, rigl, set_
-from noctule.channel import Channel
 from noctule.codecs import Cast, NaturalCompression, Payload
-from noctule.codecs.exact import Exact
-from noctule.errors import ExchangeError, LostWorkerError
+from noctule.core.errors import ExchangeError, LostWorkerError
+from noctule.core.exact import Exact
+from noctule.core.exchange import Channel
+from noctule.core.method import attach
 from noctule.exchange import (
     AllGather,
     AllReduce,
@@ -37,7 +38,6 @@ from noctule.exchange import (
     own_group,
     probe_link,
 )
-from noctule.method import attach
 
 PATHS = {path.__name__: path for path in (AllGather, AllReduce, TwoPhase)}
 CODECS = {"half": Half(), "bfloat16": Cast(torch.bfloat16), "natural": NaturalCompression()}

@@ -9,8 +9,8 @@ import torch
 from torch.futures import Future
 
 from exchange_cases import KEYS, Half, given, together
-from noctule.channel import Channel, Exchange
 from noctule.codecs import NaturalCompression
+from noctule.core.exchange import Channel, Exchange
 from noctule.exchange import Auto, Compress, LinkEstimate, Local, PowerSGD, Weigh
 from noctule.exchange.ddp import _Plain
 from noctule.testing.link import Link, available, shaped_network

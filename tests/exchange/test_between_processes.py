@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from exchange_cases import given
-from noctule.aggregate import mean
+from noctule.core.aggregate import mean
 from noctule.testing.processes import Workers
 
 WORLD = 4

@@ -7,13 +7,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from exchange_cases import KEYS, Half, given, together
-from noctule.aggregate import krum, mean, median, trimmed_mean
-from noctule.channel import Channel, Stage
 from noctule.codecs import Cast, NaturalCompression, RandomK, TopK
-from noctule.errors import ExchangeError
+from noctule.core.aggregate import krum, mean, median, trimmed_mean
+from noctule.core.errors import ExchangeError
+from noctule.core.exchange import Channel, Stage
+from noctule.core.topology import Remap
 from noctule.exchange import Clip, Compress, Weigh
 from noctule.exchange.messages import Format
-from noctule.topology import Remap
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])

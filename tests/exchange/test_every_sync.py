@@ -8,13 +8,13 @@ from torch import nn
 
 from exchange_cases import Half, together
 from noctule import ToSparse, convert_, set_
-from noctule.channel import Channel
 from noctule.codecs import Cast
-from noctule.errors import ExchangeError
+from noctule.core.errors import ExchangeError
+from noctule.core.exchange import Channel
+from noctule.core.method import attach
+from noctule.core.topology import Topology
 from noctule.exchange import Compress, EverySync, Weigh
-from noctule.layers import SparseLinear
-from noctule.method import attach
-from noctule.topology import Topology
+from noctule.sparse.layers import SparseLinear
 
 
 def network(seed: int = 0, *, sparse: bool = False) -> nn.Module:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from exchange_cases import together
-from noctule.channel import Channel
+from noctule.core.exchange import Channel
 from noctule.exchange import NoiseScale, Weigh
 
 SIGNAL = torch.linspace(-1.0, 1.0, 200)

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from exchange_cases import KEYS, Half, given, together
-from noctule.aggregate import median
-from noctule.channel import Channel
 from noctule.codecs import Cast, NaturalCompression, TopK
-from noctule.errors import LostWorkerError
+from noctule.core.aggregate import median
+from noctule.core.errors import LostWorkerError
+from noctule.core.exchange import Channel
+from noctule.core.method import attach
 from noctule.exchange import Compress, EverySync, PowerSGD, Weigh
-from noctule.method import attach
 
 CODECS = [Half(), TopK(0.3), Cast(torch.bfloat16), NaturalCompression()]
 

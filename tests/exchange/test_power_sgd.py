@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from exchange_cases import together
-from noctule.channel import Channel
 from noctule.codecs import Cast
+from noctule.core.exchange import Channel
+from noctule.core.topology import Remap
 from noctule.exchange import Compress, PowerSGD
-from noctule.topology import Remap
 
 KEYS = ["w", "conv", "bias", "small"]
 

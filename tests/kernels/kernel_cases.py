@@ -7,8 +7,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from noctule.core.topology import Topology
 from noctule.kernels import native
-from noctule.topology import Topology
 
 SETS = native._native.instruction_sets() if native._native is not None else []
 BATCHES = [0, 1, 3, 15, 16, 17, 100, 128, 129, 902]

@@ -20,9 +20,9 @@ from kernel_cases import (
 )
 
 from noctule import kernels
+from noctule.core.topology import Topology
 from noctule.kernels import Epilogue, native, reference
 from noctule.measure.operations import listening
-from noctule.topology import Topology
 
 pytestmark = pytest.mark.skipif(not SETS, reason="noctule._native is not built")
 PLAIN = Epilogue()

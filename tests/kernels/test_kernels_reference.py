@@ -8,8 +8,8 @@ from kernel_cases import matrices, matrix, numbers
 from torch import Tensor
 
 from noctule import kernels
+from noctule.core.topology import Topology
 from noctule.kernels import IDENTITY, Epilogue, reference
-from noctule.topology import Topology
 
 
 def dense(topology: Topology, values: Tensor) -> Tensor:

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from noctule.checkpoint import load
-from noctule.cli import main
-from noctule.errors import UsageError
+from noctule.cli.main import main
+from noctule.core.errors import UsageError
 from noctule.launch.lighthouse import Lighthouse
-from noctule.launch.together import Together
-from noctule.strategy import Strategy
+from noctule.team.group import Together
+from noctule.team.strategy import Strategy
 from noctule.testing.processes import Workers
 
 os.environ.setdefault("RUST_LOG", "error")  # torchft tells of every quorum, and reads this when it is imported
@@ -179,11 +179,12 @@ from pathlib import Path
 
 import torch
 
-from noctule import Batches, Method, ToSparse, convert_, fit, launch, mlp, param_groups
+from noctule import Batches, Method, ToSparse, convert_, fit, mlp, param_groups
 from noctule.checkpoint import save
 from noctule.data import load, standardize
 from noctule.report import Journal
-from noctule.rewire import anywhere
+from noctule.sparse.rewire import anywhere
+from noctule.team import team
 
 
 class Pace(Method):
@@ -198,11 +199,11 @@ def own(run, *, epochs: int = 40, seed: int = 0):
     model = convert_(mlp(splits.train.features, 32, splits.train.classes), ToSparse(density=0.2)).model
     optimizer = torch.optim.AdamW(param_groups(model), lr=0.005)
     batches = Batches(splits.train, 128, seed=seed)
-    team, steps = launch.team(), epochs * len(batches)
-    methods = [*team.rewire(grow=anywhere, every=7, seed=seed), Pace(), *team.methods(steps=steps)]
-    journal = team.journal(Journal(run, "sparse"), steps=steps)
-    shared = team.share(batches)
-    team.train(
+    here, steps = team(), epochs * len(batches)
+    methods = [*here.rewire(grow=anywhere, every=7, seed=seed), Pace(), *here.methods(steps=steps)]
+    journal = here.journal(Journal(run, "sparse"), steps=steps)
+    shared = here.share(batches)
+    here.train(
         lambda: fit(model, optimizer, shared, validation=splits.validation, epochs=epochs, methods=methods, journal=journal)
     )
     save(run.path / "weights", dict(model.state_dict()))

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from noctule.convert import convert_
-from noctule.layers import FuseEpilogue, SparseConv2d, SparseLinear, ToSparse
-from noctule.layers.keep_layout import KeepLayout
+from noctule.core.convert import convert_
 from noctule.models import cnn
+from noctule.sparse.layers import FuseEpilogue, SparseConv2d, SparseLinear, ToSparse
+from noctule.sparse.layers.keep_layout import KeepLayout
 
 
 def kinds(model: nn.Module) -> str:

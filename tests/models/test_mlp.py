@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from noctule.layers import AllReLU, SparseLinear
 from noctule.models import mlp
+from noctule.sparse.layers import AllReLU, SparseLinear
 
 
 def kinds(model: nn.Module) -> list[str]:

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from noctule.convert import convert_
+from noctule.core.convert import convert_
 from noctule.data import Batches, Windows, read_text
-from noctule.layers import FuseEpilogue, SparseLinear, ToDense, ToSparse
-from noctule.loop import evaluate
 from noctule.models import Transformer
 from noctule.models.transformer import rotated
+from noctule.sparse.layers import FuseEpilogue, SparseLinear, ToDense, ToSparse
+from noctule.train.fit import evaluate
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 

@@ -8,10 +8,10 @@ from push_pull_jobs import batch, train
 from torch import Tensor
 
 from noctule import set_
-from noctule.average import ExponentialAverage
-from noctule.method import Method, attach
-from noctule.optim import sparse_layers
+from noctule.core.method import Method, attach
+from noctule.core.optim import sparse_layers
 from noctule.parallel import Gossip
+from noctule.sparse.average import ExponentialAverage
 
 DECAY = 0.7
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from exchange_cases import Half
 from noctule import ToSparse, convert_
-from noctule.channel import Channel, Exchange
-from noctule.errors import LostWorkerError
+from noctule.core.errors import LostWorkerError
+from noctule.core.exchange import Channel, Exchange
+from noctule.core.method import attach
 from noctule.exchange import AllGather, Compress, own_group
-from noctule.method import attach
 from noctule.parallel import AVERAGE, DiLoCo
 
 _DRAWING = threading.Lock()

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from noctule import ToSparse, convert_, set_
 from noctule.codecs import NaturalCompression, TopK
+from noctule.core.method import attach
 from noctule.exchange import own_group
-from noctule.method import attach
 from noctule.parallel.gossip import Gossip
 from noctule.parallel.graphs import complete, random, ring, torus
 

@@ -9,10 +9,10 @@ from push_pull_jobs import MOMENTUM, PLAIN, network
 from torch import nn
 
 from noctule import SparseLinear
-from noctule.method import Method
-from noctule.optim import sparse_layers
-from noctule.parallel.wire import serve
-from noctule.topology import Topology, exchange
+from noctule.core.method import Method
+from noctule.core.optim import sparse_layers
+from noctule.core.topology import Topology, exchange
+from noctule.parallel.server.listen import serve
 
 
 def sparse(seed: int = 0, density: float = 0.5) -> Any:

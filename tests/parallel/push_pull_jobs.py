@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noctule.method import attach
+from noctule.core.method import attach
 from noctule.parallel import PushPull
-from noctule.parallel.wire import serve
+from noctule.parallel.server.listen import serve
 
 MOMENTUM = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 ADAGRAD = partial(torch.optim.Adagrad, lr=0.05)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noctule.parallel.coordinator import Coordinator
-from noctule.parallel.lbfgs import LBFGS
-from noctule.parallel.messages import read, write
-from noctule.parallel.sandblaster import Sandblaster, coordinate
-from noctule.parallel.ticket import Ticket
+from noctule.parallel.sandblaster.coordinator import Coordinator
+from noctule.parallel.sandblaster.lbfgs import LBFGS
+from noctule.parallel.sandblaster.optimizer import Sandblaster, coordinate
+from noctule.transport.messages import read, write
+from noctule.transport.ticket import Ticket
 
 SAMPLES = 24
 

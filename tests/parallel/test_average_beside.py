@@ -5,11 +5,11 @@ from push_pull_jobs import MOMENTUM
 from push_pull_jobs import together as at_once
 
 from exchange_cases import together
-from noctule.channel import Channel
 from noctule.codecs import TopK
+from noctule.core.exchange import Channel
 from noctule.exchange import Compress, EverySync
 from noctule.parallel import DiLoCo, PushPull
-from noctule.parallel.wire import serve
+from noctule.parallel.server.listen import serve
 from noctule.testing.processes import Workers
 
 

@@ -12,11 +12,11 @@ from torch import nn
 
 from exchange_cases import Half, together
 from noctule import ToSparse, convert_, rigl, set_
-from noctule.channel import Channel
 from noctule.codecs import NaturalCompression
-from noctule.errors import ExchangeError, LostWorkerError
+from noctule.core.errors import ExchangeError, LostWorkerError
+from noctule.core.exchange import Channel
+from noctule.core.method import attach
 from noctule.exchange import Compress
-from noctule.method import attach
 from noctule.parallel import AVERAGE, NESTEROV, DiLoCo, Phases
 
 _DRAWING = threading.Lock()

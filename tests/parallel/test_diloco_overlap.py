@@ -10,11 +10,11 @@ from torch import nn
 
 from exchange_cases import Half, together
 from noctule import set_
-from noctule.channel import Channel
 from noctule.codecs import NaturalCompression
-from noctule.errors import LostWorkerError
+from noctule.core.errors import LostWorkerError
+from noctule.core.exchange import Channel
+from noctule.core.method import attach
 from noctule.exchange import Compress
-from noctule.method import attach
 from noctule.parallel import AVERAGE, NESTEROV, DiLoCo
 from noctule.parallel.fragments import cut
 from noctule.testing.processes import Workers

@@ -13,11 +13,11 @@ from torch import nn
 
 from exchange_cases import together
 from noctule import SparseLinear, ToSparse, convert_, set_
-from noctule.channel import Channel
-from noctule.errors import ExchangeError, LostWorkerError
-from noctule.method import attach
+from noctule.core.errors import ExchangeError, LostWorkerError
+from noctule.core.exchange import Channel
+from noctule.core.method import attach
+from noctule.core.topology import Topology
 from noctule.parallel.merging import Merge, largest, merge_workers
-from noctule.topology import Topology
 
 
 def apart(rank, optimizer=MOMENTUM, steps=5, build=sparse):

@@ -15,21 +15,21 @@ from push_pull_jobs import ADAGRAD, MOMENTUM, batch, train
 
 from exchange_cases import together
 from noctule import set_
-from noctule.channel import Channel
 from noctule.checkpoint import Checkpoints
+from noctule.core.errors import ExchangeError, LostWorkerError
+from noctule.core.exchange import Channel
+from noctule.core.method import Method, attach
+from noctule.core.phases import Phases
 from noctule.data import Batches, Dataset
-from noctule.errors import ExchangeError, LostWorkerError
 from noctule.exchange import Local
-from noctule.loop import fit
-from noctule.method import Method, attach
 from noctule.parallel import PushPull
 from noctule.parallel.merging import Merge
-from noctule.parallel.phases import Phases
+from noctule.parallel.server.listen import serve
 from noctule.parallel.wasap import MOMENTUM as BUFFER
 from noctule.parallel.wasap import HandOver, wasap
-from noctule.parallel.wire import serve
-from noctule.rewire import Rewire
+from noctule.sparse.rewire import Rewire
 from noctule.testing.processes import Workers
+from noctule.train.fit import fit
 
 STEPS = 10
 

@@ -11,12 +11,12 @@ from push_pull_jobs import train as few_steps
 from torch import nn
 
 from noctule import AllReLU, ToSparse, attach, convert_, gse, mlp, set_
-from noctule.channel import Channel
+from noctule.core.exchange import Channel
 from noctule.data import Batches, load
 from noctule.exchange import AllGather
-from noctule.loop import evaluate
 from noctule.parallel import PushPull, Ticket
 from noctule.parallel.wasap import wasap
+from noctule.train.fit import evaluate
 
 BATCH = 128
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=2e-4)

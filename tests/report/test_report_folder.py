@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from noctule.errors import DataError, UsageError
+from noctule.core.errors import DataError, UsageError
 from noctule.report import RunFolder
 
 GIVEN = {"recipe": "sparse_mlp", "options": {"epochs": 3, "data_dir": Path("/data")}, "seed": 7}

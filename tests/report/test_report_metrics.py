@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import law
 
-from noctule.errors import DataError, NoctuleError
+from noctule.core.errors import DataError, NoctuleError
 from noctule.report import files, metrics
 
 JSON = st.recursive(

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from noctule.errors import NoctuleError
+from noctule.core.errors import NoctuleError
 from noctule.testing.link import Link, available, shaped_network
 from noctule.testing.processes import WorkerError, Workers, run_workers
 from noctule.testing.template import template

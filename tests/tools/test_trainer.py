@@ -7,7 +7,7 @@ import torch
 from tools_cases import assert_same_state, build, function, samples
 
 from noctule import attach, set_
-from noctule.optim import sparse_layers
+from noctule.core.optim import sparse_layers
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
 transformers = pytest.importorskip("transformers")

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from noctule.errors import CheckpointError
+from noctule.core.errors import CheckpointError
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from noctule.checkpoint.atomic import replacing
-from noctule.errors import CheckpointError
+from noctule.core.errors import CheckpointError
 
 FORMAT = "noctule-checkpoint"
 VERSION = 1

@@ -9,7 +9,7 @@ from typing import Any
 
 from noctule.checkpoint.atomic import remove_abandoned
 from noctule.checkpoint.state import load, save
-from noctule.errors import CheckpointError
+from noctule.core.errors import CheckpointError
 
 
 class Checkpoints:

@@ -9,7 +9,7 @@ from typing import Any
 from noctule.checkpoint.atomic import replacing
 from noctule.checkpoint.file import MALFORMED, VERSION, read, write
 from noctule.checkpoint.tree import pack, unpack
-from noctule.errors import CheckpointError
+from noctule.core.errors import CheckpointError
 
 
 def save_model(path: str | os.PathLike, state: dict[str, Any], structure: dict[str, Any]) -> None:

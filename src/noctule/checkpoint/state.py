@@ -7,7 +7,7 @@ from typing import Any
 
 from noctule.checkpoint.file import FORMAT, MALFORMED, VERSION, read, write
 from noctule.checkpoint.tree import pack, unpack
-from noctule.errors import CheckpointError
+from noctule.core.errors import CheckpointError
 
 
 def save(path: str | os.PathLike, state: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from noctule.checkpoint.file import NAMES
-from noctule.errors import CheckpointError
+from noctule.core.errors import CheckpointError
 
 
 def pack(state: Any) -> tuple[Any, dict[str, Tensor]]:

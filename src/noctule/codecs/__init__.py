@@ -1,10 +1,8 @@
 """Tensors as fewer bytes, for the wire, for memory and for the disk."""
 
 from noctule.codecs.affine import Affine
-from noctule.codecs.base import Codec, Payload, pack, unpack
 from noctule.codecs.cast import Cast
 from noctule.codecs.dithering import NaturalDithering
-from noctule.codecs.exact import Exact
 from noctule.codecs.lowrank import LowRank
 from noctule.codecs.natural import NaturalCompression
 from noctule.codecs.qsgd import QSGD
@@ -12,6 +10,8 @@ from noctule.codecs.randomk import RandomK
 from noctule.codecs.signs import SignSGD
 from noctule.codecs.terngrad import TernGrad
 from noctule.codecs.topk import TopK
+from noctule.core.codec import Codec, Payload, pack, unpack
+from noctule.core.exact import Exact
 
 __all__ = [
     "QSGD",

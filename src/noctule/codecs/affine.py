@@ -6,10 +6,10 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from noctule.codecs.base import Layout, Payload
 from noctule.codecs.levels import pack_codes, unpack_codes
 from noctule.codecs.reference import nbytes
 from noctule.codecs.steps import buckets, check_bucket, code_for, draw_seed, flat, room
+from noctule.core.codec import Layout, Payload
 
 _SMALLEST = torch.finfo(torch.float32).smallest_normal
 

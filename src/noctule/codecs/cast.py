@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from noctule.codecs.base import Layout, Payload
+from noctule.core.codec import Layout, Payload
 
 
 @dataclass(frozen=True)

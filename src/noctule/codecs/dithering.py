@@ -11,9 +11,9 @@ from dataclasses import KW_ONLY, dataclass, field
 import torch
 from torch import Tensor
 
-from noctule.codecs.base import Layout, Payload
 from noctule.codecs.levels import check_levels, decode_levels, encode_levels, layout_levels
 from noctule.codecs.steps import check_bucket
+from noctule.core.codec import Layout, Payload
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from noctule.codecs.base import Layout, Payload
 from noctule.codecs.reference import nbytes
 from noctule.codecs.steps import buckets, code_for, draw_seed, flat, room
+from noctule.core.codec import Layout, Payload
 
 
 def encode_levels(

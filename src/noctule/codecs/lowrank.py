@@ -12,8 +12,9 @@ from dataclasses import KW_ONLY, dataclass, field
 import torch
 from torch import Tensor
 
-from noctule.codecs.base import Layout, Payload
-from noctule.codecs.steps import all_finite, draw_seed, flat
+from noctule.codecs.steps import draw_seed, flat
+from noctule.core.codec import Layout, Payload
+from noctule.core.finite import all_finite
 
 
 @dataclass(frozen=True)

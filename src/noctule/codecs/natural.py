@@ -13,8 +13,8 @@ from dataclasses import KW_ONLY, dataclass, field
 import torch
 from torch import Tensor
 
-from noctule.codecs.base import Layout, Payload
 from noctule.codecs.steps import buckets, check_bucket, code_for, draw_seed, flat
+from noctule.core.codec import Layout, Payload
 
 _PLAIN, _DEFLATED = 0, 1
 

@@ -10,9 +10,10 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from noctule.codecs.base import Codec, Layout, Payload
-from noctule.codecs.exact import Exact
-from noctule.codecs.steps import all_finite, check_fraction, code_for, draw_seed, share
+from noctule.codecs.steps import check_fraction, code_for, draw_seed, share
+from noctule.core.codec import Codec, Layout, Payload
+from noctule.core.exact import Exact
+from noctule.core.finite import all_finite
 
 _BUCKET, _LONG = 1 << 16, (1 << 63) - 1
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from noctule.codecs.base import Layout, Payload
 from noctule.codecs.levels import pack_codes, unpack_codes
 from noctule.codecs.reference import nbytes
 from noctule.codecs.steps import buckets, check_bucket, flat, room
+from noctule.core.codec import Layout, Payload
 
 
 @dataclass(frozen=True)

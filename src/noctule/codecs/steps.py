@@ -33,15 +33,6 @@ def draw_seed(generator: torch.Generator | None) -> int:
     return int(torch.randint(0, 2**63 - 1, (), generator=generator, device="cpu"))
 
 
-def all_finite(x: Tensor) -> bool:
-    """Whether nothing is inf or NaN; the sum tells it in a quarter of the time, unless it overflows.
-
-    >>> all_finite(torch.tensor([3e38, 3e38])), all_finite(torch.tensor([torch.inf, -torch.inf]))
-    (True, False)
-    """
-    return x.numel() == 0 or bool(x.sum().isfinite()) or bool(torch.stack(x.aminmax()).isfinite().all())
-
-
 def check_bucket(bucket: int, what: str = "bucket") -> None:
     """Refuse a bucket that has no element, or more than positions are counted for."""
     if not 1 <= bucket < 2**31:

@@ -9,9 +9,9 @@ from dataclasses import KW_ONLY, dataclass, field
 import torch
 from torch import Tensor
 
-from noctule.codecs.base import Codec, Layout, Payload
-from noctule.codecs.exact import Exact
 from noctule.codecs.steps import buckets, check_fraction, code_for, flat, share
+from noctule.core.codec import Codec, Layout, Payload
+from noctule.core.exact import Exact
 
 BLOCK = 1 << 16
 """Elements whose offsets fit in 16 bits."""

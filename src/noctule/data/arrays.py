@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from noctule.core.errors import DataError
 from noctule.data.dataset import Dataset
-from noctule.errors import DataError
 
 PARTS = ("train", "validation", "test")
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from noctule.core.errors import DataError, UsageError
 from noctule.data.dataset import Dataset
 from noctule.data.digits import read_digits
 from noctule.data.folder import KINDS, read_path
@@ -17,7 +18,6 @@ from noctule.data.preparation import Preparation, Samples, fit_preparation
 from noctule.data.prepare import prepare, with_fingerprint
 from noctule.data.splits import Splits, split
 from noctule.data.target import Target, Task
-from noctule.errors import DataError, UsageError
 
 _SOURCES = {
     "digits": lambda **_: read_digits(),

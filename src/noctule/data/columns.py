@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from noctule.core.errors import DataError
 from noctule.data.cells import ISO, PLAIN, date_format, days_of, number_style, to_date, to_number
 from noctule.data.frame import MISSING
-from noctule.errors import DataError
 
 MOST_LEVELS = 50
 """A category with more levels becomes one number instead of as many inputs."""

@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 import torch
 from torch import Tensor
 
-from noctule.errors import DataError
+from noctule.core.errors import DataError
 
 _ROWS_AT_A_TIME = 4096
 _MOST_CHANNELS = 4

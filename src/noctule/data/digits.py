@@ -2,8 +2,8 @@
 
 import torch
 
+from noctule.core.errors import DataError
 from noctule.data.dataset import Dataset
-from noctule.errors import DataError
 
 _WHITEST = 16
 

@@ -10,8 +10,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from noctule.core.errors import DataError
 from noctule.data.content import read_checked
-from noctule.errors import DataError
 from noctule.measure.progress import Progress
 
 _PIECE_BYTES = 1 << 16

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from noctule.core.errors import DataError
 from noctule.data.arrays import PARTS
 from noctule.data.frame import Arrays, Frame
 from noctule.data.idx import read_idx
@@ -15,7 +16,6 @@ from noctule.data.objects import read_object
 from noctule.data.parquet import read_parquet
 from noctule.data.preparation import Preparation, Samples
 from noctule.data.table import read_table
-from noctule.errors import DataError
 
 _TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".data", ".dat", ".tab", ".psv")
 _PARQUET_SUFFIXES = (".parquet", ".pq")

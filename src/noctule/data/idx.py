@@ -6,8 +6,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from noctule.core.errors import DataError
 from noctule.data.content import open_content, read_at_most
-from noctule.errors import DataError
 
 _DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _MOST_DIMENSIONS = 8

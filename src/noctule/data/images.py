@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from noctule.core.errors import DataError
 from noctule.data.frame import Arrays
-from noctule.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 LARGEST_SIDE = 128

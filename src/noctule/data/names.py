@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from noctule.signature import Place
+from noctule.core.place import Place
 
 names: tuple[str, ...] = ("digits", "fashion-mnist", "madelon", "mnist")
 """The built-in data sets."""

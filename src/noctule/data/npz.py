@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
+from noctule.core.errors import DataError
 from noctule.data.arrays import PARTS
 from noctule.data.frame import Arrays
-from noctule.errors import DataError
 
 PART_WORDS: dict[str, str] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 PART_WORDS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from noctule.core.errors import DataError, UsageError
 from noctule.data.dataset import Dataset
 from noctule.data.frame import Arrays, Frame
 from noctule.data.npz import PART_WORDS, find_keys
 from noctule.data.preparation import Samples
-from noctule.errors import DataError, UsageError
 
 _ACCEPTED = "give a name, a path, a DataFrame, a Hugging Face Dataset, (X, y), a dict of columns or of parts, or a noctule.Dataset"
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from noctule.core.errors import DataError
 from noctule.data.frame import Frame
 from noctule.data.objects import frame_of
-from noctule.errors import DataError
 
 
 def read_parquet(path: Path) -> Frame:

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from noctule.core.errors import DataError
 from noctule.data.arrays import to_inputs
 from noctule.data.columns import Column, Skip, fit_column
 from noctule.data.dataset import Dataset
 from noctule.data.frame import Arrays, Frame
 from noctule.data.target import Target
-from noctule.errors import DataError
 
 Samples = Frame | Arrays | Dataset
 """Samples as they were read; those of the built-in sets are data sets already."""

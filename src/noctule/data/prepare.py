@@ -8,14 +8,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from noctule.core.errors import DataError, UsageError
+from noctule.core.place import nearest
 from noctule.data.dataset import Dataset
 from noctule.data.frame import MISSING, Arrays, Frame
 from noctule.data.preparation import Preparation, Samples, fingerprint, fit_preparation
 from noctule.data.splits import Splits, split_rows
 from noctule.data.table import LABEL_NAMES
 from noctule.data.target import Target, Task, fit_target
-from noctule.errors import DataError, UsageError
-from noctule.signature import nearest
 
 _TEST_SHARE = 0.2
 _KEPT = 3

@@ -4,9 +4,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from noctule.core.errors import DataError, UsageError
 from noctule.data.content import read_checked
 from noctule.data.download import fetch
-from noctule.errors import DataError, UsageError
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from noctule.core.errors import DataError
 from noctule.data.cells import to_number
-from noctule.errors import DataError
 
 BLANKS = " "
 NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "|", BLANKS: "blanks"}

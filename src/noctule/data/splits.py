@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from noctule.core.errors import DataError, UsageError
 from noctule.data.dataset import Dataset
 from noctule.data.preparation import Preparation
-from noctule.errors import DataError, UsageError
 
 _TEST_SEED = 20_100_617
 """Fixed, so that runs with different seeds are compared on one and the same test set."""

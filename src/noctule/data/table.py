@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from noctule.core.errors import DataError
 from noctule.data.cells import to_number
 from noctule.data.content import open_content
 from noctule.data.frame import MISSING, Frame
 from noctule.data.sniff import BLANKS, NAMES, Layout, sniff
-from noctule.errors import DataError
 
 LABEL_NAMES = ("label", "target", "class", "y")
 

@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from noctule.core.errors import DataError, UsageError
 from noctule.data.cells import number_style, to_number
-from noctule.errors import DataError, UsageError
 
 Task = Literal["auto", "classification", "regression"]
 Label = str | int | float

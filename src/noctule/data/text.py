@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from noctule.errors import DataError, UsageError
+from noctule.core.errors import DataError, UsageError
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,12 +19,12 @@ from sklearn.utils import check_random_state, check_scalar
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor, nn
 
+from noctule.core.optim import param_groups
+from noctule.core.schedule import constant, cosine
+from noctule.core.types import Schedule
 from noctule.estimators.network import ACTIVATIONS, Network, density_of
 from noctule.estimators.training import Progress, Samples, epochs, outputs
-from noctule.optim import param_groups
-from noctule.rewire import Grow, Rewire, anywhere, guided, steepest
-from noctule.schedule import constant, cosine
-from noctule.types import Schedule
+from noctule.sparse.rewire import Grow, Rewire, anywhere, guided, steepest
 
 GROWERS: dict[str, Grow | None] = {"gse": guided, "rigl": steepest, "set": anywhere, "none": None}
 

@@ -6,11 +6,11 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from noctule.budget import erdos_renyi
-from noctule.convert import convert_
-from noctule.layers import AllReLU, FuseEpilogue, SparseLinear
+from noctule.core.convert import convert_
 from noctule.models import mlp
 from noctule.models.mlp import Activation, relu
+from noctule.sparse.budget import erdos_renyi
+from noctule.sparse.layers import AllReLU, FuseEpilogue, SparseLinear
 
 ACTIVATIONS: dict[str, Activation] = {
     "all_relu": lambda layer: AllReLU(0.6, layer=layer),

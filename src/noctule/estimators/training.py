@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from noctule.finite import check_parameters, explain
-from noctule.interrupt import deferred_interrupt
-from noctule.layers import SparseLayer
-from noctule.method import attach
-from noctule.rewire import Rewire
+from noctule.core.finite import check_parameters, explain
+from noctule.core.method import attach
+from noctule.sparse.layers import SparseLayer
+from noctule.sparse.rewire import Rewire
+from noctule.train.interrupt import deferred_interrupt
 
 ROWS_AT_A_TIME = 512
 """Samples in memory as dense rows at once where nothing is learnt."""

@@ -1,5 +1,21 @@
-"""Between workers: stages, and paths from each to all."""
+"""What workers send each other at every step: channels, their stages and paths, codecs, and hooks for DDP and FSDP2."""
 
+from noctule.codecs import (
+    QSGD,
+    Affine,
+    Cast,
+    Exact,
+    LowRank,
+    NaturalCompression,
+    NaturalDithering,
+    RandomK,
+    SignSGD,
+    TernGrad,
+    TopK,
+)
+from noctule.core.aggregate import mean
+from noctule.core.codec import Codec, Payload
+from noctule.core.exchange import Channel, Exchange, Path, Stage
 from noctule.exchange.all_gather import AllGather
 from noctule.exchange.all_reduce import AllReduce
 from noctule.exchange.auto import Auto
@@ -7,7 +23,6 @@ from noctule.exchange.clip import Clip
 from noctule.exchange.compress import Compress
 from noctule.exchange.ddp import ddp_hook
 from noctule.exchange.every_sync import EverySync
-from noctule.exchange.framing import on_the_wire
 from noctule.exchange.fsdp import fsdp_hooks
 from noctule.exchange.group import Group, own_group
 from noctule.exchange.handshake import agree
@@ -20,24 +35,41 @@ from noctule.exchange.two_phase import TwoPhase
 from noctule.exchange.weigh import Weigh
 
 __all__ = [
+    "QSGD",
+    "Affine",
     "AllGather",
     "AllReduce",
     "Auto",
+    "Cast",
+    "Channel",
     "Clip",
+    "Codec",
     "Compress",
     "EverySync",
+    "Exact",
+    "Exchange",
     "Group",
     "Hierarchical",
     "LinkEstimate",
     "Local",
+    "LowRank",
+    "NaturalCompression",
+    "NaturalDithering",
     "NoiseScale",
+    "Path",
+    "Payload",
     "PowerSGD",
+    "RandomK",
+    "SignSGD",
+    "Stage",
+    "TernGrad",
+    "TopK",
     "TwoPhase",
     "Weigh",
     "agree",
     "ddp_hook",
     "fsdp_hooks",
-    "on_the_wire",
+    "mean",
     "own_group",
     "probe_link",
 ]

@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from noctule.aggregate import Aggregate, mean
-from noctule.channel import Arrived, Work
 from noctule.codecs import Codec
+from noctule.core.aggregate import Aggregate, mean
+from noctule.core.exchange import Arrived, Work
 from noctule.exchange.group import Group
 from noctule.exchange.messages import Format, coding
 
@@ -25,11 +25,11 @@ class AllGather:
         self.rank, self.world = self.group.rank, self.group.world
 
     def share(self, message: bytes) -> list[bytes]:
-        """See `noctule.channel.Path`."""
+        """See `noctule.core.exchange.Path`."""
         return self.group.share(message)
 
     def rehearse(self, tensors: Sequence[Tensor], codec: Codec | None) -> Work:
-        """See `noctule.channel.Path`."""
+        """See `noctule.core.exchange.Path`."""
         write, read, size = coding(tensors, codec)
         return Work(write + self.world * read, (self.world - 1) * size, self.group.rounds(size))
 
@@ -42,7 +42,7 @@ class AllGather:
         numbers: Sequence[float],
         generator: torch.Generator,
     ) -> Arrived:
-        """See `noctule.channel.Path`."""
+        """See `noctule.core.exchange.Path`."""
         form = Format(tensors, codec, len(numbers))
         wire, delivered = form.write(tensors, numbers, generator)
         wires = self.group.gather(wire, fixed=form.nbytes is not None)

@@ -7,9 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from noctule.aggregate import Aggregate, mean
-from noctule.channel import Arrived, Work
 from noctule.codecs import Codec
+from noctule.core.aggregate import Aggregate, mean
+from noctule.core.exchange import Arrived, Work
 from noctule.exchange.group import Group
 from noctule.exchange.messages import bundled, unbundled
 
@@ -26,11 +26,11 @@ class AllReduce:
         self.rank, self.world = self.group.rank, self.group.world
 
     def share(self, message: bytes) -> list[bytes]:
-        """See `noctule.channel.Path`."""
+        """See `noctule.core.exchange.Path`."""
         return self.group.share(message)
 
     def rehearse(self, tensors: Sequence[Tensor], codec: Codec | None) -> Work:
-        """See `noctule.channel.Path`."""
+        """See `noctule.core.exchange.Path`."""
         size = sum(x.nbytes for x in tensors)
         rounds = 1 if self.world == 2 and size <= _SMALL else 2 * (self.world - 1)
         return Work(0.0, 2 * (self.world - 1) / self.world * size, rounds)
@@ -44,7 +44,7 @@ class AllReduce:
         numbers: Sequence[float],
         generator: torch.Generator,
     ) -> Arrived:
-        """See `noctule.channel.Path`.
+        """See `noctule.core.exchange.Path`.
 
         Raises:
             ValueError: there is a codec, or an aggregate other than the mean.

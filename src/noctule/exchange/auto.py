@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noctule.channel import Exchange, Work
-from noctule.codecs.steps import all_finite
+from noctule.core.exchange import Exchange, Work
+from noctule.core.finite import all_finite
+from noctule.core.topology import Remap
 from noctule.exchange.probe import LinkEstimate, agreed
-from noctule.topology import Remap
 
 _TURN = 3
 """Exchanges of a candidate in a turn; the first does not count."""

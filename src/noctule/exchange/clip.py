@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from noctule.channel import Stage
+from noctule.core.exchange import Stage
 
 
 class Clip(Stage):

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noctule.channel import Stage
 from noctule.codecs import Codec, RandomK
-from noctule.codecs.steps import all_finite
-from noctule.topology import Remap
+from noctule.core.exchange import Stage
+from noctule.core.finite import all_finite
+from noctule.core.topology import Remap
 
 
 class Compress(Stage):

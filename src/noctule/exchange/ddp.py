@@ -12,9 +12,9 @@ from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from noctule.aggregate import mean
-from noctule.channel import Channel, Exchange
-from noctule.codecs.steps import all_finite
+from noctule.core.aggregate import mean
+from noctule.core.exchange import Channel, Exchange
+from noctule.core.finite import all_finite
 from noctule.exchange.all_reduce import AllReduce
 from noctule.exchange.auto import Auto
 from noctule.exchange.noise_scale import NoiseScale

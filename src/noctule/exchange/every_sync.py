@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.optim import Optimizer
 
-from noctule.channel import Exchange
+from noctule.core.exchange import Exchange
+from noctule.core.method import Method
+from noctule.core.topology import Remap
 from noctule.exchange.handshake import agree, agree_on_places
-from noctule.method import Method
-from noctule.topology import Remap
 
 
 class EverySync(Method):
@@ -27,7 +27,7 @@ class EverySync(Method):
         exchange: such as a `Channel`.
 
     >>> from noctule.exchange import Local
-    >>> from noctule.channel import Channel
+    >>> from noctule.core.exchange import Channel
     >>> sync = EverySync(Channel(path=Local.together(1)[0]))
     """
 

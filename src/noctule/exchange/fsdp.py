@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter  # where FSDP2 has its contract
 
 from noctule.codecs import Codec
-from noctule.codecs.steps import all_finite
+from noctule.core.finite import all_finite
 from noctule.exchange.compress import Compress
 from noctule.exchange.group import Group
 from noctule.exchange.messages import Format

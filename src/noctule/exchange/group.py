@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from noctule.errors import ExchangeError, LostWorkerError
+from noctule.core.errors import ExchangeError, LostWorkerError
 
 _all_gather = getattr(
     dist, "all_gather_single", dist.all_gather_into_tensor

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noctule.channel import Exchange
-from noctule.errors import ExchangeError
-from noctule.optim import sparse_layers
+from noctule.core.errors import ExchangeError
+from noctule.core.exchange import Exchange
+from noctule.core.optim import sparse_layers
 
 
 def agree(

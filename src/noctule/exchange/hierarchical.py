@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from noctule.aggregate import Aggregate, mean
-from noctule.channel import Arrived, Path, Work
 from noctule.codecs import Codec
+from noctule.core.aggregate import Aggregate, mean
+from noctule.core.exchange import Arrived, Path, Work
 from noctule.exchange.all_gather import AllGather
 from noctule.exchange.group import Group, own_group
 from noctule.exchange.messages import bundled, unbundled
@@ -66,11 +66,11 @@ class Hierarchical:
         return cls(Group(inside), path, everyone)
 
     def share(self, message: bytes) -> list[bytes]:
-        """See `noctule.channel.Path`."""
+        """See `noctule.core.exchange.Path`."""
         return self.group.share(message)
 
     def rehearse(self, tensors: Sequence[Tensor], codec: Codec | None) -> Work:
-        """See `noctule.channel.Path`; the bytes are those between machines."""
+        """See `noctule.core.exchange.Path`; the bytes are those between machines."""
         return Work(0.0, 0.0, 0) if self.between is None else self.between.rehearse(tensors, codec)
 
     def __call__(
@@ -82,7 +82,7 @@ class Hierarchical:
         numbers: Sequence[float],
         generator: torch.Generator,
     ) -> Arrived:
-        """See `noctule.channel.Path`.
+        """See `noctule.core.exchange.Path`.
 
         Raises:
             ValueError: the aggregate is not the mean.

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from noctule.aggregate import Aggregate
-from noctule.channel import Arrived, Work
 from noctule.codecs import Codec
-from noctule.errors import ExchangeError
+from noctule.core.aggregate import Aggregate
+from noctule.core.errors import ExchangeError
+from noctule.core.exchange import Arrived, Work
 from noctule.exchange.messages import Format, coding
 
 
@@ -31,13 +31,13 @@ class Local:
         return [cls(rank, world, room) for rank in range(world)]
 
     def share(self, message: bytes) -> list[bytes]:
-        """See `noctule.channel.Path`."""
+        """See `noctule.core.exchange.Path`."""
         wire = torch.frombuffer(bytearray(message + b"\0"), dtype=torch.uint8)[:-1]  # which takes no empty one
         wires = self._room.meet(self.rank, wire)
         return [bytes(wire.numpy()) for wire in wires]
 
     def rehearse(self, tensors: Sequence[Tensor], codec: Codec | None) -> Work:
-        """See `noctule.channel.Path`."""
+        """See `noctule.core.exchange.Path`."""
         write, read, size = coding(tensors, codec)
         return Work(write + self.world * read, (self.world - 1) * size, self.world - 1)
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from noctule.codecs.base import Codec, pack, unpack
-from noctule.codecs.exact import Exact
-from noctule.errors import ExchangeError
+from noctule.core.codec import Codec, pack, unpack
+from noctule.core.errors import ExchangeError
+from noctule.core.exact import Exact
 
 _LENGTH = 8
 """Bytes that say how long a tensor of no fixed length is."""

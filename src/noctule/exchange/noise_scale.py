@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noctule.channel import Exchange, Work
-from noctule.topology import Remap
+from noctule.core.exchange import Exchange, Work
+from noctule.core.topology import Remap
 
 
 class NoiseScale(Exchange):
@@ -35,7 +35,7 @@ class NoiseScale(Exchange):
     Raises:
         ValueError: smoothing or most_time is out of its range.
 
-    >>> from noctule.channel import Channel
+    >>> from noctule.core.exchange import Channel
     >>> from noctule.exchange import Local
     >>> scale = NoiseScale(Channel(path=Local.together(1)[0]), samples=lambda: (32, 32))  # alone: there is nothing to compare
     >>> scale([torch.ones(2)], ["weight"]), scale.batch

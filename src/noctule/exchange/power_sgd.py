@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noctule.channel import Exchange, Work
-from noctule.codecs.steps import all_finite
-from noctule.topology import Remap
+from noctule.core.exchange import Exchange, Work
+from noctule.core.finite import all_finite
+from noctule.core.topology import Remap
 
 
 class PowerSGD(Exchange):

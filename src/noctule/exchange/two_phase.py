@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from noctule.aggregate import Aggregate, mean
-from noctule.channel import Arrived, Work
 from noctule.codecs import Codec
+from noctule.core.aggregate import Aggregate, mean
+from noctule.core.exchange import Arrived, Work
 from noctule.exchange.all_gather import AllGather
 from noctule.exchange.messages import Format, coding
 
@@ -36,11 +36,11 @@ class TwoPhase:
         self.rank, self.world = self.group.rank, self.group.world
 
     def share(self, message: bytes) -> list[bytes]:
-        """See `noctule.channel.Path`."""
+        """See `noctule.core.exchange.Path`."""
         return self.group.share(message)
 
     def rehearse(self, tensors: Sequence[Tensor], codec: Codec | None) -> Work:
-        """See `noctule.channel.Path`."""
+        """See `noctule.core.exchange.Path`."""
         if self.world <= 2:
             return self.at_once.rehearse(tensors, codec)
         write, read, size = coding(cut(tensors, 1), codec)
@@ -56,7 +56,7 @@ class TwoPhase:
         numbers: Sequence[float],
         generator: torch.Generator,
     ) -> Arrived:
-        """See `noctule.channel.Path`.
+        """See `noctule.core.exchange.Path`.
 
         Raises:
             ValueError: the aggregate is not the mean.

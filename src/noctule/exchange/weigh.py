@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from noctule.channel import Stage
+from noctule.core.exchange import Stage
 
 
 class Weigh(Stage):

@@ -18,12 +18,12 @@ import math
 import torch
 from torch import Tensor
 
+from noctule.core.topology import Places
 from noctule.kernels import native, reference
 from noctule.kernels.epilogue import IDENTITY, Epilogue, Kept
 from noctule.kernels.flops import modes, tell
 from noctule.kernels.frame import Frame
 from noctule.measure.operations import count
-from noctule.topology import Places
 
 __all__ = [
     "IDENTITY",

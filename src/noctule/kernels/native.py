@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from noctule.core.topology import Places
 from noctule.kernels import reference
 from noctule.kernels.epilogue import IDENTITY, Epilogue, Kept
 from noctule.kernels.frame import LINE, PAGE, Frame
-from noctule.topology import Places
 
 _native: Any
 try:

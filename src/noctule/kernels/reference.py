@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from noctule.core.topology import Places, Transposed
 from noctule.kernels.epilogue import Epilogue, Kept
 from noctule.kernels.frame import Frame
-from noctule.topology import Places, Transposed
 
 CHUNK_ELEMENTS = 1 << 22
 """Numbers in flight at once (16 MiB in float32)."""

@@ -1,7 +1,5 @@
-"""Where a training runs: alone, as one of several workers of a supervisor, or under torchrun."""
+"""Where the processes of a run come from: a supervisor on one machine, torchrun, a lighthouse, or a ticket of a server."""
 
 from noctule.launch.supervisor import Supervisor
-from noctule.launch.team import Team, as_member_of, team
-from noctule.strategy import Strategy
 
-__all__ = ["Strategy", "Supervisor", "Team", "as_member_of", "team"]
+__all__ = ["Supervisor"]

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self, TypeVar
 
-from noctule.errors import UsageError
-from noctule.launch.apart import Apart
-from noctule.launch.team import UNTRAINED, as_member_of
-from noctule.parallel.ticket import Ticket, write_secret
-from noctule.strategy import Strategy
+from noctule.core.errors import UsageError
+from noctule.team.member import UNTRAINED, as_member_of
+from noctule.team.served import Apart
+from noctule.team.strategy import Strategy
+from noctule.transport.ticket import Ticket, write_secret
 
 T = TypeVar("T")
 WAIT_SECONDS = 600.0
@@ -56,7 +56,7 @@ class Invitation:
             ExchangeError: the server does not let it in, or has not answered for `WAIT_SECONDS`.
             UsageError: the training does not ask its team how to train.
         """
-        from noctule.parallel.knock import knock
+        from noctule.transport.knock import knock
 
         knock(self.ticket)
         with as_member_of(

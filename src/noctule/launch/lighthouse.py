@@ -26,8 +26,8 @@ from urllib.parse import urlsplit
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
-from noctule.errors import ExchangeError, UsageError
-from noctule.launch.together import join_group
+from noctule.core.errors import ExchangeError, UsageError
+from noctule.team.group import join_group
 
 if TYPE_CHECKING:
     from torchft.coordination import LighthouseClient, Quorum  # pyright: ignore[reportMissingImports] it is optional
@@ -91,7 +91,7 @@ class Lighthouse:
             thread.join()
 
     def form(self) -> None:
-        """See `noctule.launch.together.Rendezvous`.
+        """See `noctule.team.group.Rendezvous`.
 
         Raises:
             ExchangeError: the lighthouse does not answer, or the workers do not reach one another.

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from noctule.launch.line import Line
-from noctule.launch.strategies import codec, server_optimizer
-from noctule.strategy import Strategy
+from noctule.team.building import codec, server_optimizer
+from noctule.team.strategy import Strategy
 
 if TYPE_CHECKING:
-    from noctule.parallel.wire import Server
+    from noctule.parallel.server.listen import Server
 
 
 def listen(strategy: Strategy, **options: Any) -> "Server":
     """A server with the optimizer, shards and codec of a strategy, in this process; options are those of `serve`."""
-    from noctule.parallel.wire import serve
+    from noctule.parallel.server.listen import serve
 
     torch.set_num_threads(1)  # each shard has a thread of its own
     return serve(partial(server_optimizer, strategy), shards=strategy.shards, codec=codec(strategy.codec), **options)

@@ -21,10 +21,10 @@ from typing import Any, Literal
 
 from torch._C._distributed_c10d import TCPStore
 
-from noctule.errors import NoctuleError
-from noctule.interrupt import deferred_interrupt
+from noctule.core.errors import NoctuleError
 from noctule.launch.line import Line
-from noctule.strategy import Strategy
+from noctule.team.strategy import Strategy
+from noctule.train.interrupt import deferred_interrupt
 
 FUTILE = 3
 """Deaths of one process in a row, each before it had done anything, after which the run ends."""

@@ -45,7 +45,7 @@ class Torchrun:
             )
 
     def form(self) -> None:
-        """See `noctule.launch.together.Rendezvous`."""
+        """See `noctule.team.group.Rendezvous`."""
         dist.init_process_group("gloo", timeout=timedelta(seconds=self.timeout_seconds))
 
     def again(self) -> bool:

@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
-from noctule.errors import LostWorkerError, NoctuleError, UsageError
-from noctule.launch.apart import Apart
+from noctule.core.errors import LostWorkerError, NoctuleError, UsageError
 from noctule.launch.line import Line
-from noctule.launch.merging import Merging
-from noctule.launch.team import UNTRAINED, Team, as_member_of
-from noctule.launch.together import Together, join_group
-from noctule.parallel.ticket import Ticket
-from noctule.strategy import Strategy
+from noctule.team.group import Together, join_group
+from noctule.team.member import UNTRAINED, Team, as_member_of
+from noctule.team.served import Apart
+from noctule.team.strategy import Strategy
+from noctule.team.wasap import Merging
+from noctule.transport.ticket import Ticket
 
 
 class Supervised:
@@ -45,7 +45,7 @@ class Supervised:
         self._line.tell(listening=True)
 
     def form(self) -> None:
-        """See `noctule.launch.together.Rendezvous`; LostWorkerError where the others have stopped alone."""
+        """See `noctule.team.group.Rendezvous`; LostWorkerError where the others have stopped alone."""
         while True:
             if dist.is_initialized():
                 dist.destroy_process_group()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from noctule.layers.layout import row_major
+from noctule.sparse.layers.layout import row_major
 
 
 class Transformer(nn.Module):

@@ -1,15 +1,15 @@
 """Strategies of training together, each a Method for a plain loop."""
 
+from noctule.core.phases import Phases
 from noctule.parallel.diloco import AVERAGE, NESTEROV, DiLoCo
 from noctule.parallel.gossip import Gossip
 from noctule.parallel.graphs import complete, random, ring, torus
-from noctule.parallel.lbfgs import LBFGS
 from noctule.parallel.merging import Merge, merge_workers
-from noctule.parallel.phases import Phases
-from noctule.parallel.push_pull import PushPull
-from noctule.parallel.sandblaster import Sandblaster, coordinate
-from noctule.parallel.ticket import Ticket
+from noctule.parallel.sandblaster.lbfgs import LBFGS
+from noctule.parallel.sandblaster.optimizer import Sandblaster, coordinate
+from noctule.parallel.server.push_pull import PushPull
 from noctule.parallel.wasap import wasap
+from noctule.transport.ticket import Ticket
 
 __all__ = [
     "AVERAGE",

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from noctule.channel import Exchange
+from noctule.core.exchange import Exchange
+from noctule.core.method import Method, before_forward
+from noctule.core.optim import carry_state
+from noctule.core.topology import Remap
 from noctule.exchange.handshake import agree, agree_on_places
-from noctule.method import Method, before_forward
-from noctule.optim import carry_state
 from noctule.parallel.flights import Flight, Flights, check_own_group
 from noctule.parallel.fragments import cut, last_turn
-from noctule.topology import Remap
 
 NESTEROV = partial(SGD, lr=0.7, momentum=0.9, nesterov=True)
 """The outer optimizer of DiLoCo."""
@@ -51,7 +51,7 @@ class DiLoCo(Method):
     Raises:
         ValueError: an option is out of its range, or ``overlap`` is to be on the process group of all processes.
 
-    >>> from noctule.channel import Channel
+    >>> from noctule.core.exchange import Channel
     >>> from noctule.exchange import Local
     >>> method = DiLoCo(Channel(path=Local.together(1)[0]), every=100, outer=AVERAGE)
     >>> streaming = DiLoCo(Channel(path=Local.together(1)[0]), every=100, fragments=4, overlap=5)

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from noctule.channel import Exchange
+from noctule.core.exchange import Exchange
+from noctule.core.topology import Remap
 from noctule.exchange.ddp import process_groups
-from noctule.topology import Remap
 
 
 @dataclass

@@ -15,16 +15,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from noctule.channel import Channel
 from noctule.codecs import Codec
-from noctule.errors import ExchangeError
+from noctule.core.errors import ExchangeError
+from noctule.core.exchange import Channel
+from noctule.core.method import Method
+from noctule.core.topology import Remap
 from noctule.exchange.all_reduce import AllReduce
 from noctule.exchange.group import Group
 from noctule.exchange.handshake import agree, agree_on_places
 from noctule.exchange.messages import Format
-from noctule.method import Method
 from noctule.parallel.graphs import Graph, ring, weights
-from noctule.topology import Remap
 
 
 class Gossip(Method):

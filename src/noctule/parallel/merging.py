@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from noctule.channel import Exchange
-from noctule.errors import ExchangeError
-from noctule.method import Method
-from noctule.optim import sparse_layers
-from noctule.topology import Remap, Topology, merge
+from noctule.core.errors import ExchangeError
+from noctule.core.exchange import Exchange
+from noctule.core.method import Method
+from noctule.core.optim import sparse_layers
+from noctule.core.topology import Remap, Topology, merge
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ class Merge(Method):
         exchange: between the workers, such as a `Channel`.
         every: steps from one time to the next; None: whenever the session settles, as before `fit` judges the weights.
 
-    >>> from noctule.channel import Channel
+    >>> from noctule.core.exchange import Channel
     >>> from noctule.exchange import Local
     >>> method = Merge(Channel(path=Local.together(1)[0]), every=1000)
     """

@@ -13,13 +13,13 @@ from typing import Any
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from noctule.channel import Channel, Exchange
+from noctule.core.exchange import Channel, Exchange
+from noctule.core.method import Method
+from noctule.core.phases import Phases
 from noctule.exchange.local import Local
-from noctule.method import Method
 from noctule.parallel.merging import Merge
-from noctule.parallel.phases import Phases
-from noctule.parallel.push_pull import PushPull
-from noctule.rewire import Rewire, set_
+from noctule.parallel.server.push_pull import PushPull
+from noctule.sparse.rewire import Rewire, set_
 
 MOMENTUM = "momentum_buffer"
 """Under which torch's SGD keeps it."""
@@ -53,7 +53,7 @@ def wasap(
         share: of the steps that are in the first phase.
         seed: of what moves connections; in the second phase each worker has another one.
 
-    >>> from noctule.parallel.wire import serve
+    >>> from noctule.parallel.server.listen import serve
     >>> with serve(SGD) as server:
     ...     method = wasap(PushPull(server.ticket(0)), Channel(path=Local.together(1)[0]), steps=1000)
     >>> method.until

@@ -7,17 +7,17 @@ a signal and little of its sign.
 
 from typing import Any, Literal
 
-from noctule.allocator import keep_memory
 from noctule.checkpoint import save_model
+from noctule.core.errors import UsageError
 from noctule.data.prototypes import Prototypes
-from noctule.errors import UsageError
-from noctule.launch import team
 from noctule.measure import footprint, measure
+from noctule.measure.allocator import keep_memory
 from noctule.recipes.brain import Brain, connected, momentum_sgd
 from noctule.recipes.brain_training import Training
 from noctule.report import Journal, RunFolder, write_report
 from noctule.report.units import count, duration, percent, size
-from noctule.rewire import Rewire, anywhere, guided
+from noctule.sparse.rewire import Rewire, anywhere, guided
+from noctule.team import team
 
 GROWERS = {"set": anywhere, "gse": guided}
 

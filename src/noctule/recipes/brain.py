@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from noctule.convert import convert_
-from noctule.layers import FuseEpilogue, SparseLinear
+from noctule.core.convert import convert_
 from noctule.models import mlp
+from noctule.sparse.layers import FuseEpilogue, SparseLinear
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,17 +14,17 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
+from noctule.core.errors import CheckpointError
+from noctule.core.finite import check_parameters, explain
+from noctule.core.method import Session, attach
 from noctule.data.prototypes import Prototypes
-from noctule.errors import CheckpointError
-from noctule.finite import check_parameters, explain
-from noctule.interrupt import deferred_interrupt
 from noctule.measure import Progress
 from noctule.measure.activations import kept_for_backward
 from noctule.measure.operations import listening
-from noctule.method import Session, attach
 from noctule.recipes.brain import sparse_linears
 from noctule.report import Journal
-from noctule.rewire import Rewire
+from noctule.sparse.rewire import Rewire
+from noctule.train.interrupt import deferred_interrupt
 
 LINE = 16
 """Samples in a forward pass alone, at least: those of a neuron then fill a line of the cache."""

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from noctule.checkpoint.atomic import replacing
+from noctule.core.errors import DataError
 from noctule.data import Dataset, Splits, Text, Windows
 from noctule.data.preparation import Preparation
-from noctule.errors import DataError
-from noctule.loop import Loss
 from noctule.report import RunFolder
+from noctule.train.fit import Loss
 
 FILE = "data.json"
 """In a run's folder: what was learnt from the training part to make samples into tensors."""

@@ -11,8 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from noctule.data import Batches
-from noctule.loop import Loss
 from noctule.report.units import GAP, duration
+from noctule.train.fit import Loss
 
 SECONDS, MOST = 1.0, 30
 """That measuring may take, about, and steps that it takes at most."""

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from noctule.checkpoint import save_model
-from noctule.convert import convert_
+from noctule.core.convert import convert_
+from noctule.core.method import Method
+from noctule.core.optim import param_groups
 from noctule.data import Batches, Task, load
 from noctule.data.augment import Augment, cutout, flip, shift
 from noctule.data.names import DataSource
-from noctule.layers import FuseEpilogue, SparseLayer, ToSparse
-from noctule.layers.keep_layout import KeepLayout
-from noctule.method import Method
 from noctule.models import cnn
-from noctule.optim import param_groups
 from noctule.recipes.own_data import describe, keep_preparation, say
 from noctule.recipes.training import Compare, Moving, falling_rate, settling, train_classifier, train_series
 from noctule.report import Journal, RunFolder
+from noctule.sparse.layers import FuseEpilogue, SparseLayer, ToSparse
+from noctule.sparse.layers.keep_layout import KeepLayout
 
 
 def sparse_cnn(

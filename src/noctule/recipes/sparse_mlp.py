@@ -9,16 +9,13 @@ import torch
 from torch import nn
 
 from noctule.checkpoint import save_model
-from noctule.convert import convert_
+from noctule.core.convert import convert_
+from noctule.core.method import Method
+from noctule.core.optim import param_groups
 from noctule.data import Batches, Task, load, standardize
 from noctule.data.names import DataSource
-from noctule.decay import Decay
-from noctule.launch import team
-from noctule.layers import AllReLU, FuseEpilogue, SparseLinear, ToSparse
-from noctule.method import Method
 from noctule.models import mlp
 from noctule.models.mlp import Activation, relu
-from noctule.optim import param_groups
 from noctule.recipes.own_data import describe, keep_preparation, say
 from noctule.recipes.training import (
     GROWERS,
@@ -30,7 +27,10 @@ from noctule.recipes.training import (
     train_series,
 )
 from noctule.report import Journal, RunFolder
-from noctule.rewire import sign_split
+from noctule.sparse.layers import AllReLU, FuseEpilogue, SparseLinear, ToSparse
+from noctule.sparse.rewire import sign_split
+from noctule.sparse.rewire.decay import Decay
+from noctule.team import team
 
 
 def sparse_mlp(

@@ -7,17 +7,17 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from noctule.checkpoint import save_model
-from noctule.convert import convert_
+from noctule.core.convert import convert_
+from noctule.core.method import Method
+from noctule.core.optim import param_groups
+from noctule.core.schedule import cosine
 from noctule.data import Batches, read_text
 from noctule.data.names import InputFile
-from noctule.layers import FuseEpilogue, SparseLinear, ToSparse
-from noctule.method import Method
 from noctule.models import Transformer
-from noctule.optim import param_groups
 from noctule.recipes.own_data import describe
 from noctule.recipes.training import Compare, Moving, settling, train_classifier, train_series
 from noctule.report import Journal, RunFolder
-from noctule.schedule import cosine
+from noctule.sparse.layers import FuseEpilogue, SparseLinear, ToSparse
 
 FEW_INPUTS = 40
 """A linear layer with so many inputs, or fewer, learns at the full rate."""

@@ -9,18 +9,18 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
+from noctule.core.method import Method
+from noctule.core.schedule import cosine
 from noctule.data import Batches, Splits, Text
-from noctule.launch import team
-from noctule.loop import Fitted, evaluate, fit
 from noctule.measure import footprint, measure
-from noctule.method import Method
 from noctule.recipes.difference import difference, keep, right
 from noctule.recipes.own_data import errors, loss_for
 from noctule.recipes.pace import alone_seconds, compared
 from noctule.recipes.twin import strongest_
 from noctule.report import Journal, RunFolder, write_report
-from noctule.rewire import Grow, Rewire, anywhere, guided, steepest
-from noctule.schedule import cosine
+from noctule.sparse.rewire import Grow, Rewire, anywhere, guided, steepest
+from noctule.team import team
+from noctule.train.fit import Fitted, evaluate, fit
 
 SMALL_WEIGHTS = 10_000_000
 """A dense twin of at most so many weights is trained too, unless told otherwise."""

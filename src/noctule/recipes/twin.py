@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noctule.layers.onednn import OneDnnLinear
 from noctule.measure import interleave
 from noctule.report import files
+from noctule.sparse.layers.onednn import OneDnnLinear
 
 SECONDS = 2.0
 """That measuring may take, about."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from noctule.errors import DataError, NoctuleError
+from noctule.core.errors import DataError, NoctuleError
 
 
 def refuse(value: object) -> Any:

@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
-from noctule.errors import NoctuleError, UsageError
+from noctule.core.errors import NoctuleError, UsageError
 from noctule.report import files, metrics
 from noctule.report.events import Events
 from noctule.report.machine import machine, versions

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from noctule.errors import DataError
+from noctule.core.errors import DataError
 from noctule.report import files
 from noctule.report.curves import learning, structure
 from noctule.report.facts import mapping, number, outcomes

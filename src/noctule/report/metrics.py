@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from noctule.errors import DataError
+from noctule.core.errors import DataError
 from noctule.report import files
 
 

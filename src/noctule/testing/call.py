@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from noctule.checkpoint import load
-from noctule.errors import NoctuleError
+from noctule.core.errors import NoctuleError
 from noctule.testing.template import Copy
 
-STARTED = -1
-"""The number of the call that nobody makes: a worker answers it when it has imported what it needs."""
 GRACE_SECONDS = 1.0
 """For the other ranks to be done, or to fail as well, when one has failed."""
 _DUMP_SECONDS = 0.3

@@ -29,9 +29,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from noctule.checkpoint import save
-from noctule.testing.call import STARTED, Call, Worker, WorkerError
+from noctule.testing.call import Call, Worker, WorkerError
 from noctule.testing.link import Network
 from noctule.testing.template import template
+from noctule.testing.worker import STARTED
 
 __all__ = ["Call", "WorkerError", "Workers", "run_workers"]
 

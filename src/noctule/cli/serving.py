@@ -1,0 +1,110 @@
+"""A parameter server for workers on any machines: a folder that it goes on from, and a ticket for each worker."""
+
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from noctule.cli.signature import from_json
+from noctule.core.errors import UsageError
+from noctule.launch.invitation import Invitation
+from noctule.launch.server import listen
+from noctule.report import files
+from noctule.team.strategy import Serving
+from noctule.transport.ticket import Ticket
+
+if TYPE_CHECKING:
+    from noctule.parallel.server.listen import Server
+
+PATIENCE_SECONDS = 60.0
+"""A worker that was silent for longer is not waited for."""
+_LOOK_SECONDS = 0.5
+
+
+def invitation(serving: Serving, ticket: Ticket) -> Invitation:
+    """Of a worker, with addresses under which it reaches the server."""
+    assert serving.workers is not None
+    if serving.public_host is not None:
+        ports = [address.rpartition(":")[2] for address in ticket.addresses]
+        ticket = replace(ticket, addresses=tuple(f"tcp://{serving.public_host}:{port}" for port in ports))
+    return Invitation(ticket, serving.workers, serving.together)
+
+
+def settle(folder: Path, given: Mapping[str, Any]) -> Serving:
+    """What the server of a folder is, or, where there is none, is to be from now on.
+
+    Raises:
+        UsageError: it is another one than given, or cannot be.
+    """
+    path = folder / "server.json"
+    if path.exists():
+        kept = from_json(Serving, files.read_object(path))
+        changed = [f"--{name.replace('_', '-')}" for name, value in given.items() if kept[name] != value]
+        if changed:
+            raise UsageError(
+                f"{folder} is of a server with another {' and another '.join(changed)}: leave the options out to go on with that "
+                "one, or choose another folder"
+            )
+        return Serving(**kept)
+    try:
+        serving = Serving(**given)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    files.replace(path, files.to_json(asdict(serving), indent=2))
+    return serving
+
+
+def keep(folder: Path, given: Mapping[str, Any]) -> None:
+    """Listen until a signal ends it; everything is in the folder then, as after a kill, but for what workers send again.
+
+    Raises:
+        UsageError: the folder is of another server.
+        ExchangeError: an address is taken.
+        KeyboardInterrupt: it was stopped.
+    """
+    serving = settle(folder, given)
+    assert serving.workers is not None
+    options = {"workers": serving.workers, "host": serving.host, "port": serving.port}
+    with listen(serving.together, folder=folder, patience_seconds=PATIENCE_SECONDS, **options) as server:
+        invitations = [invitation(serving, server.ticket(worker)) for worker in range(serving.workers)]
+        paths = [folder / f"worker-{worker}.ticket" for worker in range(serving.workers)]
+        for each, path in zip(invitations, paths, strict=True):
+            each.save(path)
+        _explain(serving, invitations[0].ticket.addresses, paths)
+        try:
+            _watch(server)
+        finally:
+            print(f"stopping; to go on: noctule server {shlex.quote(str(folder))}", file=sys.stderr)
+
+
+def _explain(serving: Serving, addresses: tuple[str, ...], paths: list[Path]) -> None:
+    where, last = ", ".join(addresses), paths[-1]
+    print(f"server: {serving.strategy}, {len(paths)} worker{'s' * (len(paths) > 1)}, at {where}")
+    print(f"tickets: {paths[0]}{f' to {last.name}' if len(paths) > 1 else ''}; each is a secret, of one worker")
+    print("copy each to its worker's machine, and train there:")
+    print(f"  scp {shlex.quote(str(paths[0]))} MACHINE:")
+    print(f"  noctule run RECIPE --ticket {paths[0].name}", flush=True)
+    if any(address.startswith("tcp://127.") for address in addresses):
+        print(
+            "note: only workers on this machine reach it; for others begin in another folder, with --host",
+            file=sys.stderr,
+        )
+
+
+def _watch(server: "Server") -> None:
+    """Say who comes and goes, for ever."""
+    there: set[int] = set()
+    while True:
+        seats = dict(sorted(server.shards[0].seats.items()))
+        for worker, seat in seats.items():
+            if seat.live and worker not in there:
+                print(f"worker {worker} takes part", flush=True)
+            elif not seat.live and worker in there:
+                silent = server.shards[0].now() - seat.heard > PATIENCE_SECONDS
+                print(f"worker {worker} {'is silent: nobody waits for it' if silent else 'has left'}", flush=True)
+        there = {worker for worker, seat in seats.items() if seat.live}
+        time.sleep(_LOOK_SECONDS)

@@ -1,0 +1,254 @@
+"""What ``noctule run`` does once its words are understood: a folder, and the recipe in this process or in several."""
+
+import inspect
+import os
+import shlex
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import KW_ONLY, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from noctule.cli.signature import from_json
+from noctule.core.errors import NoctuleError, UsageError
+from noctule.kernels import native
+from noctule.launch import Supervisor
+from noctule.launch.invitation import Invitation
+from noctule.launch.lighthouse import Lighthouse
+from noctule.launch.torchrun import Torchrun
+from noctule.measure.allocator import keep_freed_memory
+from noctule.measure.cpus import available_cpus
+from noctule.report import RunFolder, compare_table, write_report
+from noctule.team import as_member_of
+from noctule.team.group import Together
+from noctule.team.strategy import Strategy, several
+from noctule.train.interrupt import default_signals
+
+_OWN = {"run.json", "data.json", "twin.json", "workers", "worker.log", "server", "tensorboard"}
+"""What is in a run's folder before anything is trained."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line said."""
+
+    name: str
+    recipe: Callable[..., Any]
+    given: dict[str, Any]
+    """Options of the recipe."""
+    _: KW_ONLY
+    threads: int | None
+    together: dict[str, Any]
+    """Options of several workers, and how many they are."""
+    command: list[str]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All options of the recipe."""
+        parameters = inspect.signature(self.recipe).parameters.items()
+        return {name: p.default for name, p in parameters if p.kind is p.KEYWORD_ONLY} | self.given
+
+
+def start(asked: Asked, out: Path | None) -> int:
+    """A new run."""
+    workers, strategy = several(asked.together)
+    here = _prepare(asked.threads, workers or 1)
+    return _run(asked, _create(asked, out, here), asked.options, workers, strategy)
+
+
+def start_again(asked: Asked, resume: Path, *, out: Path | None) -> int:
+    """A run that was stopped goes on."""
+    folder = RunFolder(resume)
+    about = folder.about()
+    options = from_json(asked.recipe, about["options"])
+    changed = sorted(k for k, v in asked.given.items() if k not in options or options[k] != v)
+    if changed or out is not None or asked.together:
+        words = [*changed, *asked.together] or ["out"]
+        raise UsageError(f"--resume goes on with the options of that run; leave out {', '.join(words)}")
+    together = about.get("together") or {}
+    if ticket := together.get("ticket"):
+        asked = replace(asked, given=options, threads=asked.threads or about.get("threads"))
+        return start_with_ticket(asked, folder.path, ticket=Path(ticket))
+    workers, strategy = several(together)
+    _compare(about, _prepare(asked.threads or about.get("threads"), 1))
+    return _run(asked, folder, options, workers, strategy)
+
+
+def start_under_torchrun(asked: Asked, out: Path) -> int:
+    """This worker's part of a run, which is new or goes on."""
+    strategy = _without_supervisor(asked.together, "under torchrun")
+    rendezvous = Torchrun()
+    here = _prepare(asked.threads, 1)
+    team = Together(rendezvous, member=rendezvous.member, strategy=strategy)
+    with as_member_of(team):
+        with default_signals():  # torch waits for the others where Python's own handlers are not called
+            team.form()
+            if rendezvous.member:
+                dist.barrier()  # worker 0 makes the run's folder first
+        folder = _create_or_open(asked, rendezvous.folder(out), here)
+        if not rendezvous.member:
+            dist.barrier()
+            announce(folder)
+        with folder, _explaining(folder, again="" if rendezvous.member else "give torchrun the same command again"):
+            result = asked.recipe(folder, **asked.options)
+        if not rendezvous.member:
+            _print_outcome(folder, result)
+        dist.destroy_process_group()
+    return 0
+
+
+def start_at_lighthouse(asked: Asked, out: Path, *, lighthouse: str, member: int) -> int:
+    """One worker, whose run is new or goes on; who the others are is said by the lighthouse."""
+    strategy = _without_supervisor(asked.together, "with --lighthouse")
+    here = _prepare(asked.threads, 1)
+    with Lighthouse(lighthouse, member=member, timeout_seconds=strategy.timeout_seconds) as rendezvous:
+        folder = _create_or_open(asked, out, here)
+        announce(folder)
+        again = "give the same command again"
+        with (
+            as_member_of(Together(rendezvous, member=member, strategy=strategy)),
+            folder,
+            _explaining(folder, again=again),
+        ):
+            if not (result := folder.summary()):
+                result = asked.recipe(folder, **asked.options)
+        _print_outcome(folder, result)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def start_with_ticket(asked: Asked, out: Path | None, *, ticket: Path) -> int:
+    """One worker of a parameter server, whose run is new or goes on; how it trains is said by the ticket."""
+    try:
+        invitation = Invitation.load(ticket)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    said = {"workers": invitation.workers, **invitation.strategy.facts()}
+    if others := [f"--{k.replace('_', '-')} {v}" for k, v in asked.together.items() if said[k] != v]:
+        raise UsageError(f"{ticket} says how the workers train, and not with {', '.join(others)}: leave it out")
+    chosen = {k: v for k, v in said.items() if k == "workers" or v != getattr(Strategy(), k)}
+    here = _prepare(asked.threads, 1)
+    asked = replace(asked, together={**chosen, "ticket": str(ticket.absolute())})
+    folder = _create_or_open(asked, out, here)
+    announce(folder, f", {invitation}")
+    with folder, _explaining(folder):
+        if not (result := folder.summary()):
+            result = invitation.take_part(lambda: asked.recipe(folder, **asked.options))
+    _print_outcome(folder, result)
+    return 0
+
+
+def _without_supervisor(together: dict[str, Any], where: str) -> Strategy:
+    """How workers train together that are not started here."""
+    strategy = Strategy(**{k: v for k, v in together.items() if k != "workers"})
+    if "workers" in together or strategy.served:
+        what = f"--strategy {strategy.strategy}" if strategy.served else "--workers"
+        more = "; a parameter server for several machines is `noctule server`" if strategy.served else ""
+        raise UsageError(f"{what} is for the workers that noctule starts itself: leave it out {where}{more}")
+    return strategy
+
+
+def _create_or_open(asked: Asked, path: Path | None, here: dict[str, Any]) -> RunFolder:
+    """The run's folder; one that is there has to be of the same run."""
+    if path is None or not (path / "run.json").is_file():
+        return _create(asked, path, here)
+    folder = RunFolder(path)
+    about = folder.settle()
+    if about["recipe"] != asked.name or from_json(asked.recipe, about["options"]) != asked.options:
+        raise UsageError(f"{path} is another run, of {about['recipe']}: give the same command again, or another --out")
+    _compare(about, here)
+    return folder
+
+
+def _prepare(threads: int | None, workers: int) -> dict[str, Any]:
+    """Set this process up; what a run is bit for bit the same with."""
+    keep_freed_memory()
+    if threads is None:
+        most = torch.get_num_threads()  # as OMP_NUM_THREADS says, or one for each core that it may run on
+        threads = max(1, (most if "OMP_NUM_THREADS" in os.environ else min(most, available_cpus())) // workers)
+    torch.set_num_threads(threads)
+    return {"threads": torch.get_num_threads(), "instruction_set": native.instruction_set()}
+
+
+def _compare(about: dict[str, Any], here: dict[str, Any]) -> None:
+    differ = [f"{k} {about.get(k)} -> {v}" for k, v in here.items() if about.get(k) != v]
+    if differ:
+        warnings.warn(f"the run goes on, but not bit for bit as it began: {', '.join(differ)}", stacklevel=1)
+
+
+def _create(asked: Asked, path: Path | None, here: dict[str, Any]) -> RunFolder:
+    options = asked.options
+    about = {
+        "recipe": asked.name,
+        "options": options,
+        "seed": options.get("seed", 0),
+        "command": asked.command,
+        "together": asked.together or None,
+        **here,
+    }
+    if path is not None:
+        return RunFolder.create(path, **about)
+    name = Path(asked.name.partition(":")[0]).stem
+    return RunFolder.create_in(Path("runs").absolute(), f"{name}-{datetime.now():%Y%m%d-%H%M%S}", **about)
+
+
+def _run(asked: Asked, folder: RunFolder, options: dict[str, Any], workers: int | None, strategy: Strategy) -> int:
+    with folder, _explaining(folder):
+        if workers is None:
+            announce(folder)
+            result = asked.recipe(folder, **options)
+        else:
+            Supervisor(folder.path, workers=workers, strategy=strategy, threads=torch.get_num_threads()).run()
+            if result := folder.summary():
+                write_report(folder)  # once more: all workers' records are there now
+    _print_outcome(folder, result)
+    return 0
+
+
+@contextmanager
+def _explaining(folder: RunFolder, *, again: str | None = None) -> Iterator[None]:
+    """After a stop say how to go on, or, where nothing was trained yet, leave no trace of it.
+
+    Args:
+        again: how, where it is not by ``--resume``; nothing is said where that is empty.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, NoctuleError, OSError, ValueError) as error:
+        trained = any(folder.path.rglob("checkpoints"))
+        if folder.new and not trained and {entry.name for entry in folder.path.iterdir()} <= _OWN:
+            shutil.rmtree(folder.path)
+            if isinstance(error, KeyboardInterrupt):
+                print("stopped before anything was trained: no run was kept", file=sys.stderr)
+        elif trained or isinstance(error, KeyboardInterrupt):
+            with suppress(NoctuleError, OSError):  # on a full disk, say, which the error is about
+                write_report(folder)
+            if again is None:
+                again = f"noctule run --resume {shlex.quote(str(folder.path))}"
+            if again:
+                print(f"stopped; to go on: {again}", file=sys.stderr)
+        if isinstance(error, ValueError) and not isinstance(error, NoctuleError):
+            raise UsageError(str(error)) from error
+        raise
+
+
+def announce(folder: RunFolder, more: str = "") -> None:
+    """Have a run say where it is when its training begins."""
+    folder.on_begin = lambda: print(f"run: {folder.path}{more}", flush=True)
+
+
+def _print_outcome(folder: RunFolder, result: Any) -> None:
+    folder.begin()
+    if isinstance(result, dict) and folder.summary():
+        print(compare_table([folder]))
+    page = folder.path / "report.html"
+    if page.exists():
+        print(f"report: {page}")

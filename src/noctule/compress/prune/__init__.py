@@ -1,0 +1,7 @@
+"""Removing neurons and channels for good."""
+
+from noctule.compress.prune.importance import ImportancePruning, importance
+from noctule.compress.prune.shrink import shrink
+from noctule.compress.prune.widths import resize_to
+
+__all__ = ["ImportancePruning", "importance", "resize_to", "shrink"]

@@ -1,0 +1,222 @@
+"""Give the modules of a model other widths: whoever keeps something for their weights is asked before and told after.
+
+Shapes: O rows and I columns of a weight as a matrix; a convolution's columns are its input channels x kernel height x width.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from noctule.core.listeners import Listener, listeners_of
+from noctule.core.optim import carry_state, check_carry
+from noctule.core.topology import Remap, Topology, resize, resize_full
+from noctule.sparse.layers import SparseConv2d, SparseLayer
+from noctule.sparse.layers.foreign import note_for_hugging_face
+from noctule.sparse.layers.places import fields_of
+from noctule.sparse.layers.sparse_layer import carried
+
+MATRICES = (SparseLayer, nn.Linear, nn.Conv2d)
+"""Kinds with rows and columns."""
+VECTORS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.PReLU)
+"""Kinds with one number of each sort for a feature."""
+
+_NAMES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("out_features", "in_features"),
+    nn.Conv2d: ("out_channels", "in_channels"),
+    nn.BatchNorm1d: ("num_features",),
+    nn.BatchNorm2d: ("num_features",),
+    nn.PReLU: ("num_parameters",),
+}
+
+
+class Lines(NamedTuple):
+    """For each new row and column the old one that it continues, -1 for a new one; None where they stay."""
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a module is of a kind with rows and columns, and its weight its own: a subclass may do anything with them."""
+    return isinstance(module, SparseLayer) or (type(module) in MATRICES and "weight" in module._parameters)
+
+
+def shape_of(module: nn.Module) -> tuple[int, ...]:
+    """(O, I) of a kind with rows and columns, (O,) of one with a number for each feature."""
+    if isinstance(module, SparseLayer):
+        return module.topology.shape
+    if is_matrix(module):
+        return tuple(module.weight.flatten(1).shape)  # type: ignore[union-attr,operator]
+    return (getattr(module, _NAMES[type(module)][0]),)
+
+
+def groups_of(module: nn.Module) -> int:
+    """Into how many groups a convolution cuts its channels; 1 for what is none."""
+    return int(getattr(module.geometry if isinstance(module, SparseConv2d) else module, "groups", 1))
+
+
+def planned(model: nn.Module, lines: Mapping[str, Lines], *, optimizers: Iterable[Optimizer] = ()) -> "list[Change]":
+    """Changes after which the named modules have these rows and columns; all refusals come here, before anything moved.
+
+    Optimizers and methods of an open session on the model follow; ``optimizers`` are those that follow without one.
+
+    Raises:
+        ValueError: a weight is tied, or somebody who keeps something for it cannot follow.
+    """
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "DistributedDataParallel keeps buckets of the weights as they were: change the plain model, then wrap it again"
+        )
+    held = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    changes = []
+    for name, new in lines.items():
+        module = model.get_submodule(name)
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if held[id(parameter)] > 1:
+                raise ValueError(
+                    f"{parameter_name} of {name} is used in several places, not all of which would get other widths: "
+                    "leave that layer as it is"
+                )
+            if type(parameter) is not nn.Parameter:
+                raise ValueError(
+                    f"{parameter_name} of {name} is a {type(parameter).__name__}, not a plain parameter, and may be cut or "
+                    "coded in a way of its own: change the plain model first"
+                )
+        changes.append(_change(name, module, new, tuple(optimizers)))
+    for change in changes:
+        change.check()
+    return changes
+
+
+def resize_to(model: nn.Module, state: Mapping[str, Any], *, optimizers: Iterable[Optimizer] = ()) -> None:
+    """Give a model the widths of a state dict that is about to be loaded, so that it fits.
+
+    A model that lost neurons in training is built anew at its full width, brought to the widths of the state, then loaded;
+    after that the optimizer and the session. `fit` does so when it resumes. What the weights are meanwhile means nothing.
+
+    Args:
+        model: of the same layers, of any widths.
+        state: what ``model.state_dict()`` gave.
+        optimizers: those that train the model, where no open session does.
+
+    >>> model, smaller = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)), nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    >>> resize_to(model, smaller.state_dict())
+    >>> model.load_state_dict(smaller.state_dict())
+    <All keys matched successfully>
+    """
+    lines = {}
+    for name, module in model.named_modules():
+        if not is_matrix(module) and type(module) not in VECTORS:
+            continue
+        wanted = _shape_in(state, f"{name}." if name else "", module)
+        have = shape_of(module)
+        if wanted is not None and wanted != have:
+            lines[name] = Lines(*(None if w == h else _first(w, h) for w, h in zip(wanted, have, strict=True)))
+    for change in planned(model, lines, optimizers=optimizers):
+        change.make_()
+    note_for_hugging_face(model)
+
+
+def _first(wanted: int, have: int) -> Tensor:
+    """The first lines, and new ones where more are wanted than there are."""
+    lines = torch.arange(wanted, device="cpu")
+    return torch.where(lines < have, lines, -1)
+
+
+def _shape_in(state: Mapping[str, Any], prefix: str, module: nn.Module) -> tuple[int, ...] | None:
+    """The shape a module has in a state, or None where that is not of its kind: loading says what is wrong."""
+    if isinstance(module, SparseLayer):
+        try:
+            places = state[f"{prefix}_extra_state"]
+            if isinstance(places, Tensor):
+                fields = fields_of(places)
+                return fields["rows"], fields["columns"]
+            return int(places["shape"][0]), int(places["shape"][1])
+        except (KeyError, TypeError, ValueError, IndexError):
+            return None
+    weight = state.get(f"{prefix}weight", state.get(f"{prefix}running_mean"))
+    if not isinstance(weight, Tensor) or not weight.dim():
+        return None
+    if not is_matrix(module):
+        return tuple(weight.shape) if weight.dim() == 1 else None
+    same_kind = weight.shape[2:] == module.weight.shape[2:] and weight.dim() == module.weight.dim()  # type: ignore[union-attr,operator]
+    return tuple(weight.flatten(1).shape) if same_kind else None
+
+
+@dataclass(frozen=True)
+class Change:
+    """One module on its way to other widths."""
+
+    name: str
+    module: nn.Module
+    remap: Remap
+    topology: Topology | None
+    """The new places of a sparse layer."""
+    listeners: list[Listener]
+    optimizers: tuple[Optimizer, ...]
+    """Those that follow without a session; one that is in a session too has followed already, and finds nothing to do."""
+
+    def check(self) -> None:
+        """Raise ValueError where somebody cannot follow."""
+        for parameter_name, parameter in self.module.named_parameters(recurse=False):
+            if self.remap.of(parameter_name) is not None:
+                check_carry(self.optimizers, parameter)
+        if isinstance(self.module, SparseLayer):
+            assert self.topology is not None
+            self.module.check_remap(self.topology, self.remap)  # which asks the sessions
+        else:
+            for listener in self.listeners:
+                listener.check_remap(self.module, self.remap)
+
+    @torch.no_grad()
+    def make_(self) -> None:
+        """Do it, and tell everybody."""
+        old = dict(self.module.named_parameters(recurse=False))
+        if isinstance(self.module, SparseLayer):
+            assert self.topology is not None
+            self.module.remap_(self.topology, self.remap)  # which tells the sessions
+        else:
+            self._move_dense(old)
+            for listener in self.listeners:
+                listener.remapped(self.module, old, self.remap)
+        for name, before in old.items():
+            if (part := self.remap.of(name)) is not None:
+                carry_state(self.optimizers, before, getattr(self.module, name), part)
+
+    def _move_dense(self, old: Mapping[str, nn.Parameter]) -> None:
+        module, rows = self.module, self.remap.rows
+        shape = self.remap.resized((*shape_of(module), 1)[:2])  # type: ignore[arg-type]
+        for name, before in old.items():
+            if (part := self.remap.of(name)) is not None:
+                kernel = before.shape[2:]
+                new_shape = (shape[0], shape[1] // prod(kernel), *kernel) if before.dim() > 1 else (shape[0],)
+                setattr(module, name, carried(before, part.apply(before.flatten()).view(new_shape), part))
+        for name, buffer in module.named_buffers(recurse=False):
+            if rows is not None and buffer.dim() == 1:  # running statistics; the counter of batches is 0-d
+                setattr(module, name, rows.apply(buffer))
+        sizes = (shape[0], shape[1] // prod(getattr(module, "kernel_size", ())))
+        for name, size in zip(_NAMES[type(module)], sizes):
+            setattr(module, name, size)
+
+
+def _change(name: str, module: nn.Module, lines: Lines, optimizers: tuple[Optimizer, ...]) -> Change:
+    topology = None
+    if groups_of(module) > 1:
+        raise ValueError(
+            f"{name} is a convolution of {groups_of(module)} groups, each with channels of its own: "
+            "only one without groups can lose or gain channels"
+        )
+    if isinstance(module, SparseLayer):
+        topology, remap = resize(module.topology, rows=lines.rows, columns=lines.columns)
+    elif is_matrix(module):
+        remap = resize_full(shape_of(module), rows=lines.rows, columns=lines.columns)  # type: ignore[arg-type]
+    else:
+        remap = resize_full((*shape_of(module), 1), rows=lines.rows)  # type: ignore[arg-type]
+    return Change(name, module, remap, topology, listeners_of(module), optimizers)

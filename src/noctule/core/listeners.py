@@ -1,0 +1,32 @@
+"""What is told when the weights of a model change places or widths: open sessions, and what `follow` made."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+from weakref import WeakSet
+
+from torch import Tensor, nn
+
+from noctule.core.topology import Remap
+
+
+class Listener(Protocol):
+    """What is asked before and told after the weights of a module of its model change places or widths."""
+
+    model: nn.Module
+
+    def check_remap(self, module: nn.Module, remap: Remap) -> None:
+        """Raise ValueError where it cannot follow."""
+        ...
+
+    def remapped(self, module: nn.Module, old: Mapping[str, Tensor], remap: Remap) -> None:
+        """They did; ``old`` are the module's parameters of before, by name."""
+        ...
+
+
+listeners: WeakSet[Any] = WeakSet()
+"""The open sessions, and what `follow` made."""
+
+
+def listeners_of(module: nn.Module) -> list[Listener]:
+    """Those of models that this module is part of."""
+    return [listener for listener in listeners if any(m is module for m in listener.model.modules())]

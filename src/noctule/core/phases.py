@@ -1,0 +1,180 @@
+"""Methods that follow one another: from a given step on, others run."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from noctule.core.method import Method, Turns, before_forward
+from noctule.core.topology import Remap
+
+
+class Phases(Method):
+    """Runs the first methods until a step, then the next ones; those of a phase begin when it does, and end before the next.
+
+    The first one begins with the first forward pass of the model: a state that is loaded before decides which phase that is, and
+    the earlier ones never begin. Within a phase the order is that of `attach`.
+
+    A method that fails in the last step of its phase, as where a worker is lost, is asked to `settle` before the phase ends, at
+    the next forward pass. So is one that failed in any step, in the first forward pass of a training that goes on from then.
+
+    Args:
+        phases: the methods of each.
+        until: the number of steps after which each of them but the last ends.
+
+    >>> from noctule import set_
+    >>> several = Phases([set_(every=10)], [], until=[1000])
+    """
+
+    def __init__(self, *phases: Sequence[Method], until: Sequence[int]) -> None:
+        """Nothing begins yet."""
+        self.phases, self.until = tuple(tuple(phase) for phase in phases), tuple(until)
+        if len(self.until) != len(self.phases) - 1:
+            raise ValueError(
+                f"{len(self.phases)} phases need {len(self.phases) - 1} steps at which they end, got {until!r}"
+            )
+        if any(after <= before for before, after in zip((0, *self.until), self.until, strict=False)):
+            raise ValueError(f"the steps at which phases end must be above 0 and increase, got {until!r}")
+        if len({id(method) for phase in self.phases for method in phase}) < sum(map(len, self.phases)):
+            raise ValueError("Phases got the same method twice: make one for each phase, since it ends with its phase")
+        self.steps = 0
+        """Steps done."""
+        self._running: list[Method] = []
+        self._begun: int | None = None
+        self._loaded: dict[str, Any] | None = None  # waits for its phase to begin
+        self._undo = ExitStack()
+
+    @property
+    def phase(self) -> int:
+        """The number of the phase that the next step is in."""
+        return self._at(self.steps)
+
+    def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Wait for the first forward pass."""
+        self.model, self.optimizers = model, optimizers
+        self._turns = Turns(model, self._running)
+        hook: Any = torch.compiler.disable(self._forward)
+        self._undo.callback(before_forward(model, hook).remove)
+
+    def before_step(self) -> None:
+        """That of the phase."""
+        self._ensure()
+        for method in self._running:
+            method.before_step()
+
+    def after_step(self) -> None:
+        """That of the phase; if this was its last step, and none failed, the next one begins."""
+        self.steps += 1
+        self._turns.step()
+        self._ensure()
+
+    def remapped(self, layer: nn.Module, remap: Remap) -> None:
+        """That of the phase."""
+        for method in self._running:
+            method.remapped(layer, remap)
+
+    def observe(self, **metrics: float) -> None:
+        """That of the phase."""
+        for method in self._running:
+            method.observe(**metrics)
+
+    def settle(self) -> None:
+        """That of the phase, which begins for it: a training that is resumed may have this left to do, and no step."""
+        if self.steps:
+            self._ensure()
+        for method in reversed(self._running):
+            method.settle()
+        self._turns.go_on()
+
+    def end(self) -> None:
+        """That of the phase."""
+        try:
+            self._stop()
+        finally:
+            self._undo.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps done, which methods failed in the last one and which have not heard of it, and the states of those that run."""
+        if self._begun is None:
+            return self._loaded or {"steps": self.steps, "failed": [], "waiting": [], "methods": None}
+        states = [{"name": type(method).__name__, "state": method.state_dict()} for method in self._running]
+        return {
+            "steps": self.steps,
+            "failed": list(self._turns.failed),
+            "waiting": list(self._turns.waiting),
+            "methods": states,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave.
+
+        Raises:
+            ValueError: it is of other methods, or of another phase than the one that runs.
+        """
+        steps, found = int(state["steps"]), state["methods"]
+        state = {"steps": steps, "failed": [], "waiting": [], **state}  # which older ones lack
+        phase = self._last(state)
+        have = [type(method).__name__ for method in self.phases[phase]]
+        if found is not None and [entry["name"] for entry in found] != have:
+            raise ValueError(
+                f"this state belongs to the methods {[entry['name'] for entry in found]}, phase {phase} has {have}: make the same "
+                "phases"
+            )
+        if self._begun not in (None, phase):
+            raise ValueError(
+                f"phase {self._begun} has begun, and this state is of phase {phase}: load it before the first forward pass"
+            )
+        self.steps, self._loaded = steps, state
+        if self._begun is not None:
+            self._load()
+
+    def _at(self, steps: int) -> int:
+        """The phase of the step that comes after so many."""
+        return sum(steps >= step for step in self.until)
+
+    def _last(self, state: dict[str, Any]) -> int:
+        """The phase that this state is of: that of its last step, where that is not done with."""
+        return self._at(int(state["steps"]) - bool(state["failed"] or state["waiting"]))
+
+    def _forward(self, model: nn.Module, args: Any) -> None:
+        self._ensure()
+
+    def _ensure(self) -> None:
+        """Begin the phase, unless it has begun; the one before ends first."""
+        if self._begun is None:
+            self._begin(self.phase if self._loaded is None else self._last(self._loaded))
+            self._turns.make_up()  # hooks that began in a forward pass are no part of it
+        if self._begun != self.phase:
+            self._turns.make_up()
+            self._stop()
+            self._begin(self.phase)
+
+    def _begin(self, phase: int) -> None:
+        self._begun = phase
+        try:
+            for method in self.phases[phase]:
+                method.begin(self.model, self.optimizers)
+                self._running.append(method)
+            self._load()
+        except BaseException:
+            self._stop()
+            raise
+
+    def _load(self) -> None:
+        """Give the methods that run what was loaded, if anything."""
+        if (state := self._loaded) is not None:
+            for method, entry in zip(self._running, state["methods"] or (), strict=False):
+                method.load_state_dict(entry["state"])
+            self._turns.wait(state["waiting"], state["failed"])
+            self._loaded = None  # no sooner: a server that is away now may be there at the next forward pass
+
+    def _stop(self) -> None:
+        """End the methods that run, in reverse, each whatever the others do."""
+        self._begun = None
+        self._turns.wait(())
+        with ExitStack() as stack:
+            for _ in self._running:
+                stack.callback(lambda: self._running.pop().end())

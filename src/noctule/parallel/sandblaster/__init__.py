@@ -1,0 +1,1 @@
+"""L-BFGS whose loss and gradient are computed by several workers."""

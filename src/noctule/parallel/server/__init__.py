@@ -1,0 +1,1 @@
+"""A parameter server: asynchronous training with bounded staleness."""

@@ -1,0 +1,26 @@
+"""Moving topologies: connections that go, connections that come, the number staying the same."""
+
+from noctule.sparse.rewire.ctre import MostAlike, ctre
+from noctule.sparse.rewire.drop import Drop, sign_split, smallest
+from noctule.sparse.rewire.engine import Grow, Listener, Rewire, Sight
+from noctule.sparse.rewire.gse import gse, guided
+from noctule.sparse.rewire.rigl import rigl, steepest
+from noctule.sparse.rewire.set import anywhere, set_
+
+__all__ = [
+    "Drop",
+    "Grow",
+    "Listener",
+    "MostAlike",
+    "Rewire",
+    "Sight",
+    "anywhere",
+    "ctre",
+    "gse",
+    "guided",
+    "rigl",
+    "set_",
+    "sign_split",
+    "smallest",
+    "steepest",
+]

@@ -1,0 +1,283 @@
+"""The one engine that moves connections: drop some, grow as many, N stays."""
+
+from collections.abc import Mapping, Sequence
+from random import Random
+from typing import Any, Protocol, runtime_checkable
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from noctule.core.exchange import Exchange
+from noctule.core.keys import in_order, slots_of
+from noctule.core.method import Method
+from noctule.core.schedule import constant
+from noctule.core.topology import Remap
+from noctule.core.topology import exchange as exchanged
+from noctule.core.types import Schedule
+from noctule.sparse.layers import SparseLayer
+from noctule.sparse.rewire.drop import Drop, smallest
+from noctule.sparse.rewire.passes import Passes
+
+_rewired: WeakSet[SparseLayer] = WeakSet()
+"""Layers whose connections a `Rewire` moves: a second one would take the first one's watch."""
+
+
+class Sight(Protocol):
+    """What a grower saw of one layer in the backward passes of one step; it is callable, as `Passes` calls it, if it needs any."""
+
+    def choose(self, count: int, taken: Tensor, dropped: Tensor) -> Tensor:
+        """Keys of up to ``count`` places to grow, each once: missing ones, or some that are to go and then stay instead.
+
+        Args:
+            count: the number of connections that go, or of missing places if that is smaller.
+            taken: the sorted keys of all places that hold a weight now.
+            dropped: the keys of those among them that are to go, in any order.
+        """
+        ...
+
+
+class Seeing:
+    """A `Sight` that looks at what differs from worker to worker, a gradient or activations, and asks for what all of them saw.
+
+    All workers must ask for the same things in the same order.
+    """
+
+    exchange: Exchange | None = None
+    """Between the workers; None where there is one."""
+    key = ""
+
+    def together(self, x: Tensor) -> Tensor:
+        """The mean over all workers, of what each has."""
+        return x if self.exchange is None else self.exchange([x], [self.key])[0]
+
+    def anyone(self, saw: bool) -> bool:
+        """Whether a worker saw anything."""
+        return saw if self.exchange is None else bool(self.together(torch.tensor([float(saw)])) > 0)
+
+
+class Grow(Protocol):
+    """Where new connections go."""
+
+    def __call__(self, layer: SparseLayer, generator: torch.Generator) -> Sight:
+        """Start to look at a layer; what it sees is asked for after the step."""
+        ...
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """What a `Grow` has besides if where it grows depends on more than the step: it is told, and what it keeps is saved."""
+
+    def begin(self, layers: Mapping[str, SparseLayer]) -> None:
+        """These layers will be rewired: raise ValueError where one of them cannot be."""
+        ...
+
+    def observe(self, **metrics: float) -> None:
+        """Somebody measured something, such as a validation loss."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs, as plain data."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        ...
+
+
+class Rewire(Method):
+    """Every so many steps, drops a fraction of each sparse layer's connections and grows as many elsewhere, from zero.
+
+    SET is (smallest, anywhere), RigL (smallest, steepest), GSE (smallest, guided), CTRE (smallest, `MostAlike`). Values and
+    the optimizers' state of the survivors move along. It differs from RigL's code in that the step on which connections move
+    is an ordinary weight update too: a method cannot veto a step. In a layer with fewer missing places than would be grown,
+    fewer move; in a frozen one, or one whose gradient a grower should have seen and did not, none. A grower may choose a
+    place that was to be dropped: it stays.
+
+    Args:
+        drop: which connections go.
+        grow: where new ones come.
+        fraction: of the connections that move, by the number of steps done; a number or a `Schedule`.
+        every: steps from one change to the next.
+        until: no changes from this step on (None: to the end).
+        skip: names of layers that are left alone.
+        seed: of the random places.
+        exchange: between workers that train one model together: growers then see what all of them see, and all grow the same.
+    """
+
+    def __init__(
+        self,
+        *,
+        grow: Grow,
+        drop: Drop = smallest,
+        fraction: float | Schedule = 0.3,
+        every: int = 100,
+        until: int | None = None,
+        skip: Sequence[str] = (),
+        seed: int = 0,
+        exchange: Exchange | None = None,
+    ) -> None:
+        """Check the options; nothing starts before `begin`."""
+        if every < 1:
+            raise ValueError(f"every must be at least 1 step, got {every}")
+        if isinstance(fraction, int | float) and not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"fraction must lie in [0, 1], got {fraction}")
+        self.drop, self.grow, self.every, self.until, self.skip = drop, grow, every, until, tuple(skip)
+        self.fraction: Schedule = fraction if callable(fraction) else constant(fraction)
+        self.seed, self.exchange = seed, exchange
+        self.steps = 0
+        self.moved: dict[str, int] = {}
+        """Connections moved since the method began, by layer."""
+        self._layers: dict[str, SparseLayer] = {}
+        self._sights: dict[str, Sight | Passes] = {}
+
+    def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Find the sparse layers; from now on they are watched in the steps that need it."""
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
+        unknown = set(self.skip) - set(layers)
+        if unknown:
+            raise ValueError(f"skip names no sparse layer: {sorted(unknown)}; there are {sorted(layers)}")
+        layers = {name: m for name, m in layers.items() if name not in self.skip}
+        if not layers:
+            raise ValueError("there is no sparse layer to rewire: convert_ the model with ToSparse first")
+        busy = [name for name, m in layers.items() if m in _rewired or m.watch is not None]
+        if busy:
+            raise ValueError(f"another method already rewires or watches {busy}: attach one Rewire per layer")
+        for layer in layers.values():
+            layer.check_remap(
+                layer.topology, Remap.between(layer.topology, layer.topology)
+            )  # refuse now, not at the first move
+        if isinstance(self.grow, Listener):
+            self.grow.begin(layers)
+        self._check_ranks(next(iter(layers.values())))
+        _rewired.update(layers.values())
+        self._layers = layers
+        self.moved = {name: self.moved.get(name, 0) for name in self._layers}
+        self._arm()
+
+    def before_step(self) -> None:
+        """The gradients are final: what is looked at is what they are made of."""
+        for sight in self._sights.values():
+            if isinstance(sight, Passes):
+                sight.announce()
+
+    def after_step(self) -> None:
+        """Count the step; on the due ones, move connections."""
+        self.steps += 1
+        for name in list(self._sights):
+            sight = self._sights.pop(name)
+            if isinstance(sight, Passes):
+                sight.close()
+                sight = sight.final()
+            self.moved[name] += self._rewire(self._layers[name], sight)
+        self._arm()
+
+    def remapped(self, layer: nn.Module, remap: Remap) -> None:
+        """Look anew where another one changed the places of a layer that is being looked at."""
+        for name in list(self._sights):
+            if self._layers[name] is layer:
+                self._look(name)
+
+    def observe(self, **metrics: float) -> None:
+        """Tell the grower, if it listens."""
+        if isinstance(self.grow, Listener):
+            self.grow.observe(**metrics)
+
+    def end(self) -> None:
+        """Stop watching."""
+        self._look_no_more()
+        for layer in self._layers.values():
+            _rewired.discard(layer)
+        self._layers = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps done, connections moved and what a grower that listens keeps; where they are is the layers' own state.
+
+        What growers saw in a step is not in it: where another method failed after that step, and the training goes on from a state
+        of then, those that look at gradients or activations move nothing in it.
+        """
+        state: dict[str, Any] = {"steps": self.steps, "moved": dict(self.moved)}
+        return state | {"grow": self.grow.state_dict()} if isinstance(self.grow, Listener) else state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.steps, self.moved = int(state["steps"]), {**dict.fromkeys(self._layers, 0), **state["moved"]}
+        if isinstance(self.grow, Listener) and "grow" in state:  # not in that of a training which grew another way
+            self.grow.load_state_dict(state["grow"])
+        self._arm()
+
+    def _check_ranks(self, layer: SparseLayer) -> None:
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        sight = self.grow(layer, torch.Generator())
+        if several and callable(sight) and (self.exchange is None or not isinstance(sight, Seeing)):
+            raise RuntimeError(
+                "this way to grow looks at gradients or activations, which differ from rank to rank, as the connections would: "
+                "with several ranks give Rewire an exchange=, such as a Channel over AllReduce(), if its Sight is a Seeing one; "
+                "or use set_(seed=...), which draws the same places on all of them"
+            )
+
+    def _due(self, step: int) -> bool:
+        return step % self.every == 0 and (self.until is None or step < self.until)
+
+    def _arm(self) -> None:
+        """Have the growers look at the coming step if connections will move after it."""
+        self._look_no_more()
+        for name, layer in self._layers.items():
+            if layer.values.requires_grad and self._due(self.steps + 1):
+                self._look(name)
+
+    def _look(self, name: str) -> None:
+        layer, before = self._layers[name], self._sights.pop(name, None)
+        if isinstance(before, Passes):
+            before.close()
+
+        def make() -> Sight:
+            generator = torch.Generator().manual_seed(Random(f"{self.seed} {self.steps} {name}").getrandbits(63))
+            sight = self.grow(layer, generator)
+            if isinstance(sight, Seeing):
+                sight.exchange, sight.key = self.exchange, f"{name} growth"
+            return sight
+
+        sight = make()
+        self._sights[name] = Passes(layer, make, sight) if callable(sight) else sight
+
+    def _look_no_more(self) -> None:
+        for sight in self._sights.values():
+            if isinstance(sight, Passes):
+                sight.close()
+        self._sights = {}
+
+    @torch.no_grad()
+    def _rewire(self, layer: SparseLayer, sight: Sight) -> int:
+        old = layer.topology
+        fraction = self.fraction(self.steps)
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(
+                f"the schedule of Rewire gave the fraction {fraction} at step {self.steps}, it must lie in [0, 1]"
+            )
+        if old.size == old.places:
+            return 0
+        dropped = self.drop(layer.values.detach(), fraction)
+        keys = old.keys()
+        grown = sight.choose(min(dropped.numel(), old.places - old.size), keys, keys[dropped]).to(keys.device)
+        dropped, grown = _without_regrown(keys, dropped, grown)
+        if not grown.numel():
+            return 0
+        if grown.numel() < dropped.numel():  # hardly a place is missing: of those that would go, the largest stay
+            dropped = dropped[layer.values[dropped].abs().argsort()[: grown.numel()]]
+        layer.remap_(*exchanged(old, dropped, grown))
+        return grown.numel()
+
+
+def _without_regrown(keys: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
+    """The slots that go and the keys that come, without the places that are in both."""
+    if not grown.numel():
+        return dropped, grown
+    grown = in_order(grown)
+    slot = slots_of(keys, grown)
+    again = slot >= 0
+    stays = torch.zeros_like(keys, dtype=torch.bool)
+    stays[slot[again]] = True
+    return dropped[~stays[dropped]], grown[~again]

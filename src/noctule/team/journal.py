@@ -1,0 +1,52 @@
+"""The records of one of several workers: beside what it has learned, what it had to do with the others."""
+
+import time
+from typing import Any
+
+from noctule.checkpoint import Checkpoints
+from noctule.exchange.group import TRAFFIC
+from noctule.team.member import Team
+from noctule.train.fit import Journal
+
+
+class TeamJournal:
+    """A worker's own journal.
+
+    Args:
+        journal: that of the run's folder, or of the worker's one inside.
+        team: of which it is a member.
+        checkpoints: instead of the journal's.
+    """
+
+    def __init__(self, journal: Journal, team: Team, checkpoints: Checkpoints) -> None:
+        """From now on it counts."""
+        self.journal, self.team, self.checkpoints = journal, team, checkpoints
+        self._since = _so_far()
+
+    @property
+    def series(self) -> str:
+        """The name of what is trained, where the journal has one."""
+        return getattr(self.journal, "series", "")
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Keep the record of an epoch, with the bytes sent in it and the share of its time in which messages were under way."""
+        now = _so_far()
+        elapsed, sent_bytes, waited = (new - old for new, old in zip(now, self._since, strict=True))
+        self._since = now
+        share = waited / elapsed if elapsed else 0.0
+        together = {
+            "worker": self.team.rank,
+            "workers": self.team.world,
+            "sent_bytes": sent_bytes,
+            "exchange_share": share,
+        }
+        self.journal.log({**record, "together": together | self.team.facts()})
+
+    def rewind(self, epoch: int) -> None:
+        """Forget the records past an epoch, and what was sent before the training began."""
+        self._since = _so_far()
+        self.journal.rewind(epoch)
+
+
+def _so_far() -> tuple[float, int, float]:
+    return time.perf_counter(), TRAFFIC.sent_bytes, TRAFFIC.seconds

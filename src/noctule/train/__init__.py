@@ -1,0 +1,1 @@
+"""A training loop made of the public pieces, and how it is interrupted."""

@@ -1,0 +1,1 @@
+"""Authenticated messages between machines, which know nothing of training."""

@@ -1,0 +1,260 @@
+"""Sandblaster: who computes which portion leaves no trace, and it is L-BFGS; slow, stopped and killed processes included."""
+
+import functools
+import time
+from collections import defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import sandblaster_jobs as jobs
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sandblaster_jobs import Actor, alone, network, train
+from torch.nn.functional import cross_entropy
+
+from noctule.data import load
+from noctule.models import mlp
+from noctule.parallel.sandblaster.coordinator import Coordinator, Portions
+from noctule.parallel.sandblaster.lbfgs import LBFGS, Vector
+from noctule.parallel.sandblaster.optimizer import Sandblaster, coordinate
+from noctule.testing.call import WorkerError
+from noctule.testing.processes import Workers
+
+OPTIONS = LBFGS(max_iter=4, history_size=5)
+STEPS = 3
+
+
+@functools.cache
+def expected(portions, shards=1, steps=STEPS):
+    return alone(OPTIONS, portions=portions, steps=steps, shards=shards)
+
+
+def same(found, wanted):
+    (losses, weights), (wanted_losses, wanted_weights) = found, wanted
+    return losses == wanted_losses and all(torch.equal(a, b) for a, b in zip(weights, wanted_weights, strict=True))
+
+
+def await_(what):
+    deadline = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    portions=st.integers(1, 7),
+    shards=st.integers(1, 3),
+    moves=st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["move"] * 12 + ["sleep", "die"])), max_size=80),
+)
+def test_whoever_computes_what_and_dies_when_it_may_all_bits_are_the_same(portions, shards, moves):
+    now, letters = [0.0], defaultdict(list)
+    desk = Coordinator(OPTIONS, shards=shards, clock=lambda: now[0])
+    actors = [Actor(desk, worker, portions, letters) for worker in range(4)]
+
+    def move(worker, what):
+        now[0] += {"move": 1.0, "sleep": 30.0, "die": 1.0}[what]
+        if what == "die":
+            letters[worker].clear()
+            actors[worker] = Actor(desk, worker, portions, letters)
+        else:
+            actors[worker].move()
+        for route, answer in desk.tick():
+            letters[int(route)].append(answer)
+
+    for worker, what in moves:
+        move(worker, what)
+    for _ in range(5000):
+        if min(actor.steps for actor in actors) >= STEPS:
+            break
+        for worker, actor in enumerate(actors):
+            if actor.steps < STEPS:
+                move(worker, "move")
+    desk.close()
+    weights = [p.detach() for p in actors[0].model.parameters()]
+    assert all(actor.losses[:STEPS] == expected(portions, shards)[0] for actor in actors)
+    if all(actor.steps == STEPS for actor in actors):
+        assert same((actors[0].losses, weights), expected(portions, shards))
+    assert sum(desk.counted.values()) % portions == 0
+
+
+def test_who_is_behind_gets_weights_that_stand_and_not_those_of_a_trial():
+    letters = defaultdict(list)
+    desk = Coordinator(OPTIONS)
+    ahead, behind = (Actor(desk, worker, 2, letters) for worker in (0, 1))
+    while ahead.steps < 1 or desk._weights.version < desk._settled.version + 2:
+        ahead.move()
+    while behind.steps < 1:
+        behind.move()
+    desk.close()
+    weights = [p.detach() for p in behind.model.parameters()]
+    assert same((behind.losses, weights), expected(2, steps=1))
+
+
+def test_late_portions_go_out_again_and_the_first_answer_counts():
+    portions = Portions(3, deque([1.0, 1.0, 5.0]))
+    assert [portions.take(worker, 0.0) for worker in "abc"] == [0, 1, 2]
+
+    def answer(worker, portion, now):
+        return portions.answer(worker, portion, 0.5, Vector([torch.ones(1)]), now)
+
+    assert answer("b", 1, 1.0)
+    assert portions.take("b", 1.0) is None  # nothing is late
+    assert portions.take("b", 2.0) == 0
+    assert answer("b", 0, 2.5)
+    assert not answer("a", 0, 2.6)
+    assert portions.take("a", 2.6) == 2  # late since long
+    assert portions.take("b", 2.7) is None  # somebody has just begun it
+    assert portions.take("c", 2.8) == 2  # who has it and asks has lost it
+    assert answer("a", 2, 3.0)
+    assert portions.sum.total is not None
+    assert portions.sum.total.whole() == 3
+    assert list(portions.losses.values()) == [0.5] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("strong_wolfe", [True, False])
+def test_one_worker_is_lbfgs_of_torch(dtype, strong_wolfe):
+    options = {"max_iter": 6, "history_size": 8, "lr": 1.0 if strong_wolfe else 0.2}
+    model, steps = network(dtype=dtype), 4 if dtype is torch.float32 else 15
+    optimizer = torch.optim.LBFGS(
+        model.parameters(), line_search_fn="strong_wolfe" if strong_wolfe else None, **options
+    )
+    x, y = jobs.batch(dtype)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().sum() / len(x)
+        loss.backward()
+        return loss
+
+    theirs = [optimizer.step(closure).item() for _ in range(steps)]
+    for portions in (1, 7):
+        with coordinate(LBFGS(strong_wolfe=strong_wolfe, **options), shards=2) as server:
+            losses, weights = train(server.ticket(0), portions=portions, steps=steps, dtype=dtype)
+        close = 1e-3 if dtype is torch.float32 else 1e-5
+        assert losses == pytest.approx(theirs, rel=close)
+        assert all(torch.allclose(a, b, atol=close) for a, b in zip(weights, model.parameters(), strict=True))
+    assert losses[-1] < losses[0] / 5
+
+
+def test_several_workers_are_one_and_all_have_the_same():
+    with coordinate(OPTIONS, shards=2) as server, ThreadPoolExecutor(3) as threads:
+        tickets = [server.ticket(worker) for worker in (1, 2, 0)]  # each with weights of its own, and 0 comes last
+        found = list(threads.map(lambda ticket: train(ticket, portions=8, steps=STEPS), tickets))
+        assert server.losses == expected(8, 2)[0]
+    assert all(same(one, expected(8, 2)) for one in found)
+
+
+def test_the_number_of_portions_and_shards_is_a_matter_of_rounding():
+    losses, weights = expected(1)
+    for portions, shards in ((2, 1), (5, 2), (24, 7), (30, 60)):  # the last has empty portions and shards
+        others, theirs = expected(portions, shards)
+        assert others == pytest.approx(losses, rel=1e-9)
+        assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-8) for a, b in zip(weights, theirs, strict=True))
+
+
+def test_slow_stopped_and_killed_processes(tmp_path):
+    """One set of processes for all stories, each with a coordinator of its own."""
+    portions, second = 12, 0.004
+    where = str(tmp_path / "{}.json")
+
+    def tell(server):
+        for worker in range(3):
+            server.ticket(worker).save(where.format(worker))
+
+    with Workers(3, group=False) as processes:
+        with coordinate(OPTIONS) as server:  # worker 2 is slow
+            tell(server)
+            found = processes.call(jobs.work, where, [second, second, 10 * second], STEPS, portions)
+            assert all(same((one["losses"], one["weights"]), expected(portions)) for one in found)
+            assert server.counted[2] < min(server.counted[0], server.counted[1])
+        with coordinate(OPTIONS) as server:  # worker 1 stands still until the others are done
+            tell(server)
+            running = processes.begin(jobs.work, where, [second] * 3, STEPS, portions)
+            await_(lambda: server.counted[1])
+            processes.stop(1)
+            await_(lambda: len(server.losses) == STEPS)
+            assert not running.done[1]
+            processes.resume(1)
+            assert all(same((one["losses"], one["weights"]), expected(portions)) for one in running.results())
+        with coordinate(OPTIONS) as server:  # worker 0, whose weights they had, dies
+            tell(server)
+            running = processes.begin(jobs.work, where, [second] * 3, STEPS, portions)
+            await_(lambda: server.counted[0] and server.losses)
+            processes.kill(0)
+            died, *rest = running.outcomes()
+            assert isinstance(died, WorkerError)
+            assert all(same((one["losses"], one["weights"]), expected(portions)) for one in rest)
+            late = train(server.ticket(0), portions=portions, steps=STEPS)  # it comes back with nothing, and has all
+            assert same(late, expected(portions))
+
+
+@pytest.mark.slow
+def test_a_stop_that_is_longer_than_the_time_out_is_none(tmp_path):
+    where = str(tmp_path / "{}.json")
+    with Workers(2, group=False) as processes, coordinate(OPTIONS) as server:
+        for worker in range(2):
+            server.ticket(worker).save(where.format(worker))
+        running = processes.begin(jobs.work, where, [0.01] * 2, STEPS, 12, 2.0)
+        for _ in range(3):  # once in a portion perhaps, and once in a wait
+            await_(lambda: server.counted[1])
+            processes.stop(1)
+            time.sleep(2.5)
+            processes.resume(1)
+            time.sleep(0.05)
+        assert all(same((one["losses"], one["weights"]), expected(12)) for one in running.results())
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_four_times_slower_costs_what_it_does_not_do(tmp_path):
+    portions, second, slowness, where = 48, 0.02, 4, str(tmp_path / "{}.json")
+
+    def seconds(*each):
+        with coordinate(OPTIONS) as server:
+            for worker in range(3):
+                server.ticket(worker).save(where.format(worker))
+            return max(one["seconds"] for one in processes.call(jobs.work, where, list(each), STEPS, portions))
+
+    with Workers(3, group=False) as processes:
+        seconds(0.0, 0.0, 0.0)  # they import what they need
+        even, uneven = seconds(second, second, second), seconds(second, second, slowness * second)
+    assert uneven < 1.3 * even * 3 / (2 + 1 / slowness), (even, uneven)
+
+
+@pytest.mark.parametrize("hidden", [(), (16,)])
+def test_digits_are_learned_as_well_as_with_torch(hidden):
+    data, portions = load("digits"), 14
+    x, y = data.train.inputs, data.train.targets
+    cut = list(zip(x.tensor_split(portions), y.tensor_split(portions), strict=True))
+
+    def new():
+        torch.manual_seed(0)
+        return mlp(64, *hidden, 10)
+
+    def accuracy(model):
+        return (model(data.test.inputs).argmax(1) == data.test.targets).float().mean().item()
+
+    theirs, ours = new(), new()
+    oracle = torch.optim.LBFGS(theirs.parameters(), max_iter=8, history_size=10, line_search_fn="strong_wolfe")
+
+    def whole():
+        oracle.zero_grad()
+        loss = cross_entropy(theirs(x), y)
+        loss.backward()
+        return loss
+
+    def closure(portion):
+        inputs, targets = cut[portion]
+        loss = cross_entropy(ours(inputs), targets, reduction="sum") / len(x)
+        loss.backward()
+        return loss
+
+    with coordinate(LBFGS(max_iter=8)) as server:
+        optimizer = Sandblaster(ours.named_parameters(), server.ticket(0), portions=portions)
+        for _ in range(5):
+            expected_loss, loss = oracle.step(whole).item(), optimizer.step(closure)
+        optimizer.close()
+    assert loss < 2 * expected_loss + 0.01
+    assert accuracy(ours) > max(0.9, accuracy(theirs) - 0.015)
