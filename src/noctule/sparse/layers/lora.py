@@ -116,3 +116,6 @@ def _refuse_convolution(target: nn.Module, *_: Any, **__: Any) -> nn.Module:
         f"adapters go round SparseLinear only, and a target is {target}: name other target_modules, or leave this layer "
         "dense: convert_(model, rule, where=lambda name, module: ...)"
     )
+
+
+know_sparse_layers()
