@@ -49,8 +49,8 @@ def sparse_transformer(
     Losses are in nats per character, accuracies the share of characters that were guessed right.
 
     Args:
-        text: a file in UTF-8, whose last tenth is the test part and the tenth before the validation part (default: what Python's
-            own help says of the language).
+        text: a file in UTF-8, whose last tenth is the test part and the tenth before the validation part (default:
+            Python's own help on the language).
         width: of the residual stream.
         depth: blocks.
         heads: of each attention.

@@ -21,7 +21,7 @@ from typing import Any
 
 
 class ForkServer:
-    """Client of the server process, which it starts; the server is ready when it replies."""
+    """Handle on the server process, which it starts; the server is ready when it replies."""
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair()

@@ -14,6 +14,8 @@ Functions lie in modules, get their rank and the number of workers first, and ta
         running = workers.begin(train, 1000)
         workers.kill(1)
         survivor, victim = running.outcomes()
+
+They are forked after the import of torch; `noctule.measure.turns`, which times other libraries too, starts fresh interpreters.
 """
 
 import itertools
