@@ -18,7 +18,7 @@ from noctule.measure import footprint, interleave, measure
 from noctule.measure.activations import kept_for_backward
 from noctule.measure.allocator import keep_memory
 from noctule.measure.turns import Process, Unavailable, Workers
-from noctule.recipes.brain import Brain, connected, momentum_sgd
+from noctule.recipes.bat_brain_network import Brain, connected, momentum_sgd
 from noctule_bench import program
 
 TARGET = 0.15

@@ -19,7 +19,7 @@ from noctule.data import Batches, Splits, load, standardize
 from noctule.measure import footprint, interleave, ratio
 from noctule.measure.paired import interval
 from noctule.models import mlp
-from noctule.recipes.training import falling_rate, settling
+from noctule.recipes.training import falling_rate, falling_rewire
 from noctule.sparse.layers import FuseEpilogue, SparseLinear, ToSparse
 from noctule.train.fit import evaluate, fit
 from noctule_bench import program
@@ -164,7 +164,7 @@ def _train(
         batches,
         validation=splits.validation,
         epochs=epochs,
-        methods=[*more, *settling("gse", fraction=0.3, every=200, steps=steps, seed=seed)],
+        methods=[*more, *falling_rewire("gse", fraction=0.3, every=200, steps=steps, seed=seed)],
         scheduler=falling_rate(optimizer, steps),
     )
     model.load_state_dict(fitted.best_state)

@@ -19,7 +19,7 @@ from noctule.core.optim import param_groups
 from noctule.data import Batches, Dataset, load, standardize
 from noctule.exchange.group import TRAFFIC
 from noctule.models import mlp
-from noctule.recipes.training import falling_rate, settling
+from noctule.recipes.training import falling_rate, falling_rewire
 from noctule.sparse.layers import FuseEpilogue, ToSparse
 from noctule.team import Strategy, Team, as_member_of
 from noctule.team.group import Together
@@ -115,7 +115,7 @@ def train(rank: int, plan: dict[str, Any], *, stop: bool) -> Trained:
         assert splits.validation is not None
         reached = Reached(splits.validation, plan["look_every"], plan["reach"], stop)
         moving = (
-            settling("gse", fraction=FRACTION, every=EVERY, steps=steps, seed=plan["seed"])
+            falling_rewire("gse", fraction=FRACTION, every=EVERY, steps=steps, seed=plan["seed"])
             if plan["kind"] == "sparse"
             else ()
         )

@@ -41,7 +41,7 @@ def test_what_can_be_fitted_encodes_its_own_rows_to_finite_numbers_each_by_itsel
     except (Skip, DataError):
         return
     made = column.encode(texts(*train), place)
-    assert made.told is None
+    assert made.warning is None
     assert made.inputs.shape == (len(train), column.width)
     assert made.inputs.dtype == np.float32
     assert np.isfinite(made.inputs).all()
@@ -62,7 +62,7 @@ def test_numbers_with_gaps() -> None:
 def test_a_gap_where_training_had_none_is_filled_and_told() -> None:
     made = fit("1", "2", "9").encode(texts("", "4"), place)
     assert made.inputs.tolist() == [[2], [4]]
-    assert made.told == "'column' is missing in 1 rows but in no training row: 2 is taken"
+    assert made.warning == "'column' is missing in 1 rows but in no training row: 2 is taken"
 
 
 def test_categories_and_levels_never_seen() -> None:
@@ -70,7 +70,7 @@ def test_categories_and_levels_never_seen() -> None:
     assert (column.kind, column.levels, column.missing) == ("category", ("b", "a"), True)
     made = column.encode(texts("a", "b", "", "z"), place)
     assert made.inputs.tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 0, 0]]
-    assert made.told == "'column' has 'z' in 1 rows but in no training row: taken as none of the known"
+    assert made.warning == "'column' has 'z' in 1 rows but in no training row: taken as none of the known"
 
 
 def test_levels_that_a_file_happens_to_hold_as_numbers_are_the_same() -> None:

@@ -23,7 +23,7 @@ from noctule.measure.activations import kept_for_backward
 from noctule.measure.allocator import keep_memory
 from noctule.measure.memory import resident_bytes
 from noctule.recipes import bat_brain
-from noctule.recipes.brain import Brain, connected, momentum_sgd, sparse_linears
+from noctule.recipes.bat_brain_network import Brain, connected, momentum_sgd, sparse_linears
 from noctule.report import RunFolder
 from noctule_bench import bat_brain as program
 

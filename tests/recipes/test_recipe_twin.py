@@ -1,4 +1,4 @@
-"""The dense twin computes what `nn.Linear` computes in whichever way it is trained, and the choice is kept."""
+"""The dense twin computes what `nn.Linear` computes in every way, and the choice is stored."""
 
 import copy
 import json
@@ -11,8 +11,8 @@ from torch import nn
 
 from noctule import mlp
 from noctule.data import Batches, load, standardize
-from noctule.recipes.difference import difference, interval, keep, right
-from noctule.recipes.pace import alone_seconds, compared
+from noctule.recipes.difference import accuracies, difference, interval
+from noctule.recipes.single_process import single_process_seconds, slowdown
 from noctule.recipes.twin import WAYS, strongest_
 
 BATCH = torch.randn(16, 12, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3
@@ -53,7 +53,7 @@ def test_a_copy_of_a_twin_computes_with_its_own_parameters():
     assert model(BATCH[0]).any()
 
 
-def test_choosing_changes_nothing_but_the_way_and_a_run_that_goes_on_keeps_it(tmp_path):
+def test_choosing_changes_nothing_but_the_way_and_a_resumed_run_keeps_it(tmp_path):
     model, before = network(), copy.deepcopy(network().state_dict())
     torch.manual_seed(5)
     draws = torch.get_rng_state()
@@ -79,7 +79,7 @@ def test_what_does_not_compute_the_same_is_not_chosen(tmp_path, monkeypatch):
 def test_equal_networks_do_not_differ_and_the_points_are_those_of_the_accuracies(tmp_path):
     a, b = (np.random.default_rng(seed).random(400) < share for seed, share in ((0, 0.9), (1, 0.6)))
     for name, hits in (("a", a), ("b", b)):
-        keep(tmp_path / f"{name}.npy", torch.tensor(hits, dtype=torch.float32))
+        np.save(tmp_path / f"{name}.npy", hits.astype(np.float32))
     found = difference(tmp_path / "a.npy", tmp_path / "b.npy")
     assert math.isclose(found["points"], 100 * (a.mean() - b.mean()), abs_tol=1e-4)
     assert found["margin_points"] < found["points"]
@@ -98,13 +98,13 @@ def test_the_interval_of_equal_accuracies_holds_its_promise():
     assert held >= 930
 
 
-def test_right_is_the_accuracy_sample_by_sample():
+def test_the_mean_over_samples_is_the_accuracy():
     from noctule import evaluate
 
     test = standardize(load("digits")).test
     torch.manual_seed(0)
     model = mlp(64, 16, 10)
-    hits = right(model, test)
+    hits = accuracies(model, test)
     assert hits.shape == (len(test),)
     assert math.isclose(float(hits.mean()), evaluate(model, test)[1], abs_tol=1e-6)
 
@@ -115,10 +115,13 @@ def test_one_process_is_measured_on_a_copy():
     model = mlp(64, 16, 10)
     optimizer = torch.optim.AdamW(model.parameters())
     before, draws, threads = copy.deepcopy(model.state_dict()), torch.get_rng_state(), torch.get_num_threads()
-    assert alone_seconds(model, optimizer, Batches(train, 128, seed=0), nn.functional.cross_entropy, workers=2) > 0
+    assert (
+        single_process_seconds(model, optimizer, Batches(train, 128, seed=0), nn.functional.cross_entropy, workers=2)
+        > 0
+    )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not optimizer.state
     assert torch.equal(torch.get_rng_state(), draws)
     assert torch.get_num_threads() == threads
-    assert compared(2, 1.0, 1.5, threads=2) is None
-    assert "one process with 2 threads takes about 1.50 s" in compared(2, 3.0, 1.5, threads=2)
+    assert slowdown(2, 1.0, 1.5, threads=2) is None
+    assert "one process with 2 threads takes about 1.50 s" in slowdown(2, 3.0, 1.5, threads=2)

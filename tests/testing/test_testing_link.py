@@ -315,7 +315,7 @@ def test_a_network_of_too_few_or_too_many_is_refused(workers):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux") or os.geteuid() != 0, reason="needs root")
-def test_the_reason_is_said_where_no_network_can_be_made():
+def test_available_gives_the_reason_where_no_network_can_be_made():
     code = (
         "from noctule.testing.link import available, shaped_network; print(available()); shaped_network().__enter__()"
     )

@@ -1,4 +1,4 @@
-"""Workers do what they are told, say what went wrong and where, and can be killed, stopped and started again."""
+"""Workers run functions, report errors with their place, and can be killed, stopped and started again."""
 
 import os
 import subprocess
@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from noctule.core.errors import NoctuleError
+from noctule.testing.fork_server import fork_server
 from noctule.testing.link import Link, available, shaped_network
 from noctule.testing.processes import WorkerError, Workers, run_workers
-from noctule.testing.template import template
 
 REASON = available()
 needs_network = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -40,10 +40,10 @@ def workers(shared_workers: Workers):
 def test_each_rank_gives_its_result_in_order(workers):
     x, y = workers.call(functions.mean, torch.tensor([2.0, 4.0]))
     assert x.tolist() == y.tolist() == [2.0, 4.0]
-    said = workers.call("group_functions:who")
-    assert [(s["rank"], s["workers"], s["group"], s["threads"]) for s in said] == [(0, 2, 0, 1), (1, 2, 1, 1)]
-    assert len({os.getpid(), *(s["process"] for s in said)}) == 3
-    assert [s["process"] for s in workers.call(functions.who)] == [s["process"] for s in said]  # they stay
+    replies = workers.call("group_functions:who")
+    assert [(s["rank"], s["workers"], s["group"], s["threads"]) for s in replies] == [(0, 2, 0, 1), (1, 2, 1, 1)]
+    assert len({os.getpid(), *(s["process"] for s in replies)}) == 3
+    assert [s["process"] for s in workers.call(functions.who)] == [s["process"] for s in replies]  # they stay
     assert workers.call(functions.sleep_on, -1, 0.0, ranks=[1]) == [1]
 
 
@@ -81,7 +81,7 @@ def test_an_error_names_its_rank_and_line_and_the_group_lives_on(workers):
     assert workers.call(functions.mean, torch.ones(1))[0] == 1
 
 
-def test_a_failing_rank_ends_those_who_wait_for_it(workers):
+def test_a_failing_rank_ends_the_ranks_that_wait_for_it(workers):
     begin = time.monotonic()
     with pytest.raises(WorkerError, match="rank 0: KeyError") as caught:
         workers.call(functions.fail_on, 0)
@@ -99,7 +99,7 @@ def test_a_death_comes_with_its_last_words(workers):
     assert workers.alive == [0]
 
 
-def test_who_is_not_done_in_time_is_named_with_its_place_and_killed(workers):
+def test_a_rank_that_times_out_is_named_with_its_place_and_killed(workers):
     with pytest.raises(WorkerError, match=r"of 2 ranks \[1\] were not done after 0.5 s") as caught:
         workers.call(functions.sleep_on, 1, 60.0, timeout_seconds=0.5)
     assert caught.value.kind == "timeout"
@@ -107,7 +107,7 @@ def test_who_is_not_done_in_time_is_named_with_its_place_and_killed(workers):
     assert workers.alive == [0]
 
 
-def test_a_kill_reaches_the_survivor_who_goes_on_alone_and_then_with_another(workers):
+def test_a_kill_reaches_the_survivor_which_works_alone_and_then_with_another(workers):
     running = workers.begin(functions.reduce_on_and_on, 60.0)
     time.sleep(0.2)
     workers.kill(1)
@@ -115,7 +115,7 @@ def test_a_kill_reaches_the_survivor_who_goes_on_alone_and_then_with_another(wor
     survivor, dead = running.outcomes(timeout_seconds=20)
     assert str(dead) == "rank 1: died: it was ended by SIGKILL"
     assert survivor.kind == "RuntimeError"
-    with pytest.raises(WorkerError, match="rank 1: died") as caught:  # which explains the other
+    with pytest.raises(WorkerError, match="rank 1: died") as caught:  # the cause comes first
         running.results()
     assert caught.value.__notes__ == [str(survivor)]
     workers.form_group()
@@ -181,7 +181,7 @@ os.kill(os.getpid(), 9)
 
 
 @pytest.mark.slow
-def test_workers_do_not_outlive_who_started_them():
+def test_workers_do_not_outlive_their_parent():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", LEAVING], env=environment, stdout=subprocess.PIPE, timeout=120)
     assert run.returncode == -9
@@ -193,8 +193,8 @@ def test_workers_do_not_outlive_who_started_them():
 
 
 @pytest.mark.slow
-def test_what_workers_are_copied_from_is_started_again_when_it_died(workers):
-    before = template()
+def test_a_fork_server_that_died_is_started_again(workers):
+    before = fork_server()
     before._process.kill()
     before._process.wait()
     with pytest.raises(WorkerError, match="died"):
@@ -202,14 +202,14 @@ def test_what_workers_are_copied_from_is_started_again_when_it_died(workers):
     with pytest.raises(ValueError, match="no living worker"):
         workers.call(functions.who)
     with Workers(1, group=False) as others:
-        assert template() is not before
+        assert fork_server() is not before
         assert others.call(functions.echo, 3) == [[3]]
 
 
 def test_fresh_processes_for_one_call():
-    said = run_workers(functions.who, workers=3, threads=2)
-    assert [(s["rank"], s["workers"], s["group"], s["threads"]) for s in said] == [(r, 3, r, 2) for r in range(3)]
-    assert not any(Path(f"/proc/{s['process']}").exists() for s in said)
+    replies = run_workers(functions.who, workers=3, threads=2)
+    assert [(s["rank"], s["workers"], s["group"], s["threads"]) for s in replies] == [(r, 3, r, 2) for r in range(3)]
+    assert not any(Path(f"/proc/{s['process']}").exists() for s in replies)
     with pytest.raises(WorkerError, match=r"\[0\] were not done after 1 s"):
         run_workers(functions.sleep_on, arguments=[0, 60.0], timeout_seconds=1)
 

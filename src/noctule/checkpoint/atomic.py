@@ -1,4 +1,4 @@
-"""Replace a file whole or not at all, whatever kills the process or fills the disk."""
+"""Atomic replacement of files, safe against killed processes and full disks."""
 
 import errno
 import fcntl
@@ -15,7 +15,7 @@ from noctule.core.errors import CheckpointError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of `path` when it is whole and on the disk, and leaves no trace otherwise."""
+    """Open a temporary file that replaces `path` once it is complete and synced; after an error it is removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{time.monotonic_ns():x}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,7 +23,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             remove_abandoned(leftover)
         with open(temporary, "xb") as file:
             with suppress(OSError):  # some network folders have no locks
-                fcntl.flock(file, fcntl.LOCK_EX)  # until the process lets go or dies: see remove_abandoned
+                fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed or the process ends: see remove_abandoned
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -32,7 +32,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         try:
             os.fsync(folder)  # the new name is on the disk only when the folder is
         except OSError as error:
-            if error.errno != errno.EINVAL:  # what network folders say that cannot do so
+            if error.errno != errno.EINVAL:  # the answer of network folders that cannot sync
                 raise
         finally:
             os.close(folder)
@@ -48,7 +48,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_abandoned(temporary: Path) -> None:
-    """Remove what a killed process left, but not what a living one is writing."""
+    """Remove a temporary file that a killed process left; one that a running process has locked stays."""
     with suppress(OSError), open(temporary, "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         temporary.unlink()

@@ -121,7 +121,7 @@ def read(path: Path, *, checkpoint: bool) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def _lay_out(header: dict[str, Any]) -> tuple[dict[str, tuple[list[int], torch.dtype]], int]:
-    """Check what a header says of its tensors: (shape and dtype by name, in file order; bytes of all)."""
+    """Check the entries of a header: (shape and dtype by name, in file order; bytes of all tensors)."""
     places, position = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (begin, end) = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
@@ -155,7 +155,7 @@ def _refuse_foreign(path: Path, metadata: dict[str, str]) -> None:
 
 
 def _describe(start: bytes) -> str:
-    """What a file that is not safetensors seems to be, from its first bytes, and what to do."""
+    """Guess the format of a file that is not safetensors from its first bytes, and say what to do."""
     advice = "nothing is ever unpickled here: torch.load(..., weights_only=True) it yourself and save it again"
     if not start:
         return "is empty; use another checkpoint"

@@ -1,4 +1,4 @@
-"""A folder of checkpoints."""
+"""A folder that keeps the newest checkpoints of a training."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from noctule.core.errors import CheckpointError
 
 
 class Checkpoints:
-    """A folder of checkpoints, one a step, of which the newest `keep` stay.
+    """A folder of checkpoints, one a step, of which the newest `keep` stay; the first `save` makes it.
 
     >>> import tempfile
     >>> checkpoints = Checkpoints(tempfile.mkdtemp(), keep=2)
@@ -24,7 +24,6 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike, *, keep: int = 2) -> None:
-        """Use a folder, which the first `save` makes; `keep` is at least 1."""
         if keep < 1:
             raise ValueError(f"keep={keep}: at least one checkpoint has to stay")
         self.folder = Path(folder)
@@ -32,7 +31,7 @@ class Checkpoints:
         self._bad: set[int] = set()
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is, or would be."""
+        """Path of the checkpoint of a step, whether it exists or not."""
         return self.folder / f"step-{step:012d}.safetensors"
 
     def steps(self) -> list[int]:
@@ -58,7 +57,7 @@ class Checkpoints:
     def latest(self) -> tuple[int, Any] | None:
         """The newest readable checkpoint as (step, state), or None where there is no file.
 
-        A bad one is named in a warning and passed over. Raises CheckpointError where all are bad.
+        An unreadable one is named in a warning and passed over. Raises CheckpointError where all are unreadable.
         """
         reasons = []
         for step in reversed(self.steps()):

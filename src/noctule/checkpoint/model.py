@@ -1,4 +1,4 @@
-"""A model for others to read: plain safetensors, and its structure as JSON."""
+"""A trained model as plain safetensors, which any tool reads, and its structure as JSON."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """A tree of plain values and tensors as JSON and named tensors, and back.
 
-JSON has no tuples, bytes, NaN, or keys other than str: each becomes an object with one telling key.
+JSON has no tuples, bytes, NaN, or keys other than str: each becomes an object with one key, the name of the type.
 """
 
 import base64
@@ -59,7 +59,7 @@ def _packed(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _register(tensor: Tensor, place: str, tensors: dict[str, Tensor]) -> str:
-    """Note a tensor under its place in the tree, or a name like it where that is taken."""
+    """Store a tensor by its place in the tree, with a suffix where that name is taken; returns the name."""
     if tensor.dtype not in NAMES or tensor.layout is not torch.strided or tensor.is_meta:
         raise CheckpointError(
             f"cannot save {place or 'the state'}: a tensor of {tensor.dtype}, {tensor.layout}, on {tensor.device} has "

@@ -1,6 +1,6 @@
-"""Images moved, mirrored and cut into as training sees them: plain functions of a batch and a generator.
+"""Augmentation of images: shift, flip and cutout, plain functions of a batch and a generator.
 
-Each gives a new batch and leaves the given one alone; the same generator gives the same batch. They chain as functions do:
+Each returns a new batch; the same generator gives the same batch. They chain as functions do:
 
 >>> def augment(images, generator):
 ...     return cutout(flip(shift(images, generator, pixels=2), generator), generator, size=3)
@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
-"""A batch and where its random numbers come from -> a batch of the same shape."""
+"""Function of a batch and a random generator that returns a batch of the same shape."""
 
 
 def shift(images: Tensor, generator: torch.Generator, *, pixels: int = 2) -> Tensor:
-    """Each image moved by up to so many pixels down or up and right or left; what comes in from outside is zero."""
+    """Move each image by up to so many pixels down or up and right or left, and fill with zeros."""
     if pixels < 0:
         raise ValueError(f"images are shifted by at least 0 pixels, got {pixels}")
     high, wide = _size(images)
@@ -31,7 +31,7 @@ def shift(images: Tensor, generator: torch.Generator, *, pixels: int = 2) -> Ten
 
 
 def flip(images: Tensor, generator: torch.Generator, *, chance: float = 0.5) -> Tensor:
-    """Each image mirrored, left for right, with this chance."""
+    """Mirror each image, left for right, with this probability."""
     if not 0.0 <= chance <= 1.0:
         raise ValueError(f"a chance lies in [0, 1], got {chance}")
     _size(images)
@@ -40,7 +40,7 @@ def flip(images: Tensor, generator: torch.Generator, *, chance: float = 0.5) -> 
 
 
 def cutout(images: Tensor, generator: torch.Generator, *, size: int) -> Tensor:
-    """Each image with a square of zeros whose middle is any of its pixels: near the border less than the square is seen.
+    """Set a square to zero whose centre is a random pixel of each image; near the border a part of it lies outside.
 
     DeVries, Taylor 2017, arXiv 1708.04552. Differs from the authors' code: a square of odd size is not one pixel smaller.
     """
@@ -69,5 +69,5 @@ def _stretch(images: Tensor, generator: torch.Generator, side: int, size: int) -
 
 
 def _beside(mask: Tensor, images: Tensor) -> Tensor:
-    """A mask of (B,) or (B, H, W) with ones put in, so that it broadcasts over channels."""
+    """A mask of (B,) or (B, H, W) with dimensions of size one added, so that it broadcasts over channels."""
     return mask.view(len(mask), *[1] * (images.dim() - mask.dim()), *mask.shape[1:])

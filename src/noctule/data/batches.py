@@ -1,12 +1,12 @@
-"""Mini-batches whose order and augmentation are functions of seed, epoch and position alone, so that a run can resume anywhere."""
+"""Mini-batches whose order and augmentation depend on seed, epoch and position alone, so that a run can resume at any batch."""
 
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
-from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
+from noctule.core.random import generator
 from noctule.data.augment import Augment
 from noctule.data.dataset import Dataset
 from noctule.data.text import Windows
@@ -18,7 +18,7 @@ class Batches:
 
     With `shuffle` every epoch is a fresh permutation; without, the samples come in their own order. The last batch is
     shorter where the samples do not divide, or is left out with `drop_last`. `augment` is given each batch in the shape
-    of its samples, (B, *shape), and a generator of that batch's own.
+    of its samples, (B, *shape), and a generator for that batch.
 
     >>> toy = Dataset(torch.rand(5, 3), torch.tensor([0, 1, 0, 1, 0]), name="toy", classes=2)
     >>> [len(targets) for _, targets in Batches(toy, 2, seed=0).epoch(0)]
@@ -34,7 +34,6 @@ class Batches:
     augment: Augment | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what gives no batches."""
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
         if not len(self):
@@ -44,7 +43,7 @@ class Batches:
             )
 
     def __len__(self) -> int:
-        """The batches of an epoch."""
+        """Number of batches in an epoch."""
         full, rest = divmod(len(self.dataset), self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
@@ -64,7 +63,7 @@ class Batches:
         """The row numbers of one epoch in the order they are used, (samples,) int64."""
         if not self.shuffle:
             return torch.arange(len(self.dataset))
-        return torch.randperm(len(self.dataset), generator=_generator(self.seed, epoch))
+        return torch.randperm(len(self.dataset), generator=generator(self.seed, epoch))
 
     def _gather(self, epoch: int, start: int, k: int, parts: int) -> Iterator[tuple[Tensor, Tensor]]:
         inputs, targets = self.dataset.inputs, self.dataset.targets
@@ -80,14 +79,9 @@ class Batches:
 
     def _augmented(self, augment: Augment, inputs: Tensor, epoch: int, batch: int) -> Tensor:
         samples = inputs if self.dataset.shape is None else inputs.view(-1, *self.dataset.shape)
-        changed = augment(samples, _generator(self.seed, epoch, batch))
+        changed = augment(samples, generator(self.seed, epoch, batch))
         if changed.shape != samples.shape:
             raise ValueError(
                 f"augment made {tuple(changed.shape)} of a batch of shape {tuple(samples.shape)}; it must keep the shape"
             )
         return changed.flatten(1)
-
-
-def _generator(*numbers: int) -> torch.Generator:
-    digest = blake2b(" ".join(map(str, numbers)).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest))

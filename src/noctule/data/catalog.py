@@ -1,10 +1,11 @@
-"""The data sets that have a name, and the one function that loads them or the user's own data."""
+"""The built-in data sets by name, and the function that loads them or the user's own data."""
 
 import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from noctule.core.errors import DataError, UsageError
 from noctule.data.dataset import Dataset
@@ -41,8 +42,8 @@ def load(
 ) -> Splits:
     """Load a built-in data set, or the user's own data, as train, validation and test.
 
-    Text, dates, booleans and missing values of a table become numbers as `Splits.preparation` says, which is learnt
-    from the training part alone.
+    Text, dates, booleans and missing values of a table become numbers by `Splits.preparation`, which is learnt from
+    the training part alone.
 
     Args:
         name_or_path: one of `names`, or else a path: a CSV, Parquet, .npz or .npy file, or a folder of such, of idx
@@ -79,35 +80,36 @@ def load(
         raise DataError(f"{found.path}: {error}") from error
 
 
-class Found:
-    """Samples by part, the name of their set, and where they came from if from files."""
+class RawData(NamedTuple):
+    """Samples by part as they were read, the name of the data set, and the path of the user's own file or folder."""
 
-    def __init__(self, parts: Mapping[str, Samples], name: str, path: Path | None) -> None:
-        self.parts, self.name, self.path = parts, name, path
+    parts: Mapping[str, Samples]
+    name: str
+    path: Path | None
 
 
 def read(
     source: DataSource, *, data_dir: Path | None = None, mirror: str | None = None, like: Preparation | None = None
-) -> Found:
-    """The samples that a name, a path or an object stands for, as they are.
+) -> RawData:
+    """Read the samples of a name, a path or an object, without any preparation.
 
     Args:
         source: as `load` takes it.
-        data_dir: where built-in sets are looked for first.
+        data_dir: the first folder that is searched for built-in sets.
         mirror: of the published files.
-        like: of a model that is to predict these samples, which may lack labels.
+        like: the preparation of a model that predicts these samples; they may lack labels.
     """
     if isinstance(source, Splits):
         parts = {part: getattr(source, part) for part in ("train", "validation", "test")}
-        return Found({part: each for part, each in parts.items() if each is not None}, source.train.name, None)
+        return RawData({part: each for part, each in parts.items() if each is not None}, source.train.name, None)
     if not isinstance(source, str | os.PathLike):
         name = source.name if isinstance(source, Dataset) else "own data"
-        return Found(read_object(source, labels=like is None), name, None)
+        return RawData(read_object(source, labels=like is None), name, None)
     if isinstance(source, str) and source in _SOURCES:
-        return Found(_SOURCES[source](data_dir=data_dir, mirror=mirror), source, None)
+        return RawData(_SOURCES[source](data_dir=data_dir, mirror=mirror), source, None)
     path = Path(source).expanduser()
     if str(source) and (path.is_dir() or path.is_file()):
-        return Found(read_path(path, like=like), path.stem if path.is_file() else path.resolve().name, path)
+        return RawData(read_path(path, like=like), path.stem if path.is_file() else path.resolve().name, path)
     near = difflib.get_close_matches(str(source).lower().replace("_", "-"), names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     raise UsageError(
@@ -119,7 +121,7 @@ def read(
 def _of_data_sets(
     parts: Mapping[str, Dataset], name: str, target: str | None, task: Task, validation: float, seed: int
 ) -> Splits:
-    """Sets that are tensors already."""
+    """Splits of data sets that need no preparation."""
     train = parts["train"]
     found = "classification" if train.classes else "regression"
     if target is not None or task not in ("auto", found):
@@ -129,4 +131,4 @@ def _of_data_sets(
     made = split(train, validation=parts.get("validation", validation), test=parts.get("test", 0.2), seed=seed)
     preparation = fit_preparation(made.train, Target("label", labels=tuple(range(train.classes))), name=name)
     made = replace(made, preparation=preparation)
-    return made if name in names else with_fingerprint(made)  # those that have a name are checked as they are read
+    return made if name in names else with_fingerprint(made)  # built-in sets are checked by the reader

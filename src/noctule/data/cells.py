@@ -1,4 +1,4 @@
-"""Numbers and dates in text cells, and how a column of them is written."""
+"""Parsers of numbers and dates in text cells, and detection of the style of a column."""
 
 import math
 import re
@@ -19,10 +19,11 @@ _DAYS = ("%Y/%m/%d", "%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y", "%m-%d-%Y", "%d-%m-%Y",
 _NAMED_DAYS = ("%d %b %Y", "%d-%b-%Y", "%b %d, %Y", "%d %B %Y", "%B %d, %Y", "%b %Y", "%B %Y", "%Y-%m", "%d-%b-%y")
 DATE_FORMATS = (ISO, *(day + time for day in _DAYS for time in _TIMES), *_NAMED_DAYS)
 _SCREENED = 20
+"""Cells on which every date format is tried before the best one is tried on all."""
 
 
 def to_number(text: str, style: str = PLAIN) -> float | None:
-    """The number that a cell holds; None where it holds none. A currency sign before it or % behind it is no matter.
+    """The number in a cell, or None; a currency sign before it and % behind it are ignored.
 
     >>> to_number("$1,234.50", THOUSANDS), to_number("3,5", DECIMAL_COMMA), to_number("four")
     (1234.5, 3.5, None)
@@ -44,7 +45,7 @@ def to_number(text: str, style: str = PLAIN) -> float | None:
 
 
 def number_style(texts: Iterable[str]) -> str | None:
-    """How these cells write numbers with commas; None where it could be either of two ways (1,234).
+    """The style of commas in these cells; None where two styles are possible (1,234).
 
     >>> number_style(["1,5", "2"]), number_style(["1,234.5"]), number_style(["1.5"]), number_style(["1,234", "5"])
     ('decimal comma', 'thousands commas', 'plain', None)
@@ -63,23 +64,23 @@ def number_style(texts: Iterable[str]) -> str | None:
 
 
 def date_format(texts: Iterable[str]) -> tuple[str, bool] | None:
-    """The format that most of these cells have, and whether day and month could as well be the other way round."""
+    """The date format of most of these cells, and whether day and month could be swapped as well."""
     cells = [text for text in texts if any(map(str.isdigit, text))]
     if not cells or len(cells) < len(list(texts)) / 2:
         return None
     best = max(DATE_FORMATS, key=lambda form: sum(to_date(cell, form) is not None for cell in cells[:_SCREENED]))
     found = {}
-    for form in (best, _turned(best)):
+    for form in (best, _day_month_swapped(best)):
         found[form] = sum(to_date(cell, form) is not None for cell in cells)
     form = max(found, key=lambda form: found[form])
     if found[form] < max(1, len(cells) / 2):
         return None
-    either = _turned(form) != form and len(set(found.values())) == 1 and len(found) == 2
+    either = _day_month_swapped(form) != form and len(set(found.values())) == 1 and len(found) == 2
     return form, either
 
 
 def to_date(text: str, form: str) -> float | None:
-    """Days since 1970 (in UTC where the cell says its zone); None where it is no date of this format."""
+    """Days since 1970 (in UTC if the cell has a time zone); None where it is no date of this format."""
     try:
         if form == ISO:
             if len(text) < 8 or not any(sign in text for sign in "-:T"):
@@ -101,7 +102,7 @@ def days_of(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnat(microseconds), np.nan, days)
 
 
-def _turned(form: str) -> str:
+def _day_month_swapped(form: str) -> str:
     day, month = form.find("%d"), form.find("%m")
     if form == ISO or min(day, month) < 0 or form.startswith("%Y") or "." in form:
         return form

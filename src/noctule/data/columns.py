@@ -1,4 +1,4 @@
-"""A column of a table as numbers: what is learnt from the training rows, and applied alike to all others."""
+"""The encoding of a table's column as numbers: fitted to the training rows, applied alike to all others."""
 
 import math
 import re
@@ -16,59 +16,59 @@ from noctule.data.frame import MISSING
 MOST_LEVELS = 50
 """A category with more levels becomes one number instead of as many inputs."""
 _FEW = 0.05
-"""Cells that are no number among so many more that are: a mistake, not a category."""
+"""Largest share of cells without a number that is taken for mistakes in a column of numbers, not for a category."""
 _IDENTIFIER = 0.95
-"""Levels for each row, from which on a text is an identifier or prose."""
+"""Ratio of levels to rows from which on a text is an identifier or prose."""
 _FLAGS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 _KEY_NAME = re.compile(r"(|(.*[\s_.-])?(id|index|idx|key|uuid|guid|no|nr)|unnamed.*|row_?(id|names|num(ber)?)?)", re.I)
 _KEY_ENDING = re.compile(r".*[a-z](Id|ID)")
 
 Place = Callable[[int], str]
-"""Number of a row -> where it is, in words."""
+"""Function from a row number to a description of the place, for errors."""
 
 
 class Skip(Exception):
-    """Why a column is left out."""
+    """Exception for a column that is left out; the text is the reason."""
 
 
 class Encoded(NamedTuple):
-    """A column's inputs, (rows, width) float32, and what is to be told of them."""
+    """A column's inputs, (rows, width) float32, and a warning about unknown or missing values."""
 
     inputs: np.ndarray
-    told: str | None
+    warning: str | None
 
 
 @dataclass(frozen=True)
 class Column:
-    """How a column becomes inputs; plain numbers and text, which JSON keeps."""
+    """The fitted encoding of a column; all fields can be stored as JSON."""
 
     name: str
     kind: Literal["number", "flag", "category", "index", "date"]
     fill: float = 0.0
-    """In place of a missing number, flag or date: the median, the commoner flag, the median day."""
+    """Replacement of a missing number, flag or date: the median, the commoner flag, the median day."""
     missing: bool = False
-    """Whether some training rows lack it: there is an input more, which says where."""
+    """Whether values are missing in training rows; another input then marks missing values."""
     levels: tuple[str, ...] = ()
-    """Of a category or an index, the commonest first."""
+    """The levels of a category or an index, the most frequent first."""
     form: str = PLAIN
-    """How a number or a date is written in text."""
+    """The style of a number or the format of a date in text."""
     origin: float = 0.0
-    """The earliest day, counted from 1970."""
+    """The earliest day of a date column, counted from 1970."""
     times: bool = False
-    """Whether its dates have times of day."""
+    """Whether the dates have times of day."""
     note: str = ""
 
     @property
     def width(self) -> int:
-        """The number of inputs it becomes."""
+        """The number of inputs of the column."""
         of = {"category": len(self.levels), "date": 5 if self.times else 3}
         return of.get(self.kind, 1) + self.missing
 
     def encode(self, values: np.ndarray, place: Place) -> Encoded:
-        """The inputs of these rows.
+        """Encode the values of rows.
 
         Raises:
-            DataError: a cell that is no number or date where training had such; with its place.
+            DataError: a cell holds no number or date as in training; with its place.
         """
         if self.kind in ("category", "index"):
             return self._encode_levels(_texts(values))
@@ -81,11 +81,11 @@ class Column:
             outputs += [np.sin(day), np.cos(day)] if self.times else []
         else:
             outputs = [numbers]
-        told = None
+        warning = None
         if self.missing:
             outputs.append(absent)
         elif absent.any():
-            told = f"{self.name!r} is missing in {absent.sum()} rows but in no training row: {self.fill:g} is taken"
+            warning = f"{self.name!r} is missing in {absent.sum()} rows but in no training row: {self.fill:g} is taken"
         with np.errstate(over="ignore"):
             inputs = np.stack(outputs, axis=1).astype(np.float32)
         if not np.isfinite(inputs).all():
@@ -94,7 +94,7 @@ class Column:
                 f"{place(row)}, column {self.name!r}: {str(inputs[row, 0])!r} is no finite number (as float32); repair it, "
                 "or leave the cell empty if it is not known"
             )
-        return Encoded(inputs, told)
+        return Encoded(inputs, warning)
 
     def _numbers(self, values: np.ndarray, place: Place) -> np.ndarray:
         if values.dtype.kind == "M":
@@ -131,16 +131,18 @@ class Column:
         if self.missing:
             inputs = np.concatenate([inputs, (positions == -2)[:, None]], axis=1, dtype=np.float32)
         new = sorted(text for text, position in found.items() if position == -1)
-        told = None
+        warning = None
         if new:
             rows = int((positions == -1).sum())
-            told = f"{self.name!r} has {_some(new)} in {rows} rows but in no training row: taken as none of the known"
+            warning = (
+                f"{self.name!r} has {_some(new)} in {rows} rows but in no training row: taken as none of the known"
+            )
         elif not self.missing and (absent := int((positions == -2).sum())):
-            told = f"{self.name!r} is missing in {absent} rows but in no training row: taken as none of the known"
-        return Encoded(inputs, told)
+            warning = f"{self.name!r} is missing in {absent} rows but in no training row: taken as none of the known"
+        return Encoded(inputs, warning)
 
     def describe(self) -> str:
-        """What was made of it, in a few words."""
+        """A short description of the encoding."""
         words = {
             "number": "a number" + ("" if self.form == PLAIN else f" ({self.form})"),
             "flag": "0 or 1",
@@ -156,10 +158,10 @@ class Column:
 
 
 def fit_column(name: str, values: np.ndarray, place: Place) -> Column:
-    """What is to be made of a column, from its training rows alone.
+    """Choose the encoding of a column from its training rows.
 
     Raises:
-        Skip: it holds nothing to learn from: empty, constant, an identifier.
+        Skip: the column is empty, constant or an identifier.
         DataError: cells that are most likely mistakes; with their place.
     """
     if values.dtype.kind == "M":
@@ -190,7 +192,7 @@ def fit_column(name: str, values: np.ndarray, place: Place) -> Column:
 
 
 def _number_form(name: str, present: Iterable[str]) -> str | None:
-    """How the numbers of a column are written; None where none of its cells is a number."""
+    """The style of the numbers in a column; None where none of its cells is a number."""
     with_digits = [text for text in present if any(map(str.isdigit, text)) or to_number(text) is not None]
     form = number_style(with_digits)
     if form is None:
@@ -255,7 +257,7 @@ def _fit_levels(name: str, counts: Counter[str], present: dict[str, int]) -> Col
 
 
 def _texts(values: np.ndarray) -> np.ndarray:
-    """A column that was text in training, as text again: a file in which all its cells happen to be numbers, say."""
+    """A column as text, as in training, also where all cells of a file happen to be numbers."""
     if values.dtype.kind == "O":
         return values
     if values.dtype.kind == "M":

@@ -1,4 +1,4 @@
-"""Reading files that may be gzipped, never more of them than was asked for, and checking what they contain."""
+"""Reading of plain or gzipped files with a limit of bytes, and checks of their contents."""
 
 import gzip
 import hashlib
@@ -16,7 +16,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 @contextmanager
 def open_content(path: Path, *, remedy: str = "fetch or write it again") -> Iterator[BinaryIO]:
-    """Open a file, gunzipping it if its first bytes say gzip, whatever its name; a broken file raises DataError."""
+    """Open a file and gunzip it if its first bytes are those of gzip; a broken file raises DataError."""
     try:
         with open(path, "rb") as raw:
             gzipped = raw.read(2) == _GZIP_MAGIC
@@ -37,10 +37,10 @@ def read_at_most(stream: BinaryIO, count: int) -> bytearray:
 
 
 def read_checked(path: Path, *, content_bytes: int, sha256: str, remedy: str) -> bytearray:
-    """The content of a file (after gunzip) if it has this length and checksum.
+    """The content of a file (after gunzip) with a check of its length and checksum.
 
     Raises:
-        DataError: it has not; naming the file, what was expected, what was found and the `remedy`.
+        DataError: they differ; with the file, the expected and the actual values and the `remedy`.
     """
     with open_content(path, remedy=remedy) as stream:
         content = read_at_most(stream, content_bytes + 1)

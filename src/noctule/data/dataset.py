@@ -10,16 +10,16 @@ from noctule.core.errors import DataError
 
 _ROWS_AT_A_TIME = 4096
 _MOST_CHANNELS = 4
-"""Of a photograph; no image is as narrow."""
+"""Most channels of an image: a last dimension of at most this size holds channels, not pixels."""
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Samples and their classes; rows are counted from 0.
+    """Samples and their targets, classes or numbers; rows are counted from 0.
 
     Inputs of any real dtype and of shape (samples, ...) become contiguous float32 of shape (samples, features), and
     more than one trailing dimension is remembered as `shape`; integer targets become int64. With ``classes=0`` the
-    targets are numbers to predict, and become float32. What has that form already is not copied.
+    targets are numbers to predict, and become float32. Tensors of that form are not copied.
 
     Raises:
         DataError: no samples, inputs and targets of different lengths, NaN or infinite inputs or targets, labels
@@ -37,7 +37,6 @@ class Dataset:
     shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Bring inputs and targets into their one form, and check them."""
         inputs, targets = self.inputs, self.targets
         if inputs.dim() < 2 or targets.dim() != 1:
             raise self._error(
@@ -61,22 +60,20 @@ class Dataset:
         self._check_inputs()
 
     def __len__(self) -> int:
-        """The number of samples."""
         return len(self.targets)
 
     def __repr__(self) -> str:
-        """The sizes, not the numbers."""
         shape = "" if self.shape is None else f", shape={self.shape}"
         return f"Dataset({self.name!r}, samples={len(self)}, features={self.features}, classes={self.classes}{shape})"
 
     @property
     def features(self) -> int:
-        """The numbers in one sample."""
+        """Number of inputs of a sample."""
         return self.inputs.shape[1]
 
     @property
     def outputs(self) -> int:
-        """The numbers that a network gives for a sample: one for each class, or the one that is to be predicted."""
+        """Number of outputs of a network for a sample: the classes, or 1 in a regression."""
         return self.classes or 1
 
     @property

@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn: the set that needs no download."""
+"""The 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn: a data set without a download."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The user's own files: a table, arrays or pictures, in one file or in a folder of them."""
+"""Reader of the user's own files: a table, arrays or pictures, in one file or in a folder."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 
 from noctule.core.errors import DataError
 from noctule.data.arrays import PARTS
-from noctule.data.frame import Arrays, Frame
+from noctule.data.frame import Arrays, unnamed
 from noctule.data.idx import read_idx
 from noctule.data.images import SUFFIXES as IMAGE_SUFFIXES
 from noctule.data.images import classes_of, find_images, read_classes, read_images
@@ -29,17 +29,17 @@ _EXPECTED = (
 
 
 def read_path(path: Path, *, like: Preparation | None = None) -> dict[str, Samples]:
-    """The samples by part, train and where given validation and test, that a file or a folder holds.
+    """Read the samples of a file or a folder by part: train and, if there, validation and test.
 
     In a folder idx files go before .npz, then .npy, Parquet, CSV, and folders of pictures. Files called train,
     validation and test are the parts and others are left alone; a single file may have any name.
 
     Args:
         path: the file or folder.
-        like: of a model that is to predict these samples, which may lack labels.
+        like: the preparation of a model that predicts these samples; they may lack labels.
 
     Raises:
-        DataError: nothing that can be read, or something broken; it says which file and what to do.
+        DataError: a file is broken, or nothing can be read; with the file and the remedy.
     """
     if not path.is_file():
         return _read_folder(path, like)
@@ -47,7 +47,7 @@ def read_path(path: Path, *, like: Preparation | None = None) -> dict[str, Sampl
 
 
 def _read_files(files: dict[str, Path], like: Preparation | None) -> dict[str, Samples]:
-    """Files of one kind, a part each; a .npz that is alone may hold all parts."""
+    """Read files of one kind, a part each; a single .npz may hold all parts."""
     made: dict[str, Samples] = {}
     for part, path in files.items():
         if path.suffix.lower() != ".npz":
@@ -82,8 +82,7 @@ def _of_array(array: np.ndarray, path: Path, like: Preparation | None) -> Sample
     if array.dtype.names:
         return next(iter(read_object(array).values()))
     if array.ndim == 2 and array.dtype.kind in "biuf" and (like is None or like.is_table):
-        columns = {f"column {at + 1}": array[:, at].astype(np.float64) for at in range(array.shape[1])}
-        return Frame(columns, source=str(path), named=False)
+        return unnamed(array, source=str(path))
     if like is None:
         raise DataError(f"{path} holds an array of shape {array.shape} without labels; save x and y as .npz")
     return Arrays(array, None, source=str(path))
@@ -145,7 +144,7 @@ def _read_npy(folder: Path, files: dict[str, Path], like: Preparation | None) ->
 
 
 def _read_pictures(folder: Path, like: Preparation | None) -> dict[str, Samples]:
-    """Class folders, directly or in folders called train, validation and test; to predict, pictures in any folders."""
+    """Read class folders, in the folder or in its train, validation and test; with `like`, pictures in any folders."""
     parts = {
         part: path
         for path in sorted(folder.iterdir())
@@ -172,7 +171,7 @@ def _pictures(paths: list[Path], names: list[str], like: Preparation, source: st
 
 
 def _form(like: Preparation | None) -> tuple[str, tuple[int, int] | None]:
-    """The mode and the size of the pictures that a model was trained on."""
+    """Mode and size of the pictures in a preparation; "" and None without one."""
     if like is None or like.shape is None or len(like.shape) not in (2, 3):
         return "", None
     return ("L" if len(like.shape) == 2 or like.shape[0] == 1 else "RGB"), (like.shape[-2], like.shape[-1])

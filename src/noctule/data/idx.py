@@ -17,14 +17,14 @@ def read_idx(path: Path) -> np.ndarray:
     """The array in an idx file, gzipped or not.
 
     Raises:
-        DataError: it is no idx file, or holds more or fewer numbers than its header says.
+        DataError: it is no idx file, or its length does not fit its header.
     """
     with open_content(path) as stream:
         return parse_idx(stream, name=str(path))
 
 
 def parse_idx(stream: BinaryIO, *, name: str) -> np.ndarray:
-    """The array in a stream of idx bytes; memory grows with the bytes that come, not with what the header claims."""
+    """The array in a stream of idx bytes; memory grows with the bytes read, not with the sizes in the header."""
     magic = read_at_most(stream, 4)
     if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _DTYPES or not 1 <= magic[3] <= _MOST_DIMENSIONS:
         raise DataError(f"{name} is not an idx file: it begins with {bytes(magic).hex(' ') or 'nothing'}")

@@ -1,4 +1,4 @@
-"""Pictures in files, each class in a folder of its own: read by Pillow, an optional extra."""
+"""Reader of pictures, a folder for each class, by Pillow, an optional extra."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,24 +11,24 @@ from noctule.data.frame import Arrays
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 LARGEST_SIDE = 128
-"""Pictures all of one size stay as they are up to here, in pixels."""
+"""Longest side, in pixels, of pictures of one size that are not resized."""
 _SIDE = 64
-"""Others are resized to so many pixels, in height and in width."""
+"""Height and width of resized pictures, in pixels."""
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The pictures in a folder and those inside it, sorted by path."""
+    """The pictures in a folder and its subfolders, sorted by path."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def classes_of(folder: Path) -> dict[str, list[Path]]:
-    """The folders of a folder that hold pictures: the classes."""
+    """The pictures of each class: of each subfolder that holds any, by its name."""
     inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     return {path.name: images for path in inside if (images := find_images(path))}
 
 
 def read_classes(parts: dict[str, Path], *, mode: str = "", size: tuple[int, int] | None = None) -> dict[str, Arrays]:
-    """The pictures of each part, whose classes are the folders in it.
+    """Read the pictures of each part; its subfolders are the classes.
 
     Args:
         parts: a folder of class folders by part.
@@ -50,7 +50,7 @@ def read_classes(parts: dict[str, Path], *, mode: str = "", size: tuple[int, int
 
 
 def read_images(paths: Sequence[Path], *, mode: str, size: tuple[int, int]) -> np.ndarray:
-    """Pixels of pictures, resized where they have another size: (N, H, W) or (N, 3, H, W) uint8."""
+    """Pixels of pictures, resized if necessary: (N, H, W) or (N, 3, H, W) uint8."""
     high, wide = size
     pixels = np.empty((len(paths), high, wide) if mode == "L" else (len(paths), high, wide, 3), np.uint8)
     for position, path in enumerate(paths):
@@ -63,7 +63,7 @@ def read_images(paths: Sequence[Path], *, mode: str, size: tuple[int, int]) -> n
 
 
 def _form(paths: Sequence[Path], mode: str, size: tuple[int, int] | None) -> tuple[str, tuple[int, int], str]:
-    """L or RGB, and height and width, that all of these pictures can be given, and words for what is done to them."""
+    """A common mode, L or RGB, a common height and width, and a description of the conversion."""
     if mode and size:
         return mode, size, ""
     sizes, colours = Counter(), False

@@ -40,7 +40,7 @@ MADELON = Published(
 def read_madelon(*, data_dir: Path | None = None, mirror: str | None = None) -> dict[str, Dataset]:
     """The 2,000 train samples, and the challenge's 600 validation samples as the test part; labels -1, +1 are 0, 1.
 
-    The test samples of the challenge itself were published without labels and are of no use here.
+    The test samples of the challenge were published without labels and are not used.
     """
     tables = [np.loadtxt(BytesIO(content)) for content in read_published(MADELON, data_dir=data_dir, mirror=mirror)]
     train, train_labels, test, test_labels = tables

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 from noctule.core.place import Place
 
 names: tuple[str, ...] = ("digits", "fashion-mnist", "madelon", "mnist")
-"""The built-in data sets."""
+"""Names of the built-in data sets."""
 DataSource = Annotated[Any, Place(names, "data set, file or folder")]
-"""Of an option: a built-in data set, or a path to the user's own; from Python a DataFrame or arrays too."""
+"""Type of an option: a built-in data set, or a path to the user's own; from Python a DataFrame or arrays too."""
 InputFile = Annotated[Path, Place((), "file")]
-"""Of an option: a file that has to be there."""
+"""Type of an option: a file that must exist."""

@@ -1,4 +1,4 @@
-"""NumPy's .npz archives, read without pickle and without believing the sizes they claim."""
+"""Reader of NumPy's .npz archives, without pickle and with a check of the sizes in their headers."""
 
 import math
 import zipfile
@@ -14,22 +14,22 @@ from noctule.data.frame import Arrays
 
 PART_WORDS: dict[str, str] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 PART_WORDS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
-"""What the parts are called."""
+"""Accepted names of the parts."""
 _ROLE_WORDS: dict[str, str] = dict.fromkeys(
     ("x", "data", "images", "image", "inputs", "input", "features", "samples", "xs"), "x"
 )
 _ROLE_WORDS |= dict.fromkeys(("y", "target", "targets", "label", "labels", "class", "classes", "ys"), "y")
 _MOST_DEFLATION = 1100
-"""Deflate packs at most 1032 bytes into one: a larger claim is a lie."""
+"""Largest plausible ratio of sizes: deflate packs at most 1032 bytes into one."""
 
 
 def read_npz(path: Path, *, labels: bool = True) -> dict[str, Arrays]:
-    """The inputs and labels by part, from keys such as x and y, X_train and y_train, train_images and train_labels, data
-    and target; other keys are left alone.
+    """Read inputs and labels by part, from keys such as x and y, X_train and y_train, train_images and train_labels, data
+    and target; other keys are ignored.
 
     Args:
         path: the archive.
-        labels: whether there must be labels; without, inputs alone are taken too.
+        labels: whether labels are required.
 
     Raises:
         DataError: a broken archive, one that holds Python objects, or one without such keys.
@@ -67,10 +67,10 @@ def read_npy(path: Path) -> np.ndarray:
 
 
 def find_keys(where: str, found: Sequence[str], *, labels: bool) -> dict[str, tuple[str, str | None]]:
-    """By part the names of inputs and of labels (None where there are none) among names.
+    """Find the keys of inputs and labels (or None) of each part.
 
     Raises:
-        DataError: there are none, half a pair, or two that mean the same.
+        DataError: there are none, half a pair, or two with the same meaning.
     """
     roles: dict[tuple[str, str], list[str]] = {}
     for key in found:
@@ -95,7 +95,7 @@ def find_keys(where: str, found: Sequence[str], *, labels: bool) -> dict[str, tu
 
 
 def _meaning(key: str) -> tuple[str, str] | None:
-    """The part and whether inputs (x) or labels (y); None for another name."""
+    """The part and the role, x or y, of a key; None for other names."""
     words = key.lower().replace("-", "_").replace(" ", "_").strip("_").split("_")
     parts = [PART_WORDS[word] for word in words if word in PART_WORDS]
     roles = [_ROLE_WORDS[word] for word in words if word in _ROLE_WORDS]

@@ -1,4 +1,4 @@
-"""Data that are in memory: DataFrames, arrays, tensors, dicts of columns, data sets of Hugging Face; none of them imported."""
+"""Reader of data in memory: DataFrames, arrays, tensors, dicts of columns, data sets of Hugging Face, without their imports."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,16 +17,16 @@ _ACCEPTED = "give a name, a path, a DataFrame, a Hugging Face Dataset, (X, y), a
 
 
 def read_object(source: Any, *, labels: bool = True) -> dict[str, Samples]:
-    """The samples by part that an object in memory holds.
+    """Read the samples of an object in memory by part.
 
     Args:
         source: a DataFrame, an object with columns like one of Hugging Face, polars or pyarrow, a pair (X, y), a
             `Dataset`, a TensorDataset, or a dict: of parts, of arrays with the keys of .npz, or of columns.
-        labels: whether there must be labels; without, inputs alone are taken too.
+        labels: whether labels are required.
 
     Raises:
-        UsageError: it is nothing of these.
-        DataError: the data in it cannot be.
+        UsageError: the object is none of these.
+        DataError: its data are empty or inconsistent.
     """
     if isinstance(source, Mapping):
         parts = {PART_WORDS.get(str(key).lower().strip("_")): value for key, value in source.items()}
@@ -42,7 +42,7 @@ def read_object(source: Any, *, labels: bool = True) -> dict[str, Samples]:
 
 
 def frame_of(table: Any, *, source: str = "the DataFrame") -> Frame:
-    """A pandas DataFrame as it is here."""
+    """Convert a pandas DataFrame."""
     names = [str(name).strip() for name in table.columns]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise DataError(f"{source} has two columns called {twice!r}; rename one")
@@ -82,7 +82,7 @@ def _one(source: Any, *, labels: bool) -> Samples:
 
 
 def _pair(inputs: Any, labels: Any) -> Samples:
-    """X and y."""
+    """Convert a pair of inputs and labels."""
     y = _array(labels)
     if y is None:
         raise UsageError(f"the labels are a {type(labels).__name__}; give an array with one for each sample")
@@ -153,7 +153,7 @@ def _named(values: np.ndarray, names: Sequence[str] | None) -> np.ndarray:
 
 
 def _series(series: Any, source: str) -> np.ndarray:
-    """A pandas Series as a column."""
+    """Convert a pandas Series to a column."""
     dtype = series.dtype
     kind = getattr(dtype, "kind", "O")
     if hasattr(dtype, "categories"):
@@ -171,7 +171,7 @@ def _series(series: Any, source: str) -> np.ndarray:
 
 
 def _values(values: np.ndarray) -> np.ndarray:
-    """A one-dimensional array as a column: float64, datetime64, or text."""
+    """Convert a one-dimensional array to a column: float64, datetime64, or text."""
     if values.dtype.kind == "b":
         return np.array([str(value) for value in values.tolist()], object)
     if values.dtype.kind in "iuf":
@@ -199,7 +199,7 @@ def _text(cell: Any) -> str:
 
 
 def _expanded(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
-    """A column of vectors as a column for each of their numbers."""
+    """Split a column of vectors into one column for each component."""
     if values.ndim == 1:
         return {name: values}
     flat = values.reshape(len(values), -1).astype(np.float64)
@@ -223,7 +223,7 @@ def _array(value: Any) -> np.ndarray | None:
 
 
 def _is_matrix(pair: Any) -> bool:
-    """Two plain lists of numbers of one length are the rows of a matrix as well as X and y: a list is a matrix."""
+    """Whether a pair is a matrix of two rows, not X and y: a plain list of lists is."""
     return isinstance(pair, list) and not any(hasattr(part, "shape") for part in pair)
 
 

@@ -1,4 +1,4 @@
-"""Parquet files, by pandas with pyarrow: an optional extra."""
+"""Reader of Parquet files by pandas with pyarrow, an optional extra."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ def read_parquet(path: Path) -> Frame:
     """The table in a Parquet file.
 
     Raises:
-        DataError: pandas or pyarrow is missing, or it is no such file.
+        DataError: pandas or pyarrow is missing, or the file is no Parquet file.
     """
     try:
         import pandas

@@ -1,4 +1,4 @@
-"""What was learnt from the training part to make samples into tensors, kept as JSON so that predictions do the same."""
+"""The preparation of samples as tensors: learnt from the training part, stored as JSON, and applied alike in predictions."""
 
 import hashlib
 import warnings
@@ -15,47 +15,47 @@ from noctule.core.errors import DataError
 from noctule.data.arrays import to_inputs
 from noctule.data.columns import Column, Skip, fit_column
 from noctule.data.dataset import Dataset
-from noctule.data.frame import Arrays, Frame
+from noctule.data.frame import Arrays, Frame, unnamed
 from noctule.data.target import Target
 
 Samples = Frame | Arrays | Dataset
-"""Samples as they were read; those of the built-in sets are data sets already."""
+"""Samples as they were read; the built-in sets are of type `Dataset`."""
 
 _FORMAT, _VERSION = "noctule-data", 1
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """From samples to inputs: columns, the shape of arrays, standardisation; and what is predicted.
+    """The map from samples to inputs: columns or the shape of arrays, and standardisation; and the target.
 
-    Everything in it comes from the training part; `encode` treats all other samples alike.
+    All of it comes from the training part; `encode` applies it to any samples.
     """
 
     name: str
     target: Target
     columns: tuple[Column, ...] = ()
-    """Of a table, those that are used."""
+    """The columns of a table that are used."""
     left_out: Mapping[str, str] = field(default_factory=dict)
-    """Of a table, the others and why."""
+    """The other columns of a table, each with the reason."""
     shape: tuple[int, ...] | None = None
-    """Of an array's samples."""
+    """Shape of a sample of an array, if it has more than one dimension."""
     features: int = 0
-    """Numbers in a sample that is no row of a table."""
+    """Number of inputs of a sample that is no row of a table."""
     bytes_scaled: bool = False
-    """Whether they are pictures of bytes, which become 0 .. 1."""
+    """Whether samples are pictures of bytes, which are scaled to 0 .. 1."""
     mean: tuple[float, ...] = ()
-    """Of each input in the training part, where the inputs are standardised."""
+    """Mean of each input in the training part, if inputs are standardised."""
     scale: tuple[float, ...] = ()
-    """What they are multiplied with, less the mean."""
+    """Factor of each input after its mean is subtracted."""
     target_mean: float = 0.0
     target_deviation: float = 1.0
-    """What training takes from a number that is to be predicted, and divides it by."""
+    """Mean and deviation by which the target of a regression is standardised."""
     named: bool = True
-    """Whether the columns of the table had names."""
+    """Whether the columns of the training table had names."""
     note: str = ""
-    """What was done to the samples as they were read."""
+    """Description of what the reader did to the samples."""
     fingerprint: str = ""
-    """Of all tensors of all parts."""
+    """Checksum of all tensors of all parts."""
 
     @property
     def is_table(self) -> bool:
@@ -63,10 +63,10 @@ class Preparation:
         return bool(self.columns)
 
     def encode(self, samples: Samples) -> Tensor:
-        """The inputs of samples, (rows, features) float32, standardised where training was.
+        """Encode samples as inputs, (rows, features) float32, standardised as in training.
 
         Raises:
-            DataError: columns are missing, or samples are of another kind or shape than those of training.
+            DataError: columns are missing, or the samples have another kind or shape than in training.
         """
         return self.standardized(self.plain_inputs(samples))
 
@@ -96,7 +96,7 @@ class Preparation:
         return f"of shape {self.shape or (self.features,)}" + (", pixels in bytes" if self.bytes_scaled else "")
 
     def standardized(self, inputs: Tensor) -> Tensor:
-        """Flat inputs, less the mean and times the scale that training used, if any."""
+        """Standardise inputs by the mean and scale of training, if any; (rows, features)."""
         inputs = inputs.flatten(1)
         if not self.mean:
             return inputs
@@ -104,12 +104,12 @@ class Preparation:
         return ((inputs.double() - mean) * scale).float()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON."""
+        """This preparation as plain JSON."""
         return {"format": _FORMAT, "version": _VERSION, **asdict(self)}
 
     @staticmethod
     def from_json(kept: Mapping[str, Any]) -> "Preparation":
-        """What `to_json` gave."""
+        """The preparation in the JSON of `to_json`."""
         kept = dict(kept)
         if kept.pop("format", None) != _FORMAT or kept.pop("version", None) != _VERSION:
             raise DataError("not a preparation of data that this version can read")
@@ -121,7 +121,7 @@ class Preparation:
         return Preparation(**{**kept, **more, "target": Target(**target), "columns": columns, "shape": shape})
 
     def describe(self) -> list[str]:
-        """What was made of the data, a line for each thing to know; of arrays with classes 0, 1, 2, ... nothing."""
+        """Lines that describe the preparation; none for arrays with classes 0, 1, 2, ..."""
         labels = self.target.labels
         lines = [self.target.describe()] if self.is_table or labels != tuple(range(len(labels))) else []
         lines += [self.note] if self.note else []
@@ -150,26 +150,24 @@ class Preparation:
                 + (f" (it has {', '.join(map(repr, extra[:10]))} beside the known ones)" if extra else "")
                 + "; columns are matched by name with those of training"
             )
-        told, inputs = [], np.empty((len(frame), sum(column.width for column in self.columns)), np.float32)
+        unknown, inputs = [], np.empty((len(frame), sum(column.width for column in self.columns)), np.float32)
         at = 0
         for column in self.columns:
             encoded = column.encode(frame.columns[column.name], frame.place)
             inputs[:, at : at + column.width] = encoded.inputs
             at += column.width
-            told += [encoded.told] if encoded.told else []
-        if told:
-            more = f"; and {len(told) - 5} more such columns" if len(told) > 5 else ""
-            warnings.warn(f"{frame.source}: {'; '.join(told[:5])}{more}", stacklevel=3)
+            unknown += [encoded.warning] if encoded.warning else []
+        if unknown:
+            more = f"; and {len(unknown) - 5} more such columns" if len(unknown) > 5 else ""
+            warnings.warn(f"{frame.source}: {'; '.join(unknown[:5])}{more}", stacklevel=3)
         return inputs
 
     def _as_table(self, samples: Samples) -> Frame:
-        """Rows for named columns; those without names are taken in their order."""
+        """Samples as a table with the columns of training; columns without names are matched by their order."""
         if isinstance(samples, Arrays) and samples.inputs.ndim == 2:
-            width = samples.inputs.shape[1]
             if samples.inputs.dtype.kind not in "biuf":
                 raise DataError(f"{samples.source}: the inputs are of type {samples.inputs.dtype}; give numbers")
-            columns = {f"column {at + 1}": samples.inputs[:, at].astype(np.float64) for at in range(width)}
-            samples = Frame(columns, source=samples.source, named=False)
+            samples = unnamed(samples.inputs, source=samples.source)
         if not isinstance(samples, Frame):
             raise DataError("the model was trained on a table; give one with the same columns")
         if samples.named == self.named:
@@ -181,7 +179,7 @@ class Preparation:
         )
 
     def _in_order(self, frame: Frame) -> Frame:
-        """A table without names, with or without the target's column."""
+        """A table without names in the order of training; the target's column may be absent."""
         order = self._order
         if len(frame.columns) == len(order):
             return frame
@@ -195,7 +193,7 @@ class Preparation:
 
     @property
     def _order(self) -> list[str]:
-        """The columns of the table in training, the target's among them."""
+        """All columns of the training table with the target, in their order if they have no names."""
         names = {self.target.name, *self.left_out, *(column.name for column in self.columns)}
         return list(names) if self.named else sorted(names, key=lambda name: int(name.rpartition(" ")[2]))
 
@@ -218,10 +216,10 @@ class Preparation:
 
 
 def fit_preparation(samples: Samples, target: Target, *, name: str) -> Preparation:
-    """What is learnt from training samples, the target's column not among them.
+    """Learn the preparation from training samples without their target.
 
     Raises:
-        DataError: no column is left, or what cannot be; with its place.
+        DataError: no column is left, or a cell is wrong; with its place.
     """
     if isinstance(samples, Dataset):
         return Preparation(name, target, shape=samples.shape, features=samples.features)
@@ -244,7 +242,7 @@ def fit_preparation(samples: Samples, target: Target, *, name: str) -> Preparati
 
 
 def fingerprint(tensors: list[Tensor]) -> str:
-    """A checksum of tensors; the same data give the same."""
+    """A checksum of the dtypes, shapes and values of tensors."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -253,16 +251,16 @@ def fingerprint(tensors: list[Tensor]) -> str:
 
 
 def with_scaling(preparation: Preparation, mean: Tensor, scale: Tensor) -> Preparation:
-    """The same, with inputs standardised."""
+    """The preparation with standardised inputs."""
     return replace(preparation, mean=tuple(mean.tolist()), scale=tuple(scale.tolist()))
 
 
 def _as_array(frame: Frame, preparation: Preparation) -> Arrays:
     """A table of plain numbers for a model that was trained on an array."""
     encoded = [Column(name, "number").encode(values, frame.place) for name, values in frame.columns.items()]
-    if told := next((each.told for each in encoded if each.told), None):
+    if warning := next((each.warning for each in encoded if each.warning), None):
         raise DataError(
-            f"{frame.source}: {told.split(' but')[0]}; the model was trained on an array without missing values"
+            f"{frame.source}: {warning.split(' but')[0]}; the model was trained on an array without missing values"
         )
     inputs = np.concatenate([each.inputs for each in encoded], axis=1)
     if preparation.shape and inputs.shape[1] == preparation.features:

@@ -1,4 +1,4 @@
-"""From samples as they were read to train, validation and test: the target found, rows cut, tensors made."""
+"""The way from raw samples to train, validation and test: find the target, split the rows, make tensors."""
 
 import warnings
 from collections.abc import Mapping
@@ -18,19 +18,19 @@ from noctule.data.table import LABEL_NAMES
 from noctule.data.target import Target, Task, fit_target
 
 _TEST_SHARE = 0.2
-_KEPT = 3
-"""A class of fewer samples stays in the training part as a whole."""
+_RARE = 3
+"""A class with fewer samples stays in the training part as a whole."""
 
 
 class Labelled(NamedTuple):
-    """Samples without their target, and the target as it was read."""
+    """Samples without their target, the raw labels, and the target's name."""
 
     samples: Frame | Arrays
     labels: np.ndarray
     target: str
 
     def place(self, row: int) -> str:
-        """Where a row is, in words."""
+        """Description of a row's place, for errors."""
         return self.samples.place(row)
 
 
@@ -43,18 +43,18 @@ def prepare(
     target: str | None = None,
     task: Task = "auto",
 ) -> Splits:
-    """Train, validation and test, with all that is learnt from the training part alone.
+    """Make splits from raw samples, with a preparation learnt from the training part alone.
 
     Args:
-        parts: train, and where there are such validation and test.
+        parts: train and, if there, validation and test.
         name: of the data set.
-        validation_fraction: of train, where there is no validation part.
-        seed: of that cut.
+        validation_fraction: of train, if there is no validation part.
+        seed: of that split.
         target: the column to predict; by default one called label, target, class or y, or else the last.
-        task: whether it is classes or a number; by default it is looked at.
+        task: classification or regression; by default decided from the target's values.
 
     Raises:
-        DataError: data that cannot be; with the place.
+        DataError: wrong data; with the place.
         UsageError: there is no such column, or the task does not fit it.
     """
     labelled = {part: _labelled(samples, target) for part, samples in parts.items()}
@@ -90,12 +90,12 @@ def prepare(
             )
         except DataError as error:
             raise DataError(f"{part} part: {error}") from error
-    _tell_of_lost_classes(made, what)
+    _warn_of_lost_classes(made, what)
     return with_fingerprint(Splits(made["train"], made.get("validation"), made["test"], preparation))
 
 
 def with_fingerprint(splits: Splits) -> Splits:
-    """The same, with a checksum of all tensors in the preparation."""
+    """The splits with a checksum of all tensors in their preparation."""
     parts = [part for part in (splits.train, splits.validation, splits.test) if part is not None]
     mark = fingerprint([tensor for part in parts for tensor in (part.inputs, part.targets)])
     assert splits.preparation is not None
@@ -107,7 +107,7 @@ def find_target(frame: Frame, target: str | None) -> str:
 
     Raises:
         UsageError: `target` is none of the columns.
-        DataError: several could be it.
+        DataError: several columns have a name of a target.
     """
     names = list(frame.columns)
     if target is not None:
@@ -127,9 +127,9 @@ def find_target(frame: Frame, target: str | None) -> str:
 
 
 def target_of(samples: Samples, preparation: Preparation) -> tuple[Samples, np.ndarray | None]:
-    """Samples that are to be predicted without their target, and the target where they have it.
+    """Samples to predict without their target, and the target, or None where it is missing.
 
-    It may have gaps, or be of another kind than in training: then it is as if it was not there.
+    A target with gaps, or of another kind than in training, counts as missing.
     """
     name = preparation.target.name
     if isinstance(samples, Dataset):
@@ -167,7 +167,7 @@ def _labelled(samples: Samples, target: str | None) -> Labelled:
 
 
 def _is_empty(values: np.ndarray) -> bool:
-    """Whether a column holds nothing at all, as one behind a separator at the end of each line."""
+    """Whether all cells of a column are missing, as behind a separator at the end of each line."""
     return values.dtype == object and not any(text not in MISSING for text in values.tolist())
 
 
@@ -187,18 +187,18 @@ def _check_columns(labelled: Mapping[str, Labelled]) -> None:
 
 
 def _rare(numbers: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy((np.bincount(numbers) < _KEPT)[numbers])
+    return torch.from_numpy((np.bincount(numbers) < _RARE)[numbers])
 
 
-def _tell_of_lost_classes(made: Mapping[str, Dataset], target: Target) -> None:
+def _warn_of_lost_classes(made: Mapping[str, Dataset], target: Target) -> None:
     if not target.labels:
         return
     counts = {part: torch.bincount(each.targets, minlength=each.classes) for part, each in made.items()}
-    told = [
+    warning = [
         f"no sample of {', '.join(str(target.labels[at]) for at in lost[:5])}"
         f"{f' and {len(lost) - 5} more classes' if len(lost) > 5 else ''} is in the {part} part"
         for part in made
         if (lost := (counts[part] == 0).nonzero()[:, 0].tolist())
     ]
-    if told:
-        warnings.warn(f"data set {made['train'].name!r}: {'; '.join(told)}", stacklevel=2)
+    if warning:
+        warnings.warn(f"data set {made['train'].name!r}: {'; '.join(warning)}", stacklevel=2)

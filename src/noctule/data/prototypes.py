@@ -1,19 +1,20 @@
-"""Synthetic data without end: noisy copies of one random prototype per class, each batch made when it is asked for."""
+"""An endless synthetic data set: noisy copies of one random prototype per class, generated batch by batch."""
 
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 
 import torch
 from torch import Tensor
+
+from noctule.core.random import generator
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prototypes:
     """Batches that are a function of (seed, part, number) alone; only the prototypes stay in memory.
 
-    A sample is the prototype of its class (features of -1 and 1) plus normal noise, scaled to unit variance. Tells classes apart
-    who adds up many features: a single one says next to nothing.
+    A sample is the prototype of its class (features of -1 and 1) plus normal noise, scaled to unit variance. A single
+    feature holds almost no information: a network must add up many of them.
 
     Args:
         features: numbers in a sample.
@@ -33,7 +34,6 @@ class Prototypes:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what gives no task."""
         if self.features < 1 or self.classes < 2:
             raise ValueError(f"there must be a feature and two classes at least, got {self.features}, {self.classes}")
         if not 0.0 <= self.noise < float("inf"):
@@ -43,9 +43,9 @@ class Prototypes:
         """Inputs (B, features) and targets (B,) of one batch of a part ("train", "test", ...): B = size."""
         if size < 1 or number < 0:
             raise ValueError(f"size must be at least 1 and number at least 0, got {size} and {number}")
-        generator = self._generator(f"{part} {number} {size}")
-        targets = torch.randint(self.classes, (size,), generator=generator, device="cpu")
-        inputs = torch.randn(size, self.features, generator=generator, device="cpu").mul_(self.noise)
+        draws = generator(self.seed, part, number, size)
+        targets = torch.randint(self.classes, (size,), generator=draws, device="cpu")
+        inputs = torch.randn(size, self.features, generator=draws, device="cpu").mul_(self.noise)
         inputs += self._prototypes[targets]
         return inputs.div_((1.0 + self.noise**2) ** 0.5), targets
 
@@ -53,9 +53,5 @@ class Prototypes:
     def _prototypes(self) -> Tensor:
         """(classes, features) of -1 and 1, in one byte each."""
         shape = (self.classes, self.features)
-        signs = torch.randint(2, shape, generator=self._generator("prototypes"), dtype=torch.int8, device="cpu")
+        signs = torch.randint(2, shape, generator=generator(self.seed, "prototypes"), dtype=torch.int8, device="cpu")
         return signs * 2 - 1
-
-    def _generator(self, what: str) -> torch.Generator:
-        digest = blake2b(f"{self.seed} {what}".encode(), digest_size=7).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest))

@@ -1,4 +1,4 @@
-"""Published data sets: which files they are, where they are looked for, and how they are fetched if nowhere."""
+"""Published data sets: their files, the folders searched for them, and the download of missing ones."""
 
 import os
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from noctule.data.download import fetch
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """A file below the address of its set; length and checksum are those of its content after gunzip."""
+    """A file of a published data set; `path` is relative to its address, length and checksum are after gunzip."""
 
     path: str
     content_bytes: int
@@ -25,7 +25,7 @@ class PublishedFile:
 
 @dataclass(frozen=True)
 class Published:
-    """A data set as somebody publishes it; `address` ends in a slash."""
+    """A published data set: its name, address and files; `address` ends in a slash."""
 
     name: str
     address: str
@@ -33,15 +33,15 @@ class Published:
 
 
 def read_published(published: Published, *, data_dir: Path | None = None, mirror: str | None = None) -> list[bytearray]:
-    """The checked contents of the files of a set, in their order.
+    """Read and check the files of a data set, in their order.
 
-    Each file is looked for, gzipped or not, in `data_dir`, in the folder that the environment variable NOCTULE_DATA
-    names and in the cache, there below the name of the set or directly; what is found nowhere is downloaded to the
-    cache, from `mirror` if given.
+    The folders searched for each file, gzipped or not, are `data_dir`, the one in the environment variable NOCTULE_DATA
+    and the cache, and in each a folder with the name of the set first. A missing file is downloaded to the cache, from
+    `mirror` if given.
 
     Raises:
         UsageError: `data_dir` or NOCTULE_DATA is not a folder.
-        DataError: a file is corrupt, or found nowhere and cannot be downloaded; it says what to put where.
+        DataError: a file is corrupt, or missing and cannot be downloaded; with the remedy.
     """
     folders = _folders(data_dir)
     contents = []
@@ -56,7 +56,7 @@ def read_published(published: Published, *, data_dir: Path | None = None, mirror
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: noctule/ in $XDG_CACHE_HOME, or else in ~/.cache."""
+    """The folder of downloads: noctule/ in $XDG_CACHE_HOME, or else in ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "noctule"
 

@@ -1,4 +1,4 @@
-"""Standardisation: every feature to mean 0 and deviation 1, as measured on the training part alone."""
+"""Standardisation: every feature to mean 0 and deviation 1, measured on the training part alone."""
 
 from dataclasses import replace
 
@@ -11,15 +11,15 @@ from noctule.data.splits import Splits
 
 _ROWS_AT_A_TIME = 512
 _RELATIVE_FLOOR = 1e-8
-"""Of the mean: below the resolution of float32, so that a deviation this small is rounding, not variation."""
+"""Largest ratio of deviation to mean that is rounding, not variation: below the resolution of float32."""
 
 
 def standardize(splits: Splits) -> Splits:
     """New splits with `(x - mean) / deviation` per feature, both taken from the train part.
 
     Tables and pictures alike are treated feature by feature (pixel by pixel), as in the original code of sparse
-    evolutionary training. A feature that is constant in the train part becomes 0 everywhere. Numbers that are to be
-    predicted are treated alike. The given splits are left as they are.
+    evolutionary training. A feature that is constant in the train part becomes 0 everywhere. The targets of a
+    regression are standardised too. The given splits do not change.
     """
     mean, deviation = _moments(splits.train.inputs)
     constant = deviation <= _RELATIVE_FLOOR * mean.abs()
@@ -44,7 +44,7 @@ def standardize(splits: Splits) -> Splits:
 
 
 def _of_targets(train: Dataset) -> tuple[float, float]:
-    """Mean and deviation of numbers that are to be predicted."""
+    """Mean and deviation of the targets of a regression."""
     if train.classes:
         return 0.0, 1.0
     targets = train.targets.double()

@@ -1,4 +1,4 @@
-"""How a text file of cells is laid out: what separates them, and whether a comment is its header."""
+"""Detection of the layout of a text table: its separator, and whether a comment is its header."""
 
 import csv
 import re
@@ -12,15 +12,16 @@ from noctule.data.cells import to_number
 
 BLANKS = " "
 NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "|", BLANKS: "blanks"}
-"""The separators, in words."""
+"""Names of the separators, for errors."""
 
-_LOOKED_AT = 30
+_SAMPLE_LINES = 30
+"""Lines from which the layout is detected."""
 _LIBSVM = re.compile(r"[^\s:]+(\s+\d+:[^\s:]+)+\s*")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The separator, the first rows, and the names in a comment above them if that is the header."""
+    """The separator, the first rows, and the names of columns if a comment above them is the header."""
 
     separator: str
     rows: Sequence[Sequence[str]]
@@ -28,10 +29,10 @@ class Layout:
 
 
 def sniff(lines: Iterable[str], path: Path) -> Layout:
-    """Find out the layout from the first lines.
+    """Detect the layout from the first lines.
 
-    A separator that gives each line as many cells is taken: tabs, semicolons and | before commas, which also stand in
-    numbers, and blanks last. Where there is none it is the one that the first line has most of.
+    The separator is one that gives all lines the same number of cells: tabs, semicolons and | before commas, which also
+    stand in numbers, and blanks last; else the most frequent one in the first line.
 
     Raises:
         DataError: a format of another kind (libsvm, ARFF, JSON, a web page), with what to do.
@@ -42,7 +43,7 @@ def sniff(lines: Iterable[str], path: Path) -> Layout:
             comments += [] if sample else [line.lstrip(" #\t").strip()]
         elif line.strip():
             sample.append(line)
-        if len(sample) == _LOOKED_AT:
+        if len(sample) == _SAMPLE_LINES:
             break
     if not sample:
         return Layout(",", [])

@@ -1,4 +1,4 @@
-"""Train, validation and test sets that belong together, and the function that cuts them from one set."""
+"""Train, validation and test sets that belong together, and the function that splits one set into them."""
 
 from dataclasses import dataclass
 
@@ -17,8 +17,8 @@ _TEST_SEED = 20_100_617
 class Splits:
     """Three sets with the same features and classes: fit on `train`, choose on `validation`, read `test` once.
 
-    `validation` is None where everything but the test part is trained on; `preparation` is what made the samples into
-    these tensors.
+    `validation` is None where all but the test part is for training; `preparation` is the map from samples to these
+    tensors.
     """
 
     train: Dataset
@@ -27,7 +27,6 @@ class Splits:
     preparation: Preparation | None = None
 
     def __post_init__(self) -> None:
-        """Refuse parts that do not belong together."""
         for part in ("validation", "test") if self.validation is not None else ("test",):
             for what in ("features", "classes"):
                 given, wanted = getattr(getattr(self, part), what), getattr(self.train, what)
@@ -38,7 +37,7 @@ class Splits:
                     )
 
     def describe(self) -> str:
-        """The sizes, and what was made of the user's own data: a line, or several."""
+        """Lines with the sizes and the preparation of the user's own data."""
         parts = {"training": self.train, "validation": self.validation, "test": self.test}
         sizes = [f"{len(part)} {what}" for what, part in parts.items() if part is not None]
         what = f"{self.train.classes} classes" if self.train.classes else "a number to predict"
@@ -50,11 +49,11 @@ class Splits:
 
 
 def split(dataset: Dataset, *, validation: float | Dataset = 0.1, test: float | Dataset = 0.2, seed: int = 0) -> Splits:
-    """Cut a set into train, validation and test; a class has the same share of every part, to about one sample.
+    """Split a set into train, validation and test; each class has the same share of every part, to about one sample.
 
-    `validation` and `test` are fractions of `dataset`, or sets of their own that are kept as they are; a validation of 0
+    `validation` and `test` are fractions of `dataset`, or sets that stay as they are; a validation of 0
     is none. Every sample lands in exactly one part, and the parts keep the order of the samples. The validation part
-    depends on `seed`; the test part does not, so that runs with different seeds are judged on the same samples.
+    depends on `seed`; the test part does not, so that runs with different seeds are tested on the same samples.
 
     Raises:
         UsageError: a fraction outside [0, 1) for validation, outside (0, 1) for test.
@@ -79,11 +78,11 @@ def split(dataset: Dataset, *, validation: float | Dataset = 0.1, test: float | 
 def split_rows(
     targets: Tensor, *, validation: float | None, test: float | None, seed: int, name: str, keep: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The sorted row numbers of the parts that `split` cuts: train, and validation and test where a fraction is given.
+    """The sorted row numbers of the parts of `split`: train, and validation and test where a fraction is given.
 
     Args:
-        targets: (rows,) classes, or numbers: then each range of them has the same share of every part.
-        keep: (rows,) bool, of rows that stay in train whatever is drawn.
+        targets: (rows,) classes, or numbers, of which each range has the same share of every part.
+        keep: (rows,) bool, the rows that always stay in train.
     """
     if validation is not None and not 0 <= validation < 1:
         raise UsageError(f"the validation fraction must lie between 0 and 1, or be 0 for none, not {validation}")
@@ -110,7 +109,7 @@ def split_rows(
 
 
 def _draw(rows: Tensor, targets: Tensor, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """`count` of the rows and the others, both sorted: shuffled, sorted by target, then taken at equal distances."""
+    """Draw `count` of the shuffled rows at equal distances in the order of targets; returns them and the others, both sorted."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     shuffled = rows[torch.randperm(len(rows), generator=generator)]
     by_class = shuffled[targets.cpu()[shuffled].argsort(stable=True)]

@@ -1,4 +1,4 @@
-"""CSV files and their kin: one row per line, whatever separates the cells; a wrong line is named."""
+"""Reader of text tables such as CSV, with any separator; errors name the line."""
 
 import csv
 from array import array
@@ -19,10 +19,10 @@ LABEL_NAMES = ("label", "target", "class", "y")
 
 
 def read_table(path: Path) -> Frame:
-    """Read a text file of cells, gzipped or not; the separator is found out, lines that begin with # are comments.
+    """Read a text table, gzipped or not; the separator is detected, lines that begin with # are comments.
 
-    The first line is a header if none of its cells is a number, the label's name apart, and they are no values of their
-    columns; or if they count 0, 1, 2, ... to the label.
+    The first line is a header if none of its cells but the label's is a number or a value of its column; or if they count
+    0, 1, 2, ... up to the label.
 
     Raises:
         DataError: a ragged line, a name that is missing, no rows, no UTF-8; with file and line.
@@ -40,7 +40,7 @@ def read_table(path: Path) -> Frame:
 
 
 class _Lines:
-    """The lines of a file that are no comments, and the number of the last one given."""
+    """Iterator over the lines of a file without comments; `number` is the last one's."""
 
     def __init__(self, file: TextIOWrapper) -> None:
         self._file, self.number, self._quoted = file, 0, False
@@ -63,7 +63,7 @@ def _rows(lines: _Lines, separator: str) -> Iterator[list[str]]:
 
 
 def _read(lines: _Lines, path: Path, layout: Layout, *, plain: bool) -> Frame | None:
-    """The table; with `plain` None where a cell is no number, which costs less than keeping the text of each."""
+    """Read the table; with `plain`, faster and without texts, and None if a cell is no number."""
     rows = _rows(lines, layout.separator)
     first = next(rows, [])
     width = len(first)
@@ -106,7 +106,7 @@ def _read(lines: _Lines, path: Path, layout: Layout, *, plain: bool) -> Frame | 
 
 
 def _numbers_or_text(column: list[str]) -> np.ndarray:
-    """As numbers where each cell is a plain one or missing; else as the text that it is."""
+    """A column as numbers if each cell is a plain one or missing, else as text."""
     try:
         read = {text: np.nan if text in MISSING else float(text) for text in set(column)}
     except ValueError:
@@ -127,7 +127,7 @@ def _is_header(names: Sequence[str], below: Sequence[Sequence[str]]) -> bool:
 
 
 def _column_names(names: Sequence[str]) -> list[str]:
-    """The names, each once: what has none or that of another column gets a number, as pandas does it."""
+    """Unique names: empty and repeated ones get a number, as in pandas."""
     found: list[str] = []
     for at, name in enumerate(names):
         number, own = 0, name or f"Unnamed: {at}"

@@ -1,4 +1,4 @@
-"""What is to be predicted: classes with names, or a number; and which of the two it is."""
+"""The target of a prediction: classes with names, or a number; and the decision between the two."""
 
 import math
 import re
@@ -16,9 +16,9 @@ Task = Literal["auto", "classification", "regression"]
 Label = str | int | float
 
 FEW_CLASSES = 10
-"""So many different whole numbers or fewer are classes."""
+"""Most different whole numbers that are classes."""
 _LEAST_SAMPLES = 5
-"""Of each class, where more whole numbers than those are classes."""
+"""Least samples of each class where more different whole numbers are classes."""
 _LARGEST_EXACT = 2**53
 _CODE = re.compile(r"0\d")
 _ABSENT = frozenset(("", "nan", "NaN", "NaT", "<NA>"))
@@ -26,12 +26,12 @@ _ABSENT = frozenset(("", "nan", "NaN", "NaT", "<NA>"))
 
 @dataclass(frozen=True)
 class Target:
-    """Classes and their names in the order of their numbers, or no classes: then a number is to be predicted."""
+    """The classes, by their names in the order of their numbers; none in a regression."""
 
     name: str
     labels: tuple[Label, ...] = ()
     why: str = ""
-    """What decided between classes and a number."""
+    """The reason for the decision between classes and a number."""
 
     @property
     def task(self) -> str:
@@ -39,10 +39,10 @@ class Target:
         return "classification" if self.labels else "regression"
 
     def encode(self, values: np.ndarray, place: Callable[[int], str]) -> np.ndarray:
-        """Class numbers (int64), or numbers (float64), of a column of labels.
+        """Encode a column of labels as class numbers (int64), or as numbers (float64).
 
         Raises:
-            DataError: a label that is missing, no number or of no known class; with its place.
+            DataError: a label is missing, no number or of no known class; with its place.
         """
         cells = _cells(values, place)
         if not self.labels:
@@ -58,7 +58,7 @@ class Target:
         return numbers
 
     def describe(self) -> str:
-        """Its name, what it is and the numbers of its classes."""
+        """A description: the name, the task and the numbers of the classes."""
         if not self.labels:
             return f"target {self.name!r}: a number, so this is a regression{self._why}"
         shown = [f"{label} = {number}" for number, label in enumerate(self.labels[:20])]
@@ -71,14 +71,14 @@ class Target:
 
 
 def fit_target(name: str, values: np.ndarray, place: Callable[[int], str], *, task: Task = "auto") -> Target:
-    """The classes that a column of labels holds, sorted, or a number to predict.
+    """Find the sorted classes in a column of labels, or decide for a regression.
 
-    Text and booleans are classes; so are whole numbers of which there are few, or many samples of each. `task` says
-    otherwise.
+    Text and booleans are classes; so are whole numbers if there are few, or many samples of each. `task` overrides
+    the decision.
 
     Raises:
-        DataError: a label is missing, there is one class only, or a label for every row.
-        UsageError: a regression on what is no number.
+        DataError: a label is missing, there is one class only, or a different label in every row.
+        UsageError: a regression on labels that are no numbers.
     """
     cells = _cells(values, place)
     counts = Counter(map(_key, cells))
@@ -88,8 +88,8 @@ def fit_target(name: str, values: np.ndarray, place: Callable[[int], str], *, ta
             text = next(str(cell) for cell in cells if isinstance(_key(cell), str))
             raise UsageError(f"the target {name!r} holds {text[:80]!r}, which is no number: it can be classified only")
         _numbers(cells, name, place)
-        return Target(name, why="as asked for")
-    why = "as asked for"
+        return Target(name, why="as requested")
+    why = "as requested"
     if task == "auto":
         classes, why = _are_classes(counts) if numeric else (True, "")
         if not classes:
@@ -111,7 +111,7 @@ def fit_target(name: str, values: np.ndarray, place: Callable[[int], str], *, ta
 
 
 def _are_classes(counts: Counter[float | str]) -> tuple[bool, str]:
-    """Whether numbers are classes, and why."""
+    """Whether numbers are classes, and the reason."""
     values, rows = sorted(float(key) for key in counts), sum(counts.values())
     if not all(value == math.floor(value) and abs(value) < _LARGEST_EXACT for value in values):
         return False, "not all are whole numbers"
@@ -178,12 +178,12 @@ def _numbers(cells: list[Label], name: str, place: Callable[[int], str]) -> np.n
 
 
 def _key(label: Label) -> float | str:
-    """What makes labels the same: 1, 1.0 and True are."""
+    """The key by which labels are compared: 1, 1.0 and True are equal."""
     return label if isinstance(label, str) else float(label)
 
 
 def _plain(label: Label) -> Label:
-    """A label as JSON keeps it, whole numbers without a point."""
+    """A label as it is stored in JSON: whole numbers as int."""
     if isinstance(label, str | bool):
         return str(label)
     return int(label) if label == math.floor(label) and abs(label) < _LARGEST_EXACT else float(label)

@@ -1,4 +1,4 @@
-"""The characters of any text file as numbers, in windows of which a model guesses each next character."""
+"""Text data: characters as numbers, in windows whose targets are the next characters."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,28 +12,26 @@ from noctule.core.errors import DataError, UsageError
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Stretches of a text, and for each of their characters the one that follows; no two stretches share a guess."""
+    """Windows of a text and, as targets, the character after each of theirs; the targets of windows do not overlap."""
 
     inputs: Tensor
-    """Numbers of characters, (samples, T) int64."""
+    """Numbers of the characters, (samples, T) int64."""
     targets: Tensor
-    """The same, one character on."""
+    """Numbers of the next characters, (samples, T) int64."""
     name: str
     classes: int
-    """The characters that there are."""
+    """Number of different characters."""
     shape: None = None
 
     def __len__(self) -> int:
-        """The number of stretches."""
         return len(self.inputs)
 
     def __repr__(self) -> str:
-        """The sizes, not the numbers."""
         return f"Windows({self.name!r}, samples={len(self)}, characters={self.features}, classes={self.classes})"
 
     @property
     def features(self) -> int:
-        """The characters of a stretch: T."""
+        """Number of characters in a window: T."""
         return self.inputs.shape[1]
 
 
@@ -48,24 +46,24 @@ class Text:
     test: Windows
 
     def decode(self, numbers: Tensor) -> str:
-        """The characters that these numbers stand for."""
+        """The text of these numbers."""
         return "".join(self.vocabulary[k] for k in numbers.flatten().tolist())
 
 
 def read_text(
     path: str | Path | None = None, *, context: int = 128, validation: float = 0.1, test: float = 0.1
 ) -> Text:
-    """Read a text file, or what Python's own help says of its language, and cut it into windows.
+    """Read a text file, or Python's own help on its language, and split it into windows.
 
     Args:
-        path: a file in UTF-8; with None some 450 KB of English about Python, which come with it.
+        path: a file in UTF-8; None for some 450 KB of English about Python, which are part of it.
         context: characters of a window.
-        validation: share of the text that selects, just before the test part.
+        validation: share of the text for model selection, just before the test part.
         test: share of the text at its end.
 
     Raises:
-        UsageError: there is no such file, or the numbers make no sense.
-        DataError: it is no UTF-8, or too short for such windows.
+        UsageError: there is no such file, or a number is out of range.
+        DataError: the text is no UTF-8, or too short for such windows.
 
     >>> read_text(context=64).train
     Windows('python-help', samples=..., characters=64, classes=...)

@@ -1,4 +1,4 @@
-"""What the classifier and the regressor share: their parameters, and the way through fit and partial_fit."""
+"""The common part of classifier and regressor: parameters, `fit` and `partial_fit`."""
 
 import copy
 import math
@@ -40,11 +40,11 @@ _NUMBERS: dict[str, tuple[Any, float | None, float | None, str]] = {
     "validation_fraction": (Real, 0, 1, "neither"),
     "n_iter_no_change": (Real, 1, None, "left"),
 }
-"""Parameter -> its type, least and largest value, and which of the two are allowed themselves."""
+"""Type, least and largest value of numeric parameters, and which of the two bounds are included."""
 
 
 class SparseMLP(BaseEstimator, ABC):
-    """A truly sparse multilayer perceptron with scikit-learn's parameters; the two kinds are final classes."""
+    """A truly sparse multilayer perceptron with scikit-learn's parameters; classifier and regressor are final."""
 
     model_: nn.Sequential
     density_: float
@@ -74,7 +74,6 @@ class SparseMLP(BaseEstimator, ABC):
         validation_fraction=0.1,
         n_iter_no_change=10,
     ):
-        """Keep the parameters as they are: `fit` checks them."""
         self.hidden_layer_sizes = hidden_layer_sizes
         self.activation = activation
         self.density = density
@@ -94,13 +93,14 @@ class SparseMLP(BaseEstimator, ABC):
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change
 
-    # -- what a kind says -----------------------------------------------------------------------------------------
+    # -- overridden by classifier and regressor -------------------------------------------------------------------
 
     @abstractmethod
     def _read(self, X: Any, y: Any, *, fresh: bool, labels: Any) -> tuple[Samples, int]:
-        """Checked samples, and how many outputs they need.
+        """Check samples and return them with the number of outputs they need.
 
-        With ``fresh``, what they look like is noted, and that ``labels`` (those of ``y`` if None) may come; else it is compared.
+        With ``fresh``, store their form and the possible ``labels`` (by default the ones in ``y``); else compare them with the
+        stored ones.
         """
 
     @abstractmethod
@@ -108,27 +108,27 @@ class SparseMLP(BaseEstimator, ABC):
         """The mean loss of a batch, weighted."""
 
     @abstractmethod
-    def _rate(self, predicted: Tensor, samples: Samples) -> float:
-        """The score of outputs, the better the higher, as `score` has it."""
+    def _score(self, predicted: Tensor, samples: Samples) -> float:
+        """The score of outputs, higher is better, equal to that of `score`."""
 
-    def _weigh(self, samples: Samples, weights: np.ndarray | None) -> np.ndarray | None:
-        """What each sample counts (n,), given what the caller says: the same, unless a kind knows more."""
+    def _total_weights(self, samples: Samples, weights: np.ndarray | None) -> np.ndarray | None:
+        """The weight of each sample (n,), by default that of the caller."""
         return weights
 
-    # -- what scikit-learn asks for -------------------------------------------------------------------------------
+    # -- the interface of scikit-learn ----------------------------------------------------------------------------
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """Train on samples (n, features), dense or sparse, for ``max_iter`` epochs or until they stop being of use.
+        """Train on samples (n, features), dense or sparse, for ``max_iter`` epochs or until the score no longer improves.
 
-        ``sample_weight`` (n,) says what each sample counts, in training and for early stopping: 2 is the sample twice, 0 is none.
+        ``sample_weight`` (n,) weights samples in training and early stopping: 2 is the sample twice, 0 is none.
 
         Raises:
-            ValueError: a parameter, the samples or the targets cannot be.
+            ValueError: a parameter, the samples or the targets are invalid.
             NonFiniteError: the training diverged.
         """
         self._check()
-        goes_on = self.warm_start and hasattr(self, "model_")
-        samples, held_out = self._begin(X, y, sample_weight, fresh=not goes_on), None
+        resumes = self.warm_start and hasattr(self, "model_")
+        samples, held_out = self._begin(X, y, sample_weight, fresh=not resumes), None
         if self.early_stopping:
             samples, held_out = self._split(samples)
         self._progress.step, self._progress.moments = 0, {}
@@ -140,7 +140,7 @@ class SparseMLP(BaseEstimator, ABC):
                 self._note(loss)
                 score = -loss
                 if held_out is not None:
-                    score = self._rate(outputs(self.model_, held_out.inputs), held_out)
+                    score = self._score(outputs(self.model_, held_out.inputs), held_out)
                     self.validation_scores_.append(score)
                     if score > best:
                         best_state = copy.deepcopy(self.model_.state_dict())
@@ -160,15 +160,14 @@ class SparseMLP(BaseEstimator, ABC):
         return self
 
     def __sklearn_tags__(self):
-        """What this estimator can do: sparse inputs too."""
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
         return tags
 
-    # -- what the kinds share -------------------------------------------------------------------------------------
+    # -- common steps ---------------------------------------------------------------------------------------------
 
     def _partial_fit(self, X: Any, y: Any, sample_weight: Any, labels: Any = None) -> Self:
-        """One epoch, with what the last one left of the optimizer's state and of the steps to the next move."""
+        """Train one epoch, with the optimizer's state and the step count of the last one."""
         self._check()
         samples = self._begin(X, y, sample_weight, fresh=not hasattr(self, "model_"), labels=labels)
         with self._epochs(samples, constant(self.rewire_fraction), None) as losses:
@@ -176,9 +175,9 @@ class SparseMLP(BaseEstimator, ABC):
         return self
 
     def _begin(self, X: Any, y: Any, sample_weight: Any, *, fresh: bool, labels: Any = None) -> Samples:
-        """The checked samples, and a network for them unless there is one to go on with."""
+        """Check the samples, and with ``fresh`` build a network for them."""
         samples, width = self._read(X, y, fresh=fresh, labels=labels)
-        samples = samples.weighted(self._weigh(samples, _checked_weights(sample_weight, samples)))
+        samples = samples.weighted(self._total_weights(samples, _checked_weights(sample_weight, samples)))
         widths = (samples.inputs.shape[1], *map(int, self._hidden), width)
         network = Network(widths, self.activation, float(self.density), float(self.dropout))
         if fresh:
@@ -192,7 +191,7 @@ class SparseMLP(BaseEstimator, ABC):
         return samples
 
     def _epochs(self, samples: Samples, fraction: Schedule, until: int | None) -> closing[Generator[float]]:
-        """Mean losses, an epoch of training for each, inside a ``with``."""
+        """A context whose iterator trains an epoch for each mean loss it yields."""
         groups = param_groups(self.model_, weight_decay=float(self.alpha))
         optimizer = torch.optim.AdamW(groups, lr=float(self.learning_rate_init), fused=True)
         grow, rewire = GROWERS[self.rewire], None
@@ -222,7 +221,7 @@ class SparseMLP(BaseEstimator, ABC):
         return min(200 if self.batch_size == "auto" else int(self.batch_size), len(samples))
 
     def _split(self, samples: Samples) -> tuple[Samples, Samples]:
-        """Those to train on and those to score on."""
+        """Split samples into a part for training and one for early stopping."""
         parts: list[Any] = train_test_split(
             np.arange(len(samples)),
             test_size=float(self.validation_fraction),
@@ -242,7 +241,7 @@ class SparseMLP(BaseEstimator, ABC):
         return outputs(self.model_, validate_data(self, X, accept_sparse="csr", dtype=np.float32, reset=False))
 
     def _check(self) -> None:
-        """Raise for parameters that cannot be."""
+        """Raise for invalid parameters."""
         for name, (kind, low, high, ends) in _NUMBERS.items():
             check_scalar(getattr(self, name), name, kind, min_val=low, max_val=high, include_boundaries=ends)
         for name, choices in (("activation", ACTIVATIONS), ("rewire", GROWERS)):
@@ -260,7 +259,7 @@ class SparseMLP(BaseEstimator, ABC):
 
 
 def _checked_weights(sample_weight: Any, samples: Samples) -> np.ndarray | None:
-    """What the caller says each sample counts, as (n,) of float64."""
+    """The caller's sample weights as (n,) of float64, or None."""
     if sample_weight is None:
         return None
     weights = np.asarray(_check_sample_weight(sample_weight, samples.inputs, dtype=np.float64))

@@ -1,4 +1,4 @@
-"""The sparse classifier."""
+"""The classifier for scikit-learn."""
 
 from typing import Any, Self
 
@@ -11,6 +11,7 @@ from sklearn.utils import column_or_1d
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import validate_data
 from torch import Tensor, nn
+from typing_extensions import override
 
 from noctule.estimators.base import SparseMLP
 from noctule.estimators.training import Samples, mean
@@ -21,32 +22,32 @@ class SparseMLPClassifier(ClassifierMixin, SparseMLP):
 
     It minimises the cross-entropy with AdamW, in single precision. Inputs should be scaled, as with any multilayer perceptron:
     put a `StandardScaler` before it. A label is anything that sorts, binary or of many classes; a table of zeros and ones
-    (n, labels) says for each label whether it holds (multilabel).
+    (n, labels) marks the labels of each sample (multilabel).
 
     Args:
         hidden_layer_sizes: neurons of each hidden layer.
         activation: after each hidden layer: relu, all_relu (arXiv 2102.01732), tanh, logistic or identity.
-        density: share of the places that holds a weight, shared out over the layers by Erdos-Renyi, in (0, 1].
+        density: share of the weights of a dense network that is stored, allotted to the layers by Erdos-Renyi, in (0, 1].
         rewire: how connections move while it learns: guided (gse), steepest gradient (rigl), random (set), or not at all (none).
         rewire_fraction: of the connections that move each time; in `fit` it falls along a cosine, to zero at three quarters of
             ``max_iter``.
         rewire_every: steps from one move to the next.
         dropout: after each hidden layer.
-        alpha: weight decay, times the learning rate and apart from the loss (AdamW), unlike the penalty of scikit-learn's MLP.
+        alpha: weight decay, times the learning rate and decoupled from the loss (AdamW), unlike the penalty of scikit-learn's MLP.
         batch_size: samples in a step; auto is 200, or all where there are fewer.
-        learning_rate_init: of AdamW; it stays what it is.
+        learning_rate_init: of AdamW, constant.
         max_iter: epochs at most.
-        random_state: where the seed of weights, places, data order, dropout and split comes from; torch's global generator is
-            left as it was.
-        tol: what counts as an improvement.
+        random_state: source of the seed of weights, places, data order, dropout and split; torch's global generator does not
+            change.
+        tol: least difference of scores that is an improvement.
         verbose: print the loss of every epoch.
-        warm_start: a further `fit` goes on from the weights and connections of the last.
+        warm_start: a further `fit` starts from the weights and connections of the last.
         early_stopping: hold out ``validation_fraction`` of the samples, stop when the score on them no longer improves, and keep
-            the epoch that scored best; else the training loss says when to stop. `partial_fit` does without either.
+            the best epoch; else the training loss decides when to stop. `partial_fit` does neither.
         validation_fraction: of the samples, for early stopping.
         n_iter_no_change: epochs without an improvement before it stops.
-        class_weight: what the samples of a class count, times their ``sample_weight``: a dict from label to weight, 1 for those
-            that it leaves out, or balanced, so that all classes count alike in a `fit`; not for multilabel.
+        class_weight: factor of the ``sample_weight`` of a class: a dict from label to weight, by default 1, or balanced, so that
+            all classes have the same total weight in a `fit`; not for multilabel.
 
     Attributes:
         model_: the network, an `nn.Module` from inputs to logits, in evaluation mode.
@@ -92,7 +93,6 @@ class SparseMLPClassifier(ClassifierMixin, SparseMLP):
         n_iter_no_change=10,
         class_weight=None,
     ):
-        """Keep the parameters as they are: `fit` checks them."""
         super().__init__(
             hidden_layer_sizes,
             activation,
@@ -116,7 +116,7 @@ class SparseMLPClassifier(ClassifierMixin, SparseMLP):
         self.class_weight = class_weight
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> Self:
-        """Train for one epoch on a part of the data, whose samples count what ``sample_weight`` (n,) says.
+        """Train for one epoch on a part of the data, weighted by ``sample_weight`` (n,).
 
         The first call names all ``classes`` that will come: the labels, or the numbers of the columns of a multilabel table.
         """
@@ -145,16 +145,16 @@ class SparseMLPClassifier(ClassifierMixin, SparseMLP):
         return (predicted.sigmoid() if self._encoder is None else predicted.softmax(1)).numpy()
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
-        """Its logarithm, finite where the probability itself is too small for a number."""
+        """The logarithm of `predict_proba`, finite also where the probability underflows."""
         predicted = self._outputs(X)
         return (nn.functional.logsigmoid(predicted) if self._encoder is None else predicted.log_softmax(1)).numpy()
 
     def __sklearn_tags__(self):
-        """What this estimator can do: several labels of a sample too."""
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_label = True
         return tags
 
+    @override
     def _read(self, X: Any, y: Any, *, fresh: bool, labels: Any) -> tuple[Samples, int]:
         X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float32, multi_output=True, reset=fresh)
         check_classification_targets(y)
@@ -179,7 +179,8 @@ class SparseMLPClassifier(ClassifierMixin, SparseMLP):
             return Samples(X, torch.from_numpy(y.astype(np.float32))), y.shape[1]
         return Samples(X, torch.from_numpy(self._encoder.transform(y))), len(self.classes_)
 
-    def _weigh(self, samples: Samples, weights: np.ndarray | None) -> np.ndarray | None:
+    @override
+    def _total_weights(self, samples: Samples, weights: np.ndarray | None) -> np.ndarray | None:
         if self.class_weight is None:
             return weights
         if self._encoder is None:
@@ -200,12 +201,14 @@ class SparseMLPClassifier(ClassifierMixin, SparseMLP):
                 )
         return of_class[targets] * (1.0 if weights is None else weights)
 
+    @override
     def _check(self) -> None:
         super()._check()
         given = self.class_weight
         if not (given is None or given == "balanced" or isinstance(given, dict)):
             raise ValueError(f"class_weight must be None, 'balanced' or a dict from label to weight, got {given!r}")
 
+    @override
     def _loss(self, predicted: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         if targets.is_floating_point():
             losses = nn.functional.binary_cross_entropy_with_logits(predicted, targets, reduction="none").mean(1)
@@ -213,7 +216,8 @@ class SparseMLPClassifier(ClassifierMixin, SparseMLP):
             losses = nn.functional.cross_entropy(predicted, targets, reduction="none")
         return mean(losses, weights)
 
-    def _rate(self, predicted: Tensor, samples: Samples) -> float:
+    @override
+    def _score(self, predicted: Tensor, samples: Samples) -> float:
         targets = samples.targets
         right = ((predicted > 0) == targets).all(1) if targets.is_floating_point() else predicted.argmax(1) == targets
         return float(np.average(right.numpy(), weights=None if samples.weights is None else samples.weights.numpy()))

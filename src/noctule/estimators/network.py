@@ -1,4 +1,4 @@
-"""The network of an estimator: what it is made of, and how it is made."""
+"""The network of an estimator: its specification and its construction."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,12 +24,12 @@ ACTIVATIONS: dict[str, Activation] = {
 
 @dataclass(frozen=True)
 class Network:
-    """A sparse multilayer perceptron, not built yet; two that are equal differ in nothing but their random numbers.
+    """The specification of a sparse multilayer perceptron; equal ones build the same network up to the seed.
 
     Args:
         widths: features in, of each hidden layer, and out.
         activation: one of `ACTIVATIONS`.
-        density: share of all the places that holds a weight.
+        density: share of the weights of a dense network that is stored.
         dropout: after each hidden layer.
     """
 
@@ -39,7 +39,7 @@ class Network:
     dropout: float
 
     def build(self, seed: int) -> nn.Sequential:
-        """The network, in time and memory O(weights); torch's global generator stays as it is."""
+        """Build the network in time and memory O(weights), without torch's global generator."""
         shapes = [(features_out, features_in) for features_in, features_out in pairwise(self.widths)]
         places = sum(features_out * features_in for features_out, features_in in shapes)
         shares = iter(erdos_renyi(shapes, max(len(shapes), round(self.density * places))))

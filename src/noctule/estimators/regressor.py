@@ -1,4 +1,4 @@
-"""The sparse regressor."""
+"""The regressor for scikit-learn."""
 
 from typing import Any, Self
 
@@ -9,6 +9,7 @@ from sklearn.metrics import r2_score
 from sklearn.utils import check_array
 from sklearn.utils.validation import validate_data
 from torch import Tensor
+from typing_extensions import override
 
 from noctule.estimators.base import SparseMLP
 from noctule.estimators.training import Samples, mean
@@ -37,14 +38,15 @@ class SparseMLPRegressor(MultiOutputMixin, RegressorMixin, SparseMLP):
     """
 
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """Train for one epoch on a part of the data, whose samples count what ``sample_weight`` (n,) says."""
+        """Train for one epoch on a part of the data, weighted by ``sample_weight`` (n,)."""
         return self._partial_fit(X, y, sample_weight)
 
     def predict(self, X: Any) -> np.ndarray:
-        """The predictions (n,) or (n, outputs), as the targets were."""
+        """The predictions, (n,) or (n, outputs) as the targets in training."""
         predicted = self._outputs(X).numpy()
         return predicted[:, 0] if self._single else predicted
 
+    @override
     def _read(self, X: Any, y: Any, *, fresh: bool, labels: Any) -> tuple[Samples, int]:
         X, y = validate_data(
             self, X, y, accept_sparse="csr", dtype=np.float32, multi_output=True, y_numeric=True, reset=fresh
@@ -55,9 +57,11 @@ class SparseMLPRegressor(MultiOutputMixin, RegressorMixin, SparseMLP):
         targets = torch.from_numpy(y.reshape(len(y), -1))
         return Samples(X, targets), targets.shape[1]
 
+    @override
     def _loss(self, predicted: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         return mean((predicted - targets).square().mean(1), weights) / 2
 
-    def _rate(self, predicted: Tensor, samples: Samples) -> float:
+    @override
+    def _score(self, predicted: Tensor, samples: Samples) -> float:
         weights = None if samples.weights is None else samples.weights.numpy()
         return float(r2_score(samples.targets.numpy(), predicted.numpy(), sample_weight=weights))

@@ -1,5 +1,6 @@
-"""The training of an estimator's network: one epoch after another, for as long as the caller asks for them."""
+"""The training of an estimator's network, as an iterator over epochs."""
 
+import math
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,31 +19,30 @@ from noctule.sparse.rewire import Rewire
 from noctule.train.interrupt import deferred_interrupt
 
 ROWS_AT_A_TIME = 512
-"""Samples in memory as dense rows at once where nothing is learnt."""
+"""Samples of a batch in prediction, which sparse inputs enter as dense rows."""
 
 _global_generator = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Inputs (n, features) of float32, a NumPy array or a SciPy matrix in CSR form, their n targets, and what each counts."""
+    """Inputs (n, features) of float32, a NumPy array or a SciPy matrix in CSR form, their n targets and their weights."""
 
     inputs: Any
     targets: Tensor
     weights: Tensor | None = None
-    """(n,) of float64, positive; None where all count alike."""
+    """Positive weights, (n,) of float64; None if all are equal."""
 
     def __len__(self) -> int:
-        """How many there are."""
         return self.inputs.shape[0]
 
     def take(self, rows: np.ndarray) -> "Samples":
-        """Those in these rows, copied."""
+        """The samples in these rows, copied."""
         chosen = torch.from_numpy(rows)
         return Samples(self.inputs[rows], self.targets[chosen], None if self.weights is None else self.weights[chosen])
 
     def weighted(self, weights: np.ndarray | None) -> "Samples":
-        """Those that count for something; where all count alike they have no weights, whatever these are."""
+        """The samples of positive weight, with these weights; with None if they are all equal."""
         if weights is None:
             return self
         kept = Samples(self.inputs, self.targets, torch.from_numpy(weights))
@@ -52,7 +52,7 @@ class Samples:
         return replace(kept, weights=None) if bool((kept.weights == kept.weights[0]).all()) else kept
 
     def balanced(self) -> "Samples":
-        """The same with weights whose mean is 1."""
+        """The samples with weights scaled to a mean of 1."""
         return self if self.weights is None else replace(self, weights=self.weights / self.weights.mean())
 
     def dense(self) -> Tensor:
@@ -62,10 +62,10 @@ class Samples:
 
 @dataclass
 class Progress:
-    """How far a training is: all that its next epoch depends on, beside the weights."""
+    """The state of a training beside the weights, on which its next epoch depends."""
 
     seed: int
-    """What is random in an epoch is a function of this and the epoch's number."""
+    """Seed of all randomness, together with the number of the epoch."""
     epoch: int = 0
     """Epochs done."""
     step: int = 0
@@ -84,12 +84,12 @@ def epochs(
     batch_size: int,
     rewire: Rewire | None = None,
 ) -> Generator[float]:
-    """Train for an epoch each time the next mean loss is asked for, until the iterator is closed.
+    """Train an epoch for each mean loss that the iterator yields, until it is closed.
 
-    A sample of weight 2 counts as the same sample twice: the loss of a batch is weighted by what its samples count among all.
+    A sample of weight 2 has the effect of two samples: the loss of a batch is weighted relative to the mean weight of all samples.
 
-    Between epochs the model is in evaluation mode and torch's global generator as it was. Ctrl-C raises KeyboardInterrupt between
-    two steps, so that the model stays whole.
+    Between epochs the model is in evaluation mode and torch's global generator is restored. Ctrl-C raises KeyboardInterrupt between
+    two steps, so that the model stays consistent.
 
     Raises:
         NonFiniteError: a loss or a weight became NaN or infinite.
@@ -109,7 +109,7 @@ def epochs(
                     optimizer.zero_grad(set_to_none=True)
                     loss = loss_fn(model(inputs), batch.targets, batch.weights)
                     value = float(loss.detach())
-                    if not value - value == 0.0:
+                    if not math.isfinite(value):
                         raise explain(model, inputs, step=progress.step + 1)
                     loss.backward()
                     optimizer.step()
@@ -126,13 +126,13 @@ def epochs(
 
 @torch.no_grad()
 def outputs(model: nn.Module, inputs: Any) -> Tensor:
-    """What the model makes of inputs (n, features), dense or CSR: (n, outputs), float64 for what is computed of them."""
+    """Outputs of the model for inputs (n, features), dense or CSR: (n, outputs), as float64 for further computation."""
     rows = [np.arange(n, min(n + ROWS_AT_A_TIME, inputs.shape[0])) for n in range(0, inputs.shape[0], ROWS_AT_A_TIME)]
     return torch.cat([model(_dense(inputs[chosen])) for chosen in rows]).double()
 
 
 def mean(losses: Tensor, weights: Tensor | None) -> Tensor:
-    """The loss of a batch, of those of its samples (B,)."""
+    """The loss of a batch: the weighted mean of its samples' losses (B,)."""
     return losses.mean() if weights is None else (losses * weights.to(losses)).mean()
 
 
@@ -142,7 +142,7 @@ def _dense(rows: Any) -> Tensor:
 
 @contextmanager
 def _training(model: nn.Module, *, seed: int) -> Iterator[None]:
-    """The model in training mode, its dropout drawing from ``seed``."""
+    """Within the block, the model is in training mode and its dropout draws from ``seed``."""
     model.train()
     try:
         with _seeded(seed) if any(map(_drops, model.modules())) else nullcontext():
@@ -153,7 +153,7 @@ def _training(model: nn.Module, *, seed: int) -> Iterator[None]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """torch's global generator, seeded for a while and put back; threads that want it take turns."""
+    """Within the block, torch's global generator is seeded; a lock keeps other threads out, and its state is restored."""
     with _global_generator, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

@@ -1,11 +1,11 @@
-"""The multilayer perceptron."""
+"""The multilayer perceptron as a plain `nn.Sequential`."""
 
 from collections.abc import Callable
 
 from torch import nn
 
 Activation = Callable[[int], nn.Module]
-"""Number of the hidden layer, from 1 -> its activation."""
+"""Function from the number of a hidden layer, from 1, to its activation module."""
 
 
 def relu(layer: int) -> nn.Module:

@@ -27,7 +27,6 @@ class Transformer(nn.Module):
     """
 
     def __init__(self, vocabulary: int, *, width: int, depth: int, heads: int, dropout: float = 0.0) -> None:
-        """Refuse sizes that do not go together."""
         super().__init__()
         if min(vocabulary, width, depth, heads) < 1 or width % (2 * heads):
             raise ValueError(
@@ -47,10 +46,9 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """What a position takes from those before it, then what it makes of that."""
+    """A pre-normalised block: causal attention, then a ReLU network, each added to the residual stream."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
-        """Both parts read a normalised stream and add to it."""
         super().__init__()
         self.attention_norm, self.attention = nn.LayerNorm(width), CausalAttention(width, heads, dropout)
         self.network_norm = nn.LayerNorm(width)
@@ -64,10 +62,9 @@ class Block(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Self-attention to the positions before."""
+    """Multi-head self-attention of each position to itself and those before it."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
-        """One layer in, for queries, keys and values, and one out."""
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
@@ -82,7 +79,7 @@ class CausalAttention(nn.Module):
 
 
 def rotated(x: Tensor) -> Tensor:
-    """(..., T, D), each pair of features turned by an angle that grows with the position, so that products show distances."""
+    """Rotary position embedding of (..., T, D): each pair of features rotated by an angle proportional to the position."""
     length, width = x.shape[-2:]
     slowness = 10_000.0 ** (torch.arange(0, width, 2, device=x.device) / width)
     angles = torch.arange(length, device=x.device)[:, None] / slowness

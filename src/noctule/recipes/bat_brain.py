@@ -12,8 +12,8 @@ from noctule.core.errors import UsageError
 from noctule.data.prototypes import Prototypes
 from noctule.measure import footprint, measure
 from noctule.measure.allocator import keep_memory
-from noctule.recipes.brain import Brain, connected, momentum_sgd
-from noctule.recipes.brain_training import Training
+from noctule.recipes.bat_brain_network import Brain, connected, momentum_sgd
+from noctule.recipes.bat_brain_training import Training
 from noctule.report import Journal, RunFolder, write_report
 from noctule.report.units import count, duration, percent, size
 from noctule.sparse.rewire import Rewire, anywhere, guided
@@ -42,25 +42,25 @@ def bat_brain(
     seed: int = 0,
     checkpoint_seconds: float = 600.0,
 ) -> dict[str, Any]:
-    """Fifty million neurons and a hundred million weights: trained, rewired, saved and tested, and nothing dense.
+    """Fifty million neurons and a hundred million weights, trained, rewired, saved and tested without any dense matrix.
 
     Args:
         neurons: of all hidden layers together.
         layers: hidden layers, all of the same width.
         epsilon: each layer has epsilon (inputs + outputs) weights: about two for each neuron at 1.
         features: numbers in a sample.
-        classes: of the synthetic task, which is to tell noisy prototypes apart.
+        classes: of the synthetic task, noisy copies of one prototype each.
         noise: standard deviation of the noise on the features, which are -1 and 1 in the prototypes.
         batch: samples in a step.
         steps: of training.
-        every: steps from one move of connections, and one look at the validation data, to the next: an epoch of the report.
-        rewire: whether new connections come anywhere (set), where the gradient is steep (gse), or not at all.
+        every: steps between two moves of connections, with a validation after each: an epoch of the report.
+        rewire: how connections move: random (set), guided by the gradient (gse), or not at all.
         fraction: of the connections that move each time.
         learning_rate: of a layer with one weight for each output; each layer's is over its fan-in.
-        slope: of the activation's negative side.
+        slope: of the activation for negative inputs.
         samples: in the validation data, and in the test data.
         seed: of data, places and weights.
-        checkpoint_seconds: from one checkpoint to the next; the last is written after the last step.
+        checkpoint_seconds: between two checkpoints; the last is written after the last step.
     """
     if min(batch, every, samples) < 1 or steps < 0:
         raise ValueError(
@@ -72,15 +72,15 @@ def bat_brain(
         return finished
     brain = Brain(neurons=neurons, layers=layers, epsilon=epsilon, features=features, classes=classes, slope=slope)
     data = Prototypes(features=features, classes=classes, noise=noise, seed=seed)
-    mover = None
-    if rewire != "none":  # not after the last step, which nothing would learn from
-        mover = Rewire(grow=GROWERS[rewire], fraction=fraction, every=every, until=max(steps, 1), seed=seed)
+    rewiring = None
+    if rewire != "none":  # not after the last step: new connections would not be trained
+        rewiring = Rewire(grow=GROWERS[rewire], fraction=fraction, every=every, until=max(steps, 1), seed=seed)
     with keep_memory(), measure() as cost:
         model = brain.model(seed=seed)
         optimizer = momentum_sgd(model, learning_rate)
         facts = {"neurons": neurons, "connected_neurons": connected(model), "weights": brain.weights}
         print(_table(facts), flush=True)
-        training = Training(model, optimizer, data, mover, batch=batch, every=every, samples=samples)
+        training = Training(model, optimizer, data, rewiring, batch=batch, every=every, samples=samples)
         training.run(steps, Journal(run, "sparse"), checkpoint_seconds)
         loss, accuracy = training.evaluate("test")
     held = footprint(model, optimizer, all_gradients=True)
@@ -106,7 +106,7 @@ def bat_brain(
 
 
 def _table(facts: dict[str, Any]) -> str:
-    """What is known of these, a line each."""
+    """The known figures, one a line."""
     lines = (
         ("neurons", "neurons", count),
         ("  with a way in and out", "connected_neurons", count),
@@ -124,4 +124,4 @@ def _table(facts: dict[str, Any]) -> str:
         ("test loss", "test_loss", "{:.3f}".format),
         ("test accuracy", "test_accuracy", percent),
     )
-    return "\n".join(f"{label:<26}{words(facts[name])}" for label, name, words in lines if name in facts)
+    return "\n".join(f"{label:<26}{shown(facts[name])}" for label, name, shown in lines if name in facts)

@@ -1,4 +1,4 @@
-"""How far two accuracies lie apart on one test set, and how far that is from chance."""
+"""The difference of two accuracies on one test set, and its confidence interval."""
 
 import math
 from pathlib import Path
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from noctule.data import Batches, Dataset, Windows
 
 
-def right(model: nn.Module, dataset: Dataset | Windows, *, batch_size: int = 1000) -> Tensor:
-    """(N,): of each sample the share of its targets that a network guesses right, in evaluation mode."""
+def accuracies(model: nn.Module, dataset: Dataset | Windows, *, batch_size: int = 1000) -> Tensor:
+    """The accuracy of a network on each sample, (N,): the share of its targets predicted correctly, in evaluation mode."""
     was_training = model.training
     model.eval()
     try:
@@ -27,15 +27,10 @@ def right(model: nn.Module, dataset: Dataset | Windows, *, batch_size: int = 100
     return torch.cat([part.mean(1) if part.dim() > 1 else part for part in found])
 
 
-def keep(path: Path, right_N: Tensor) -> None:
-    """Write what `right` gave to a file."""
-    np.save(path, right_N.numpy())
-
-
 def difference(a: Path, b: Path) -> dict[str, Any] | None:
-    """How many points the first network is more accurate than the second, and half of the 95 % interval of that.
+    """Difference of the accuracies in two files of `accuracies`, in percentage points, and half of its 95 % interval.
 
-    Samples are paired: what both get right, or wrong, says nothing about the difference. Agresti, Min 2005, "Simple improved
+    Samples are paired: one that both networks get right, or wrong, adds nothing. Agresti, Min 2005, "Simple improved
     confidence intervals for comparing matched proportions": two samples more, on one of which they differ either way by halves.
 
     Returns:
@@ -50,7 +45,7 @@ def difference(a: Path, b: Path) -> dict[str, Any] | None:
 
 
 def interval(differences_N: Any) -> dict[str, Any]:
-    """The same of the differences, sample by sample.
+    """The mean of paired differences (N,) in percentage points, and half of its 95 % interval.
 
     >>> found = interval(np.array([1.0] * 12 + [-1.0] * 10 + [0.0] * 978))
     >>> round(found["points"], 2), round(found["margin_points"], 2)

@@ -1,4 +1,4 @@
-"""What a recipe does with the data it was given: say what was made of them, keep that, and score what was learnt."""
+"""The data of a recipe: their preparation, printed and stored with the run, and the loss and errors that fit them."""
 
 import json
 from typing import Any
@@ -14,14 +14,14 @@ from noctule.report import RunFolder
 from noctule.train.fit import Loss
 
 FILE = "data.json"
-"""In a run's folder: what was learnt from the training part to make samples into tensors."""
+"""File in a run's folder with the preparation: how samples become tensors, learnt from the training part."""
 
 
 def keep_preparation(run: RunFolder, splits: Splits) -> None:
-    """Write `data.json` into the run's folder; say what was made of the user's own data, and where they are no longer the same.
+    """Write `data.json` into the run's folder, or compare it with the one that is there.
 
     Raises:
-        DataError: a run that goes on finds other data than it began with.
+        DataError: a resumed run has other data than at its start.
     """
     preparation = splits.preparation
     if preparation is None:
@@ -38,10 +38,10 @@ def keep_preparation(run: RunFolder, splits: Splits) -> None:
 
 
 def read_preparation(run: RunFolder) -> Preparation:
-    """What `keep_preparation` wrote.
+    """Read the `data.json` of a run.
 
     Raises:
-        DataError: there is none, or it is no longer readable.
+        DataError: the file is missing or damaged.
     """
     path = run.path / FILE
     try:
@@ -55,8 +55,8 @@ def read_preparation(run: RunFolder) -> Preparation:
         raise DataError(f"{path} is damaged ({error}); train again") from error
 
 
-def say(run: RunFolder, splits: Splits) -> None:
-    """Print what was made of the user's own data, once for all workers."""
+def print_preparation(run: RunFolder, splits: Splits) -> None:
+    """Print how the user's own data are prepared, once for all workers."""
     preparation = splits.preparation
     if preparation is None or "worker" in run.about():
         return
@@ -65,7 +65,7 @@ def say(run: RunFolder, splits: Splits) -> None:
 
 
 def describe(splits: Splits | Text) -> dict[str, Any]:
-    """The data set and its sizes, as a summary keeps them."""
+    """Name, sizes and target of a data set, for the summary."""
     parts = {name: getattr(splits, name) for name in ("train", "validation", "test")}
     sizes = {name: 0 if part is None else len(part) for name, part in parts.items()}
     about = {"name": splits.train.name, "features": splits.train.features, "classes": splits.train.classes, **sizes}
@@ -87,7 +87,7 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def errors(model: nn.Module, splits: Splits) -> dict[str, float]:
+def regression_errors(model: nn.Module, splits: Splits) -> dict[str, float]:
     """Root of the mean squared error and mean absolute error on the test part, in the unit of the target."""
     deviation = 1.0 if splits.preparation is None else splits.preparation.target_deviation
     model.eval()

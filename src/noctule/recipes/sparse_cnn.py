@@ -15,8 +15,8 @@ from noctule.data import Batches, Task, load
 from noctule.data.augment import Augment, cutout, flip, shift
 from noctule.data.names import DataSource
 from noctule.models import cnn
-from noctule.recipes.own_data import describe, keep_preparation, say
-from noctule.recipes.training import Compare, Moving, falling_rate, settling, train_classifier, train_series
+from noctule.recipes.own_data import describe, keep_preparation, print_preparation
+from noctule.recipes.training import Compare, Moving, falling_rate, falling_rewire, train_classifier, train_series
 from noctule.report import Journal, RunFolder
 from noctule.sparse.layers import FuseEpilogue, SparseLayer, ToSparse
 from noctule.sparse.layers.keep_layout import KeepLayout
@@ -59,7 +59,7 @@ def sparse_cnn(
         channels: of each stage; every stage ends by halving the image.
         convolutions: in each stage.
         epochs: passes over the training data.
-        batch: samples in a step; what does not fill one is left out of an epoch.
+        batch: samples in a step; an incomplete last batch is left out of an epoch.
         density: share of the weights that is kept, shared out by Erdos-Renyi.
         rewire: how connections move: guided (gse), steepest gradient (rigl), random (set), or not at all.
         fraction: of the connections that move each time, falling along a cosine to zero at three quarters of the training.
@@ -83,13 +83,13 @@ def sparse_cnn(
     # Pixels stay as they are: the network scales them itself, so that zero is black, which shifts and cuts fill with.
     splits = load(data, data_dir=data_dir, seed=seed, validation_fraction=validation, target=target, task=task)
     shape, classes = splits.train.image_shape, splits.train.outputs
-    say(run, splits)
+    print_preparation(run, splits)
     augment = _augment(shift, flip, cutout)
     batches = Batches(splits.train, batch, seed=seed, drop_last=True, augment=augment)  # one sample has no variance
     steps = epochs * len(batches)
     moving: list[Method] = []
     if rewire != "none":
-        moving.extend(settling(rewire, fraction=fraction, every=every, steps=steps, seed=seed))
+        moving.extend(falling_rewire(rewire, fraction=fraction, every=every, steps=steps, seed=seed))
 
     def train(journal: Journal) -> dict[str, Any]:
         sparse = journal.series == "sparse"
@@ -115,7 +115,7 @@ def sparse_cnn(
     names = {"labels": describe(splits).get("labels")}
     architecture = {"kind": "cnn", "shape": list(shape), "classes": classes}
     architecture |= {"channels": list(channels), "convolutions": convolutions, "dropout": dropout, "density": density}
-    ToSparse(density=density)  # refuses what cannot be
+    ToSparse(density=density)  # raises for an impossible density
     return train_series(
         run,
         train,
@@ -126,7 +126,7 @@ def sparse_cnn(
 
 
 def network(architecture: Mapping[str, Any], *, sparse: bool) -> nn.Module:
-    """The network of a run, its weights as they are drawn, from what `model.json` says of it."""
+    """A new network of the architecture in `model.json`."""
     sizes = {name: architecture[name] for name in ("channels", "convolutions", "dropout")}
     model: nn.Module = cnn(tuple(architecture["shape"]), architecture["classes"], **sizes)
     if sparse:
@@ -136,7 +136,7 @@ def network(architecture: Mapping[str, Any], *, sparse: bool) -> nn.Module:
 
 
 def _augment(pixels: int, mirror: bool, side: int) -> Augment | None:
-    """Those that are asked for, one after the other."""
+    """The requested augmentations, one after the other."""
 
     def augment(images: Tensor, generator: torch.Generator) -> Tensor:
         if pixels:

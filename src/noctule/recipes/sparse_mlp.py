@@ -16,18 +16,19 @@ from noctule.data import Batches, Task, load, standardize
 from noctule.data.names import DataSource
 from noctule.models import mlp
 from noctule.models.mlp import Activation, relu
-from noctule.recipes.own_data import describe, keep_preparation, say
+from noctule.recipes.own_data import describe, keep_preparation, print_preparation
 from noctule.recipes.training import (
     GROWERS,
     Compare,
     Moving,
     falling_rate,
-    settling,
+    falling_rewire,
+    linear_layers,
     train_classifier,
     train_series,
 )
 from noctule.report import Journal, RunFolder
-from noctule.sparse.layers import AllReLU, FuseEpilogue, SparseLinear, ToSparse
+from noctule.sparse.layers import AllReLU, FuseEpilogue, ToSparse
 from noctule.sparse.rewire import sign_split
 from noctule.sparse.rewire.decay import Decay
 from noctule.team import team
@@ -91,7 +92,7 @@ def sparse_mlp(
         load(data, data_dir=data_dir, seed=seed, validation_fraction=validation, target=target, task=task)
     )
     widths = (splits.train.features, *hidden, splits.train.outputs)
-    say(run, splits)
+    print_preparation(run, splits)
     recipe = _preset(original).with_options(
         density=density,
         rewire=rewire,
@@ -125,14 +126,14 @@ def sparse_mlp(
             checkpoint_seconds=checkpoint_seconds,
         )
         path = run.path if sparse else run.path / "dense.safetensors"
-        save_model(path, model.state_dict(), {**architecture, **names, "layers": _layers(model)})
+        save_model(path, model.state_dict(), {**architecture, **names, "layers": linear_layers(model)})
         return outcome
 
     names = {"labels": describe(splits).get("labels")}
     architecture = {"kind": "mlp", "widths": list(widths), "original": original, "dropout": recipe.dropout}
     architecture |= {"density": recipe.density, "epsilon": recipe.epsilon}
 
-    _ = recipe.to_sparse, methods(True)  # refuse what cannot be before anything is trained or written
+    _ = recipe.to_sparse, methods(True)  # errors come before anything is trained or written
     if not 0.0 <= recipe.dropout < 1.0:
         raise ValueError(f"dropout must lie in [0, 1), got {recipe.dropout}")
     return train_series(
@@ -145,7 +146,7 @@ def sparse_mlp(
 
 
 def network(architecture: Mapping[str, Any], *, sparse: bool) -> nn.Module:
-    """The network of a run, its weights as they are drawn, from what `model.json` says of it."""
+    """A new network of the architecture in `model.json`."""
     recipe = _preset(architecture["original"])
     recipe = replace(recipe, density=architecture["density"], epsilon=architecture["epsilon"])
     model = mlp(*architecture["widths"], activation=recipe.activation, dropout=architecture["dropout"])
@@ -154,7 +155,7 @@ def network(architecture: Mapping[str, Any], *, sparse: bool) -> nn.Module:
 
 @dataclass(frozen=True, kw_only=True)
 class _Recipe:
-    """What the two presets differ in, and what the user's options change."""
+    """The options in which the two presets differ."""
 
     density: float | None = None
     epsilon: float | None = None
@@ -186,7 +187,7 @@ class _Recipe:
         if not sparse or self.rewire == "none":
             return methods
         if self.falling:
-            methods.extend(settling(self.rewire, fraction=self.fraction, every=every, steps=steps, seed=seed))
+            methods.extend(falling_rewire(self.rewire, fraction=self.fraction, every=every, steps=steps, seed=seed))
         else:
             grow = GROWERS[self.rewire]
             methods.extend(
@@ -233,16 +234,3 @@ def _preset(original: bool) -> _Recipe:
         activation=relu,
         optimizer=_adamw,
     )
-
-
-def _layers(model: nn.Module) -> dict[str, Any]:
-    return {
-        name: {
-            "in_features": m.in_features,
-            "out_features": m.out_features,
-            "weights": m.weights,
-            "slope": m.epilogue.slope,
-        }
-        for name, m in model.named_modules()
-        if isinstance(m, SparseLinear)
-    }

@@ -15,12 +15,12 @@ from noctule.data import Batches, read_text
 from noctule.data.names import InputFile
 from noctule.models import Transformer
 from noctule.recipes.own_data import describe
-from noctule.recipes.training import Compare, Moving, settling, train_classifier, train_series
+from noctule.recipes.training import Compare, Moving, falling_rewire, linear_layers, train_classifier, train_series
 from noctule.report import Journal, RunFolder
 from noctule.sparse.layers import FuseEpilogue, SparseLinear, ToSparse
 
 FEW_INPUTS = 40
-"""A linear layer with so many inputs, or fewer, learns at the full rate."""
+"""Most inputs of a linear layer that learns at the full rate."""
 
 
 def sparse_transformer(
@@ -49,12 +49,12 @@ def sparse_transformer(
     Losses are in nats per character, accuracies the share of characters that were guessed right.
 
     Args:
-        text: a file in UTF-8, whose last tenth is the test part and the tenth before the validation part (default: what Python's
-            own help says of the language).
+        text: a file in UTF-8, whose last tenth is the test part and the tenth before the validation part (default:
+            Python's own help on the language).
         width: of the residual stream.
         depth: blocks.
         heads: of each attention.
-        context: characters that it looks back on.
+        context: characters before a prediction that the network reads.
         epochs: passes over the training part.
         batch: windows of the text in a step.
         density: share of the linear layers' weights that is kept, shared out by Erdos-Renyi.
@@ -80,7 +80,7 @@ def sparse_transformer(
     def methods() -> list[Method]:
         if rewire == "none":
             return []
-        return [*settling(rewire, fraction=fraction, every=every, steps=steps, seed=seed)]
+        return [*falling_rewire(rewire, fraction=fraction, every=every, steps=steps, seed=seed)]
 
     def network() -> nn.Module:
         torch.manual_seed(seed)
@@ -106,11 +106,11 @@ def sparse_transformer(
             checkpoint_seconds=checkpoint_seconds,
         )
         if sparse:
-            structure = {"kind": "transformer", "vocabulary": parts.vocabulary, **sizes, "layers": _layers(model)}
+            structure = {"kind": "transformer", "vocabulary": parts.vocabulary, **sizes, "layers": linear_layers(model)}
             save_model(run.path, model.state_dict(), structure)
         return outcome
 
-    methods()  # refuses what cannot be before anything is trained or written
+    methods()  # errors come before anything is trained or written
     summary = train_series(
         run,
         train,
@@ -124,7 +124,7 @@ def sparse_transformer(
 
 
 def by_inputs(model: nn.Module, *, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups in which a linear layer learns the more slowly the more inputs its outputs have.
+    """Parameter groups in which the learning rate of a linear layer falls with the inputs of its outputs.
 
     Yang, Hu, Babuschkin, Sidor, Liu, Farhi, Ryder, Pachocki, Chen, Gao 2022, arXiv 2203.03466: one rate then does for all widths.
     Differs from the paper: inputs are those that are stored, so that it does for all densities too, the dense twin's included.
@@ -142,16 +142,3 @@ def by_inputs(model: nn.Module, *, learning_rate: float, weight_decay: float) ->
             own = groups.setdefault((rate, group["weight_decay"]), {**group, "params": [], "lr": rate})
             own["params"].append(parameter)
     return list(groups.values())
-
-
-def _layers(model: nn.Module) -> dict[str, Any]:
-    return {
-        name: {
-            "in_features": m.in_features,
-            "out_features": m.out_features,
-            "weights": m.weights,
-            "slope": m.epilogue.slope,
-        }
-        for name, m in model.named_modules()
-        if isinstance(m, SparseLinear)
-    }

@@ -1,9 +1,10 @@
-"""What recipes share: a sparse network and its dense twin, trained alike one after the other, and what each of them took."""
+"""The common part of recipes: train a sparse network, then its dense twin alike, and record the figures of both."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -13,17 +14,18 @@ from noctule.core.method import Method
 from noctule.core.schedule import cosine
 from noctule.data import Batches, Splits, Text
 from noctule.measure import footprint, measure
-from noctule.recipes.difference import difference, keep, right
-from noctule.recipes.own_data import errors, loss_for
-from noctule.recipes.pace import alone_seconds, compared
+from noctule.recipes.difference import accuracies, difference
+from noctule.recipes.own_data import loss_for, regression_errors
+from noctule.recipes.single_process import single_process_seconds, slowdown
 from noctule.recipes.twin import strongest_
 from noctule.report import Journal, RunFolder, write_report
+from noctule.sparse.layers import SparseLinear
 from noctule.sparse.rewire import Grow, Rewire, anywhere, guided, steepest
 from noctule.team import team
 from noctule.train.fit import Fitted, evaluate, fit
 
 SMALL_WEIGHTS = 10_000_000
-"""A dense twin of at most so many weights is trained too, unless told otherwise."""
+"""Most weights of a dense twin that is trained too by default."""
 
 Compare = Literal["auto", "dense", "none"]
 Moving = Literal["gse", "rigl", "set", "none"]
@@ -39,12 +41,12 @@ def train_series(
     compare: Compare,
     dense_weights: int,
 ) -> dict[str, Any]:
-    """Train the sparse network, then its dense twin where asked for or small; the run's summary and report follow.
+    """Train the sparse network, then its dense twin if requested or small, and write the run's summary and report.
 
     Args:
-        run: what was finished in it before it was resumed is not trained again.
+        run: series that are finished in a resumed run are not trained again.
         train: trains the series of a journal and returns its outcome.
-        about: what the summary says besides the outcomes.
+        about: entries of the summary beside the outcomes.
         compare: whether the dense twin is trained too: yes, no, or where it is small (auto).
         dense_weights: of the dense twin.
     """
@@ -58,7 +60,7 @@ def train_series(
         if name in summary["series"]:
             continue
         summary["series"][name] = train(Journal(run, name))
-        if found := difference(_right(run, "sparse"), _right(run, "dense")):
+        if found := difference(_accuracies_file(run, "sparse"), _accuracies_file(run, "dense")):
             summary["difference"] = found
         run.write_summary(summary)
         write_report(run)
@@ -77,9 +79,9 @@ def train_classifier(
     journal: Journal,
     checkpoint_seconds: float,
 ) -> dict[str, Any]:
-    """Train, read the test set once with the weights that validation chose, and say what it took.
+    """Train, test once with the weights that validation selected, and return scores, times, bytes and energy.
 
-    A dense twin computes in the way that is the fastest here; choosing it is no part of what is measured.
+    A dense twin computes in the fastest way of this machine; the choice of the way is not part of the measurement.
     """
     here = team()
     multiply_adds = _multiply_adds(model, train)
@@ -107,16 +109,16 @@ def train_classifier(
             )
         )
     held = footprint(model, optimizer, all_gradients=True)
-    judged = _judged(model, fitted, splits)
+    scores = _scores(model, fitted, splits)
     if splits.train.classes:
-        keep(_right(journal.run, journal.series), right(model, splits.test))
+        np.save(_accuracies_file(journal.run, journal.series), accuracies(model, splits.test).numpy())
     if not here.alone and here.one_machine and here.rank == 0:
-        alone = alone_seconds(model, optimizer, train, loss_for(splits.train), workers=here.world)
+        alone = single_process_seconds(model, optimizer, train, loss_for(splits.train), workers=here.world)
         chosen |= {"alone_seconds_per_epoch": alone, "alone_threads": here.world * torch.get_num_threads()}
-        words = compared(here.world, judged["seconds_per_epoch"] or 0.0, alone, threads=chosen["alone_threads"])
-        if words:
-            print(f"{journal.series}: {words}", flush=True)
-    return judged | {
+        message = slowdown(here.world, scores["seconds_per_epoch"] or 0.0, alone, threads=chosen["alone_threads"])
+        if message:
+            print(f"{journal.series}: {message}", flush=True)
+    return scores | {
         **chosen,
         "parameters": held.parameters,
         "weights_bytes": held.weights_bytes,
@@ -130,30 +132,30 @@ def train_classifier(
     }
 
 
-def settling(rewire: str, *, fraction: float, every: int, steps: int, seed: int) -> Sequence[Rewire]:
-    """Connections that move less and less: the fraction falls along a cosine to zero at three quarters of the training."""
+def falling_rewire(rewire: str, *, fraction: float, every: int, steps: int, seed: int) -> Sequence[Rewire]:
+    """Methods that rewire a fraction of the connections, which falls along a cosine to zero at three quarters of the training."""
     until = max(1, steps * 3 // 4)
     falling = cosine(fraction, end=0.0, steps=until)
     return team().rewire(grow=GROWERS[rewire], fraction=falling, every=every, until=until, seed=seed)
 
 
 def falling_rate(optimizer: Optimizer, steps: int) -> LRScheduler | None:
-    """A learning rate that falls along a cosine to a hundredth; None where there is no step to take."""
+    """A schedule of the learning rate: along a cosine to a hundredth; None for a training without steps."""
     return CosineAnnealingLR(optimizer, steps, eta_min=optimizer.param_groups[0]["lr"] / 100) if steps else None
 
 
-def _right(run: RunFolder, series: str) -> Path:
-    """Where it is kept which samples of the test set a network got right."""
+def _accuracies_file(run: RunFolder, series: str) -> Path:
+    """The file of a network's `accuracies` on the test set."""
     return run.path / f"right-{series}.npy"
 
 
-def _judged(model: nn.Module, fitted: Fitted, splits: Splits | Text) -> dict[str, Any]:
+def _scores(model: nn.Module, fitted: Fitted, splits: Splits | Text) -> dict[str, Any]:
     if fitted.best_state:
         model.load_state_dict(fitted.best_state)
     loss, score = evaluate(model, splits.test, loss_fn=loss_for(splits.train))
     scores: dict[str, Any] = {"test_accuracy": score}
     if isinstance(splits, Splits) and not splits.train.classes:
-        scores = {"test_r2": score, **errors(model, splits)}
+        scores = {"test_r2": score, **regression_errors(model, splits)}
     seconds = sorted(fitted.epoch_seconds)
     return {
         **scores,
@@ -166,7 +168,7 @@ def _judged(model: nn.Module, fitted: Fitted, splits: Splits | Text) -> dict[str
 
 
 def _multiply_adds(model: nn.Module, train: Batches) -> float:
-    """Of forward and all gradients, for one sample, counted in one real step that leaves the running averages alone."""
+    """Multiply-adds of forward and backward for one sample, counted in one step that leaves running averages unchanged."""
     inputs, targets = next(train.epoch(0))
     model.eval()
     with measure(dense_operations=True) as cost:
@@ -174,3 +176,17 @@ def _multiply_adds(model: nn.Module, train: Batches) -> float:
     model.zero_grad()
     model.train()
     return cost.multiply_adds / len(targets)
+
+
+def linear_layers(model: nn.Module) -> dict[str, Any]:
+    """Sizes of the sparse linear layers by name, for `model.json`."""
+    return {
+        name: {
+            "in_features": m.in_features,
+            "out_features": m.out_features,
+            "weights": m.weights,
+            "slope": m.epilogue.slope,
+        }
+        for name, m in model.named_modules()
+        if isinstance(m, SparseLinear)
+    }

@@ -1,10 +1,9 @@
-"""The dense twin at its strongest: of the ways that this machine has to train it, the one whose steps are the fastest."""
+"""The dense twin at its strongest: the fastest of several ways to compute it on this machine."""
 
 import copy
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -18,18 +17,18 @@ from noctule.report import files
 from noctule.sparse.layers.onednn import OneDnnLinear
 
 SECONDS = 2.0
-"""That measuring may take, about."""
-HOPELESS = 8.0
-"""Times as long as another's that a way's first step may take."""
-NEAR = 0.05
-"""How far the loss of a way may lie from that in float32, of that loss."""
+"""Approximate time of the measurement."""
+GIVE_UP_RATIO = 8.0
+"""Ratio of first steps, to the fastest, above which a way is not timed again."""
+LOSS_TOLERANCE = 0.05
+"""Relative difference of a way's loss from that in float32 up to which it counts as correct."""
 
 Way = Callable[[nn.Module], None]
-"""Has a network compute in a way of its own from now on; its parameters and their names stay."""
+"""Function that changes how a network computes; its parameters and their names stay."""
 
 
 def use_onednn_(model: nn.Module) -> None:
-    """Every `nn.Linear` on oneDNN's product."""
+    """Compute every `nn.Linear` by oneDNN's product."""
     for module in model.modules():
         for name, child in module.named_children():
             if type(child) is nn.Linear:
@@ -37,7 +36,7 @@ def use_onednn_(model: nn.Module) -> None:
 
 
 def use_bf16_(model: nn.Module) -> None:
-    """The forward pass under autocast to bfloat16; parameters and outputs stay float32."""
+    """Compute the forward pass under autocast to bfloat16; parameters and outputs stay float32."""
     model.forward = partial(_in_bf16, model)  # unlike a closure, it follows a deep copy
 
 
@@ -47,19 +46,19 @@ def _in_bf16(model: nn.Module, *inputs: Any) -> Tensor:
 
 
 WAYS: dict[str, Way] = {"fp32": lambda model: None, "fp32 oneDNN": use_onednn_, "bf16 autocast": use_bf16_}
-"""By the names that a report gives them; the first is what the others have to agree with."""
+"""Ways by their names in the report; the first is the reference for the others."""
 
 
 def strongest_(model: nn.Module, loss: Callable[[nn.Module], Tensor], file: Path) -> dict[str, Any]:
-    """Have a dense network compute in its fastest way, and say which that is and what a step of each took.
+    """Switch a dense network to its fastest way, and return that way and the time of a step in each.
 
     Args:
-        model: new, with its optimizer made or not.
-        loss: of one batch, by a network.
-        file: keeps the choice for a run that goes on, and for other workers of the same folder: the first to write it chooses.
+        model: a new network; its optimizer may exist already.
+        loss: function from a network to its loss on one batch.
+        file: stores the choice for a resumed run and for other workers of the same folder: the first to write it chooses.
 
     Returns:
-        ``way``, and ``ways_seconds``: a step, forward and backward, in each way that computes what float32 does.
+        ``way``, and ``ways_seconds``: of a step, forward and backward, in each way with the results of float32.
     """
     if not file.exists():
         found = _measured(model, loss)
@@ -70,11 +69,11 @@ def strongest_(model: nn.Module, loss: Callable[[nn.Module], Tensor], file: Path
 
 
 def _measured(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str, float]:
-    """Seconds of a step, the median of turns; of what takes many times as long as another way, of one step."""
+    """Seconds of a step in each correct way: the median of several, of one step for ways that are far slower."""
     steps: dict[str, Callable[[], float]] = {}
     seconds: dict[str, float] = {}
-    right = None
-    with _same_draws():
+    reference = None
+    with torch.random.fork_rng(devices=[]):
         for name, use in WAYS.items():
             twin = copy.deepcopy(model)
             try:
@@ -84,11 +83,11 @@ def _measured(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str
                 found = _step(twin, loss)
             except (RuntimeError, NotImplementedError, AttributeError):  # not in this build of torch
                 continue
-            right = found if right is None else right
-            if not seconds or abs(found - right) <= NEAR * max(abs(right), 1e-3):  # NaN is not
+            reference = found if reference is None else reference
+            if not seconds or abs(found - reference) <= LOSS_TOLERANCE * max(abs(reference), 1e-3):  # false for NaN
                 seconds[name] = perf_counter() - started
                 steps[name] = partial(_step, twin, loss)
-        close = {name: step for name, step in steps.items() if seconds[name] <= HOPELESS * min(seconds.values())}
+        close = {name: step for name, step in steps.items() if seconds[name] <= GIVE_UP_RATIO * min(seconds.values())}
         once = interleave(close, rounds=1, warmup=1 if len(close) > 1 else 0)
         rounds = int(SECONDS / sum(timing.minimum for timing in once.values()))
         timings = interleave(close, rounds=min(max(rounds, 3), 15), warmup=0)
@@ -103,17 +102,8 @@ def _step(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> float:
     return float(value.detach()) if finite else float("nan")
 
 
-@contextmanager
-def _same_draws() -> Iterator[None]:
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-
-
 def _publish(file: Path, content: dict[str, Any]) -> None:
-    """Write a file unless another worker just has."""
+    """Write a file, whole, unless another worker has written it first."""
     own = file.with_name(f".{file.name}.{os.getpid()}")
     own.write_text(json.dumps(content))
     try:

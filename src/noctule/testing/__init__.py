@@ -1,1 +1,1 @@
-"""Tools for tests of things that talk: processes in a group, and links of given speed, delay and loss between them."""
+"""Tools for tests of distributed code: processes in a group, and links of given speed, delay and loss between them."""

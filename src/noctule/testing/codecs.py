@@ -1,4 +1,4 @@
-"""The laws of a codec, for anyone's codec: `check_codec` in a test of your own."""
+"""The laws of a codec: call `check_codec` in a test of your own codec."""
 
 import math
 
@@ -20,15 +20,15 @@ def check_codec(
     draws: int = 600,
     sigmas: float = 5.0,
 ) -> None:
-    """Try the laws on random tensors, from fixed seeds.
+    """Check the laws of a codec on random tensors from fixed seeds.
 
     Args:
-        codec: the one to try.
+        codec: the codec under test.
         shapes: of the tensors.
         dtypes: of the tensors.
         device: of the tensors; generators are the CPU's.
-        draws: encodings of one small tensor, whose mean must be the tensor where the codec says that it is unbiased.
-        sigmas: standard errors that the mean may be off.
+        draws: encodings of one small tensor, whose mean must be the tensor if the codec claims to be unbiased.
+        sigmas: tolerance of the mean, in standard errors.
 
     Raises:
         AssertionError: a law is broken; the text says which.
@@ -38,7 +38,7 @@ def check_codec(
         for dtype in dtypes:
             x = torch.randn(shape, generator=_generator(number)).to(device, dtype)
             _check_wire(codec, x)
-            _check_other_wires(codec, x)
+            _check_wrong_wires(codec, x)
             _check_not_finite(codec, x)
             zeros = torch.zeros_like(x)
             assert bool((_there_and_back(codec, zeros) == 0).all()), f"{codec} does not decode zeros {shape} to zeros"
@@ -47,14 +47,14 @@ def check_codec(
 
 
 def check_unbiased(codec: Codec, x: Tensor, *, draws: int, sigmas: float) -> Tensor:
-    """That the mean of many decodings is the tensor, element by element; returns their mean square error."""
+    """Check that the mean of many decodings is the tensor, element by element; returns their mean square error."""
     generator, exact = _generator(0), x.double()
     total, squares, largest = torch.zeros_like(exact), torch.zeros_like(exact), 0.0
     for _ in range(draws):
         error = codec.decode(codec.encode(x, generator)).double() - exact
         total, squares, largest = total + error, squares + error**2, max(largest, float(error.abs().max()))
     mean, mean_square = total / draws, squares / draws
-    # Bernstein: what happens seldom may not have happened yet
+    # Bernstein: rare large errors may not have occurred yet
     allowed = sigmas * (mean_square / draws).sqrt() + sigmas**2 * largest / draws + 1e-6 * exact.abs().amax()
     worst = (mean.abs() / allowed.clamp(min=1e-300)).max()
     assert bool((mean.abs() <= allowed).all()), (
@@ -64,7 +64,7 @@ def check_unbiased(codec: Codec, x: Tensor, *, draws: int, sigmas: float) -> Ten
 
 
 def _check_wire(codec: Codec, x: Tensor) -> None:
-    """Shapes, dtypes, numbers of bytes, repeatability."""
+    """Check shapes, dtypes, numbers of bytes and repeatability of an encoding."""
     before, about = x.clone(), f"{codec} on {x.dtype} of shape {tuple(x.shape)}"
     payload = codec.encode(x, _generator(1))
     assert _equal(x, before), f"{about}: encoding changes the tensor"
@@ -98,8 +98,8 @@ def _check_wire(codec: Codec, x: Tensor) -> None:
         )
 
 
-def _check_other_wires(codec: Codec, x: Tensor) -> None:
-    """Wires that are too short or too long are refused; bytes from anywhere are refused or decoded, no more."""
+def _check_wrong_wires(codec: Codec, x: Tensor) -> None:
+    """Check that too short and too long wires are refused, and random bytes refused or decoded."""
     about = f"{codec} on {x.dtype} of shape {tuple(x.shape)}"
     wire = pack(codec.encode(x, _generator(1)))
     for wrong in (wire[:-1], torch.cat([wire, wire.new_zeros(1)])):
@@ -115,9 +115,7 @@ def _check_other_wires(codec: Codec, x: Tensor) -> None:
         y = codec.decode(unpack(codec, noise, tuple(x.shape), x.dtype))
     except ValueError:
         return
-    assert (y.shape, y.dtype) == (x.shape, x.dtype), (
-        f"{about}: bytes from anywhere decode to {y.dtype} {tuple(y.shape)}"
-    )
+    assert (y.shape, y.dtype) == (x.shape, x.dtype), f"{about}: random bytes decode to {y.dtype} {tuple(y.shape)}"
 
 
 def _check_not_finite(codec: Codec, x: Tensor) -> None:
@@ -135,7 +133,7 @@ def _there_and_back(codec: Codec, x: Tensor) -> Tensor:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """With equal bits, NaN included."""
+    """Whether two tensors have equal bits, NaN included."""
     return (
         a.dtype == b.dtype
         and a.shape == b.shape

@@ -1,8 +1,8 @@
 """Links of given bandwidth, delay, loss or freeze between network namespaces on one machine.
 
 Every worker has a namespace of its own with one interface, one address, and an up-link and a down-link to a hub. The hub is a
-bridge of the kernel, which also limits bandwidth (tbf), at next to no cost. Delays and losses need a process
-(`noctule.testing.relay`) that carries packets between TUN devices, since many kernels come without netem; it takes a part of a
+bridge of the kernel, which also limits bandwidth (tbf), at almost no cost. Delays and losses need a process
+(`noctule.testing.relay`) that carries packets between TUN devices, since many kernels come without netem; it uses part of a
 core. Both need Linux, root and iproute2: see `available`.
 
     python -m noctule.testing.link --megabits 100 --delay-ms 5 -- python train.py
@@ -27,26 +27,26 @@ __all__ = ["Link", "Network", "available", "remove_leftovers", "shaped_network"]
 _INTERFACE = "link0"
 _serial = itertools.count()
 _OWN_QUEUE = 1000
-"""Packets that wait at a worker's own end, as at any interface of Linux."""
+"""Length in packets of the send queue of a worker's interface, the default of Linux."""
 _PIECE, _PIECE_SECONDS = 65_536, 0.002
-"""Bytes of TCP that the kernel passes on in one piece, by its own default, and what a piece takes on a line of given bandwidth: in
-packets as on a wire, eight workers on two cores would spend more of them on packets than on their work."""
+"""Bytes of TCP that the kernel passes on as one piece by default, and the time of a piece where bandwidth is limited: with single
+packets eight workers on two cores would spend most of their time on packets."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """What lies between any two workers; ValueError for what no link can be."""
+    """Bandwidth, delay and loss between any two workers; ValueError for impossible values."""
 
     megabits: float | None = None
     """Bandwidth of each worker's up-link and of its down-link, in Mbit/s of IP packets; None for no limit."""
     delay_ms: float = 0.0
-    """From one worker to another, one way: half of the round trip."""
+    """Delay from one worker to another, one way: half of the round trip."""
     loss: float = 0.0
-    """Share of the packets that are lost on the way."""
+    """Share of the packets that are lost."""
     mtu: int | None = None
-    """Bytes of the largest packet with its headers; None for 1500, or more on fast links: see `packet_bytes`."""
+    """Bytes of the largest packet with its headers; None for 1500, or more on fast links (see `packet_bytes`)."""
     seed: int = 0
-    """Of the losses."""
+    """Seed of the random losses."""
 
     def __post_init__(self) -> None:
         if self.megabits is not None and not 0 < self.megabits < float("inf"):
@@ -60,28 +60,28 @@ class Link:
 
     @property
     def shaped(self) -> bool:
-        """Whether there is anything to slow down or to lose."""
+        """Whether the link has a limit of bandwidth, a delay or losses."""
         return self.megabits is not None or self.delay_ms > 0 or self.loss > 0
 
     @property
     def relayed(self) -> bool:
-        """Whether it takes more than the kernel has."""
+        """Whether the link needs the relay process: the kernel's bridge has no delay and no loss."""
         return self.delay_ms > 0 or self.loss > 0
 
     @property
     def queue_seconds(self) -> float:
-        """How long a line may be busy before it drops what comes: four round trips, at least 20 ms and 150 kB."""
+        """Length of a queue, after which packets are dropped: four round trips, at least 20 ms and 150 kB."""
         return max(8 * self.delay_ms / 1000, 0.02, 1.2 / self.megabits if self.megabits else 0.0)
 
     def packet_bytes(self, workers: int) -> int:
-        """The `mtu` asked for, or that of an ethernet, or a longer one where there would be too many packets for the relay."""
+        """The `mtu`, by default that of an ethernet, or a longer one where the relay could not keep up with so many packets."""
         if self.mtu is not None:
             return self.mtu
         total = workers * (self.megabits or float("inf")) if self.relayed else 0.0
         return 1500 if total <= 250 else 9000 if total < 2000 else 60_000
 
     def counted_bytes(self, workers: int) -> int:
-        """The longest that an interface counts as one packet: without a relay the kernel passes on several in one piece."""
+        """Most bytes that an interface counts as one packet; without a relay the kernel passes on several as one piece."""
         packet = self.packet_bytes(workers)
         if self.relayed:
             return packet
@@ -94,25 +94,25 @@ class Link:
 
 @dataclass(frozen=True)
 class Network:
-    """Namespaces joined by a link, which `shaped_network` makes and takes away."""
+    """Namespaces joined by a link, which `shaped_network` makes and removes."""
 
     namespaces: tuple[str, ...]
-    """One for each worker."""
+    """The namespace of each worker, by rank."""
     addresses: tuple[str, ...]
-    """One for each worker. Networks do not see each other, so all have the same ones."""
+    """The address of each worker, by rank. Networks are isolated, so all use the same addresses."""
     interface: str
-    """Each worker's end of the link, by the name that gloo wants in GLOO_SOCKET_IFNAME."""
+    """The name of the interface in every namespace, as gloo takes it in GLOO_SOCKET_IFNAME."""
     hub: str
     """The namespace of the bridge."""
     relay: "subprocess.Popen[str] | None" = None
-    """What carries the packets where there is no bridge."""
+    """The process that carries the packets where there is no bridge."""
 
     def command(self, rank: int) -> list[str]:
-        """The words to put before a command so that it runs at the place of a worker."""
+        """The prefix of a command that is to run in the namespace of a worker."""
         return ["ip", "netns", "exec", self.namespaces[rank]]
 
     def environment(self, rank: int) -> dict[str, str]:
-        """What torch.distributed reads to make one gloo group of all workers."""
+        """Environment variables from which torch.distributed makes one gloo group of all workers."""
         return {
             "RANK": str(rank),
             "WORLD_SIZE": str(len(self.namespaces)),
@@ -122,11 +122,11 @@ class Network:
         }
 
     def freeze(self) -> None:
-        """Let nothing through until `thaw`: with a relay about a thousand packets a worker wait, the rest is lost."""
+        """Stop all packets until `thaw`: a relay keeps about a thousand of each worker, others are lost."""
         self._switch(signal.SIGSTOP, "down")
 
     def thaw(self) -> None:
-        """Let packets through again."""
+        """End a `freeze`."""
         self._switch(signal.SIGCONT, "up")
 
     def _switch(self, command: signal.Signals, state: str) -> None:
@@ -138,12 +138,12 @@ class Network:
             raise RuntimeError(f"the relay of this network has ended ({self.relay.returncode}): make another network")
 
     def change(self, link: Link) -> None:
-        """Give the network other bandwidth, delay and loss while it is in use; a frozen one takes them on when it thaws.
+        """Change bandwidth, delay and loss while the network is in use; in a frozen one, from `thaw` on.
 
         Raises ValueError for a delay or loss where there was none: the kernel's bridge has neither.
         """
         if self.relay is not None:
-            _tell(self.relay, _shape(link))
+            _send_shape(self.relay, link)
         elif link.relayed:
             raise ValueError(
                 f"{link} on a network that was made without delay or loss: make it with some, however little, and change that"
@@ -152,11 +152,11 @@ class Network:
             _limit(self, link)
 
     def bytes_sent(self, rank: int) -> int:
-        """What a worker has sent so far: bytes with headers, as the kernel counts them at the interface."""
+        """Bytes that a worker has sent so far, with headers, as the kernel counts them at the interface."""
         return self._count(rank, "tx")
 
     def bytes_received(self, rank: int) -> int:
-        """What a worker has received so far: bytes with headers, as the kernel counts them at the interface."""
+        """Bytes that a worker has received so far, with headers, as the kernel counts them at the interface."""
         return self._count(rank, "rx")
 
     def _count(self, rank: int, direction: str) -> int:
@@ -166,13 +166,13 @@ class Network:
 
 @contextmanager
 def shaped_network(workers: int = 2, *, link: Link | None = None) -> Iterator[Network]:
-    """Give every worker a namespace, joined by links; on the way out end what runs in them, and remove all of it.
+    """Make a namespace for every worker, joined by links; at the end kill the processes in them and remove all.
 
     Args:
         workers: how many. Two have one line between them; more have one each to the middle of a star.
-        link: None for one without limits.
+        link: bandwidth, delay and loss; None for no limits.
 
-    Raises RuntimeError where it cannot be done (see `available`), ValueError for too few or too many workers.
+    Raises RuntimeError where networks cannot be made (see `available`), ValueError for too few or too many workers.
     """
     if not 2 <= workers <= 200:
         raise ValueError(f"workers={workers}: a network has from 2 to 200")
@@ -198,7 +198,7 @@ def shaped_network(workers: int = 2, *, link: Link | None = None) -> Iterator[Ne
 
 
 def _build_bridge(network: Network, link: Link) -> None:
-    """Join the namespaces by the kernel: a pair of interfaces from each to a bridge."""
+    """Join the namespaces in the kernel: a pair of interfaces from each to a bridge."""
     ip("netns", "add", network.hub)
     mtu = link.packet_bytes(len(network.namespaces))
     lines = ["link add hub type bridge stp_state 0", f"link set hub mtu {mtu} up"]
@@ -209,7 +209,7 @@ def _build_bridge(network: Network, link: Link) -> None:
 
 
 def _limit(network: Network, link: Link) -> None:
-    """Give each worker's up-link, at its own end, and its down-link, at the hub's, their bandwidth."""
+    """Limit the bandwidth of each worker's up-link, at its own end, and of its down-link, at the hub's."""
     workers = len(network.namespaces)
     second, piece = (link.megabits or 0.0) * 125_000, link.counted_bytes(workers)
     queue = round(link.queue_seconds * second) + 2 * piece
@@ -226,23 +226,23 @@ def _limit(network: Network, link: Link) -> None:
 
 
 def _start_relay(network: Network, link: Link, stack: ExitStack) -> "subprocess.Popen[str]":
-    """Join the namespaces by a process of ours, which the stack ends."""
+    """Join the namespaces by a relay process, which the stack ends."""
     for namespace in network.namespaces:
         ip("-n", namespace, "tuntap", "add", "mode", "tun", "name", network.interface)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    words = [sys.executable, "-m", "noctule.testing.relay", network.interface]
-    words += [f"{namespace}={address}" for namespace, address in zip(network.namespaces, network.addresses)]
-    relay = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    command = [sys.executable, "-m", "noctule.testing.relay", network.interface]
+    command += [f"{namespace}={address}" for namespace, address in zip(network.namespaces, network.addresses)]
+    relay = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     stack.callback(relay.communicate)
-    stack.callback(relay.kill)  # it has nothing to finish, and may be stopped
-    _tell(relay, _shape(link))
+    stack.callback(relay.kill)  # it has nothing to finish, and may be suspended
+    _send_shape(relay, link)
     if relay.stdout is None or relay.stdout.readline() != "ready\n":
-        raise RuntimeError(f"the relay ended with {relay.wait()} before it was ready; it has said why on stderr")
+        raise RuntimeError(f"the relay ended with {relay.wait()} before it was ready; see its stderr")
     return relay
 
 
 def _set_up(network: Network, rank: int, link: Link) -> None:
-    """Give a worker's interface its address; without IPv6, whose greetings would be counted as sent."""
+    """Give a worker's interface its address; without IPv6, whose announcements would be counted as sent."""
     name = network.interface
     lines = [
         f"link set {name} addrgenmode none mtu {link.packet_bytes(len(network.namespaces))} txqueuelen {_OWN_QUEUE}",
@@ -254,7 +254,7 @@ def _set_up(network: Network, rank: int, link: Link) -> None:
 
 
 def _await_carrier(network: Network) -> None:
-    """Wait until the kernel has noticed, in its own time, that all interfaces are joined: before that it drops what is sent."""
+    """Wait until the kernel reports all interfaces as connected: before that it drops packets."""
     for namespace in network.namespaces if network.relay else [*network.namespaces, network.hub]:
         while any(
             found["operstate"] not in ("UP", "UNKNOWN") and found["ifname"] != "lo"
@@ -263,37 +263,36 @@ def _await_carrier(network: Network) -> None:
             time.sleep(0.005)
 
 
-def _shape(link: Link) -> dict[str, float | None]:
-    rate = link.megabits and link.megabits * 125_000
-    return {
-        "bytes_per_second": rate,
+def _send_shape(relay: "subprocess.Popen[str]", link: Link) -> None:
+    """Send the relay a line with the rates, delays and losses from now on."""
+    shape = {
+        "bytes_per_second": link.megabits and link.megabits * 125_000,
         "delay_seconds": link.delay_ms / 1000,
         "loss": link.loss,
         "queue_seconds": link.queue_seconds,
         "seed": link.seed,
     }
-
-
-def _tell(relay: "subprocess.Popen[str]", shape: dict[str, float | None]) -> None:
     assert relay.stdin is not None
     relay.stdin.write(json.dumps(shape) + "\n")
     relay.stdin.flush()
 
 
 def main() -> None:
-    """Run a command once for each worker, with a link between them."""
+    """Run a command once for each worker, over a link."""
     parser = argparse.ArgumentParser(prog="python -m noctule.testing.link", description=main.__doc__)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--megabits", type=float)
     parser.add_argument("--delay-ms", type=float, default=0.0)
     parser.add_argument("--loss", type=float, default=0.0)
     parser.add_argument("command", nargs="+", help="gets RANK, WORLD_SIZE, MASTER_ADDR and so on, as from torchrun")
-    asked = parser.parse_args()
-    link = Link(megabits=asked.megabits, delay_ms=asked.delay_ms, loss=asked.loss)
-    with shaped_network(asked.workers, link=link) as network:
+    options = parser.parse_args()
+    link = Link(megabits=options.megabits, delay_ms=options.delay_ms, loss=options.loss)
+    with shaped_network(options.workers, link=link) as network:
         running = [
-            subprocess.Popen([*network.command(rank), *asked.command], env={**os.environ, **network.environment(rank)})
-            for rank in range(asked.workers)
+            subprocess.Popen(
+                [*network.command(rank), *options.command], env={**os.environ, **network.environment(rank)}
+            )
+            for rank in range(options.workers)
         ]
         codes = [process.wait() for process in running]
     sys.exit(max(codes, key=abs))

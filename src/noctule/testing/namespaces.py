@@ -1,4 +1,4 @@
-"""Network namespaces of our own: made with iproute2, found again by their names, removed with all that runs in them."""
+"""Linux network namespaces: made with iproute2, found again by name, removed with the processes in them."""
 
 import ctypes
 import functools
@@ -12,13 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 
 PREFIX = "noctule-"
-"""How the names of our namespaces begin; the number of the process that made them follows."""
+"""Prefix of the names of our namespaces, before the pid of the process that made them."""
 _CLONE_NEWNET = 0x40000000
 
 
 @functools.cache
 def available() -> str | None:
-    """Why no networks can be made here, or None: it is tried once."""
+    """The reason why no network can be made here, or None; the answer of one trial is kept."""
     if not sys.platform.startswith("linux"):
         return f"network namespaces are a thing of Linux, this is {sys.platform}"
     if os.geteuid():
@@ -40,7 +40,7 @@ def available() -> str | None:
 
 
 def enter(namespace: str) -> None:
-    """Move this thread into a namespace: sockets and processes that it makes from now on are there."""
+    """Move this thread into a namespace; sockets and processes that it makes from then on are there."""
     libc = ctypes.CDLL(None, use_errno=True)
     with open(f"/run/netns/{namespace}", "rb") as file:
         if libc.setns(file.fileno(), _CLONE_NEWNET):
@@ -48,7 +48,7 @@ def enter(namespace: str) -> None:
 
 
 def remove(namespaces: Sequence[str]) -> None:
-    """Remove those of the namespaces that are there, and end what runs in them."""
+    """Remove namespaces, if they exist, and kill the processes in them."""
     for namespace in namespaces:
         with suppress(RuntimeError, FileNotFoundError):  # not made yet, or already gone
             for process in ip("netns", "pids", namespace).split():
@@ -58,32 +58,32 @@ def remove(namespaces: Sequence[str]) -> None:
 
 
 def remove_leftovers() -> list[str]:
-    """Remove what runs left that were killed, namespaces and the processes in them, and return the names."""
+    """Remove the namespaces of killed runs, with the processes in them, and return their names."""
     folder = Path("/run/netns")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    found = [n for n in names if (match := re.fullmatch(rf"{PREFIX}(\d+)-.*", n)) and not _lives(int(match[1]))]
+    found = [n for n in names if (match := re.fullmatch(rf"{PREFIX}(\d+)-.*", n)) and not _is_running(int(match[1]))]
     remove(found)
     return found
 
 
-def ip(*words: str, lines: Sequence[str] = ()) -> str:
-    """Run `ip`, with lines for its `-batch -`, and return what it says; RuntimeError where it fails."""
-    return _said("ip", *words, lines=lines)
+def ip(*arguments: str, lines: Sequence[str] = ()) -> str:
+    """Run `ip`, with lines for its `-batch -`, and return its output; RuntimeError where it fails."""
+    return _output("ip", *arguments, lines=lines)
 
 
-def tc(*words: str) -> str:
-    """Run `tc`, and return what it says; RuntimeError where it fails."""
-    return _said("tc", *words)
+def tc(*arguments: str) -> str:
+    """Run `tc` and return its output; RuntimeError where it fails."""
+    return _output("tc", *arguments)
 
 
-def _said(*words: str, lines: Sequence[str] = ()) -> str:
-    done = subprocess.run(words, input="\n".join([*lines, ""]), capture_output=True, text=True)
+def _output(*command: str, lines: Sequence[str] = ()) -> str:
+    done = subprocess.run(command, input="\n".join([*lines, ""]), capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"`{' '.join(words)}` failed: {done.stderr.strip()}")
+        raise RuntimeError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
     return done.stdout
 
 
-def _lives(process: int) -> bool:
+def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:

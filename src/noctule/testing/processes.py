@@ -14,6 +14,8 @@ Functions lie in modules, get their rank and the number of workers first, and ta
         running = workers.begin(train, 1000)
         workers.kill(1)
         survivor, victim = running.outcomes()
+
+They are forked after the import of torch; `noctule.measure.turns`, which times other libraries too, starts fresh interpreters.
 """
 
 import itertools
@@ -30,16 +32,16 @@ from typing import Any, Self
 
 from noctule.checkpoint import save
 from noctule.testing.call import Call, Worker, WorkerError
+from noctule.testing.fork_server import fork_server
 from noctule.testing.link import Network
-from noctule.testing.template import template
 from noctule.testing.worker import STARTED
 
 __all__ = ["Call", "WorkerError", "Workers", "run_workers"]
 
 START_SECONDS = 120.0
-"""For a process to import torch on a busy machine."""
+"""Timeout of a start: a process may have to import torch on a busy machine."""
 Function = str | Callable[..., Any]
-"""``"module:name"``, or a function at the top of a module; it is called with (rank, workers, *arguments)."""
+"""A function at the top of a module, or its path ``"module:name"``; it is called with (rank, workers, *arguments)."""
 
 
 def run_workers(
@@ -56,19 +58,24 @@ def run_workers(
     Args:
         function: see `Function`.
         workers: how many processes.
-        arguments: plain values and tensors, whatever a checkpoint can hold; so are the results.
-        network: where each process runs at its place; None for this machine's loopback.
-        timeout_seconds: for the call, and for every collective in it.
+        arguments: plain values and tensors, as in a checkpoint; so are the results.
+        network: a namespace for each process; None for this machine's loopback.
+        timeout_seconds: of the call, and of every collective in it.
         threads: of each process.
 
-    Raises WorkerError where one fails, dies or is not done in time.
+    Raises WorkerError where a process fails, dies or times out.
     """
     with Workers(workers, network=network, threads=threads, group_timeout_seconds=timeout_seconds) as group:
         return group.call(function, *arguments, timeout_seconds=timeout_seconds)
 
 
 class Workers:
-    """Processes that stay from call to call, and may be killed, stopped and started again meanwhile."""
+    """Worker processes that stay from call to call and can be killed, stopped and started again.
+
+    The arguments are those of `run_workers`. All processes form a gloo group, or none with ``group=False``.
+
+    Raises ValueError for more workers than the network has namespaces, WorkerError where a process does not start.
+    """
 
     def __init__(
         self,
@@ -79,10 +86,6 @@ class Workers:
         group: bool = True,
         group_timeout_seconds: float = 60.0,
     ) -> None:
-        """Start the processes, as in `run_workers`, and form a gloo group of all; or none, where `group` is false.
-
-        Raises ValueError for more workers than the network has places, WorkerError where one does not start.
-        """
         places = len(network.namespaces) if network else workers
         if not 1 <= workers <= places:
             raise ValueError(
@@ -110,7 +113,7 @@ class Workers:
         self.close()
 
     def close(self) -> None:
-        """End all processes, whatever they are doing."""
+        """Kill all processes."""
         for worker in self._workers:
             worker.end()
             worker.channel.close()
@@ -118,7 +121,7 @@ class Workers:
 
     @property
     def alive(self) -> list[int]:
-        """The ranks whose process lives, be it stopped or busy."""
+        """The ranks whose process runs, stopped and busy ones included."""
         return [rank for rank, worker in enumerate(self._workers) if worker.process.poll() is None]
 
     def call(
@@ -126,14 +129,14 @@ class Workers:
     ) -> list[Any]:
         """Call a function in every living process, or in those of `ranks`, and return the results in their order.
 
-        Raises WorkerError where one fails, dies, or is not done in time: see `Call.results`.
+        Raises WorkerError where a process fails, dies or times out: see `Call.results`.
         """
         return self.begin(function, *arguments, ranks=ranks).results(timeout_seconds=timeout_seconds)
 
     def begin(self, function: Function, *arguments: Any, ranks: Sequence[int] | None = None) -> Call:
-        """Begin a call and return at once, to do something to the workers meanwhile; a process runs its calls one by one.
+        """Begin a call and return it while it runs; a process runs its calls one after another.
 
-        Raises ValueError where nobody is alive to be called, or the function cannot be found by another process.
+        Raises ValueError where no worker is alive, or the function cannot be imported by another process.
         """
         ranks = self.alive if ranks is None else ranks
         if not ranks:
@@ -144,11 +147,11 @@ class Workers:
         for rank in ranks:
             worker, result = self._workers[rank], Path(self._folder.name, f"{number}-{rank}.safetensors")
             call = {"number": number, "function": path, "arguments": str(given), "result": str(result)}
-            worker.tell({**call, "rank": worker.rank, "workers": worker.workers})
+            worker.send({**call, "rank": worker.rank, "workers": worker.workers})
         return Call(number, {rank: self._workers[rank] for rank in ranks})
 
     def form_group(self, ranks: Sequence[int] | None = None) -> None:
-        """Make a new gloo group of the living processes, or of `ranks`, in place of the old one; it numbers them anew.
+        """Form a new gloo group of the living processes, or of `ranks`, in place of the old one, and number them anew.
 
         Raises WorkerError where that fails.
         """
@@ -160,22 +163,22 @@ class Workers:
         self.call(form, str(store), self.group_timeout_seconds, ranks=ranks, timeout_seconds=START_SECONDS)
 
     def kill(self, rank: int) -> None:
-        """End a process at once (SIGKILL), and wait until it is gone."""
-        self._workers[rank].hear()  # what it has answered counts
+        """Kill a process (SIGKILL) and wait for its end."""
+        self._workers[rank].receive()  # replies sent before the kill count
         self._workers[rank].end()
 
     def stop(self, rank: int) -> None:
-        """Stop a process where it is (SIGSTOP): its peers see one that is alive but says nothing."""
+        """Suspend a process (SIGSTOP): to its peers it is connected but silent."""
         self._workers[rank].process.send_signal(signal.SIGSTOP)
 
     def resume(self, rank: int) -> None:
-        """Let a stopped process go on."""
+        """Continue a stopped process (SIGCONT)."""
         self._workers[rank].process.send_signal(signal.SIGCONT)
 
     def start(self, rank: int) -> None:
-        """Start a process anew in the place of a dead one: it is in no group until `form_group`.
+        """Start a new process for the rank of a dead one; it is in no group until `form_group`.
 
-        Raises ValueError where the old one lives, WorkerError where the new one does not start.
+        Raises ValueError where the old process still runs, WorkerError where the new one does not start.
         """
         if rank in self.alive:
             raise ValueError(f"rank {rank} is running; kill it before it is started again")
@@ -190,7 +193,7 @@ class Workers:
         name = f"{rank}-{next(self._numbers)}"
         log, plan = Path(self._folder.name, f"{name}.log"), Path(self._folder.name, f"{name}.json")
         log.touch()
-        asked = {
+        setup = {
             "environment": self._environment(rank, workers),
             "folder": os.getcwd(),
             "path": sys.path,
@@ -198,13 +201,13 @@ class Workers:
             "threads": self.threads,
             "namespace": self.network and self.network.namespaces[rank],
         }
-        plan.write_text(json.dumps(asked))
+        plan.write_text(json.dumps(setup))
         ours, theirs = socket.socketpair()
         with theirs:
-            return Worker(template().copy(plan, theirs), ours, log, rank, workers)
+            return Worker(fork_server().fork(plan, theirs), ours, log, rank, workers)
 
     def _environment(self, rank: int, workers: int) -> dict[str, str]:
-        """What the process, and a group that it may make by itself, needs to know."""
+        """Environment variables of a process, with those that a group made by the caller's own code reads."""
         alone = {
             "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
             "MASTER_ADDR": "127.0.0.1",
@@ -220,7 +223,7 @@ class Workers:
 
 
 def _path(function: Function) -> str:
-    """Where a function is to be found by another process."""
+    """The path by which another process imports a function."""
     if isinstance(function, str):
         if ":" not in function:
             raise ValueError(f"{function!r} names no function: write 'package.module:function'")

@@ -1,7 +1,7 @@
-"""What every process of `noctule.testing.processes` does: run functions by their names, one call after another.
+"""The worker process of `noctule.testing.processes`: runs functions by name, one call after another.
 
-Calls and answers are lines of JSON on a socket; what functions take and return lies in files of `noctule.checkpoint`, so that
-nothing is ever unpickled. The end of the socket ends the process, whatever it is doing.
+Calls and replies are lines of JSON on a socket; arguments and results are files of `noctule.checkpoint`, so that nothing is ever
+unpickled. The end of the socket ends the process, whatever it is doing.
 """
 
 import faulthandler
@@ -26,17 +26,17 @@ from noctule.checkpoint import load, save
 from noctule.testing.namespaces import enter
 
 STARTED = -1
-"""The number of the call that nobody makes: a worker answers it when it has imported what it needs."""
+"""Call number of the first reply, which a worker sends without a call once its imports are done."""
 
 
 def form_group(rank: int, workers: int, store: str, timeout_seconds: float) -> None:
-    """Make a gloo group, in place of the one that this process may be in.
+    """Form a gloo group, in place of the current one if there is one.
 
     Args:
         rank: of this process.
         workers: in the group.
-        store: a file where they meet, used for no other group.
-        timeout_seconds: after which a collective fails.
+        store: the file of the rendezvous, used for no other group.
+        timeout_seconds: of each collective.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -45,7 +45,7 @@ def form_group(rank: int, workers: int, store: str, timeout_seconds: float) -> N
 
 
 def find(path: str) -> Callable[..., Any]:
-    """The function that ``module:name`` means."""
+    """Import the function with the path ``module:name``."""
     module, _, name = path.partition(":")
     found: Any = importlib.import_module(module)
     for part in name.split("."):
@@ -53,20 +53,20 @@ def find(path: str) -> Callable[..., Any]:
     return found
 
 
-def answer(call: dict[str, Any]) -> dict[str, Any]:
-    """Run one call, and say how it went."""
+def run_call(call: dict[str, Any]) -> dict[str, Any]:
+    """Run one call and return the reply: the file of the result, or the error."""
     try:
         result = find(call["function"])(call["rank"], call["workers"], *load(call["arguments"]))
         if result is not None:
             save(call["result"], result)
-    except Exception as error:  # whatever it is goes to whoever called
+    except Exception as error:  # any error goes to the caller
         text = "".join(traceback.format_exception(error))
         return {"number": call["number"], "error": type(error).__name__, "message": str(error), "traceback": text}
     return {"number": call["number"], "result": None if result is None else call["result"]}
 
 
-def become(plan: Path, descriptor: int) -> NoReturn:
-    """Make this process the worker of a plan, which serves calls until its socket ends.
+def run_worker(plan: Path, descriptor: int) -> NoReturn:
+    """Set this process up by a plan and serve calls until the socket ends.
 
     Args:
         plan: a JSON file with `environment`, `folder`, `path` (of modules), `log`, `threads` and `namespace` (or None).
@@ -74,21 +74,21 @@ def become(plan: Path, descriptor: int) -> NoReturn:
     """
     code = 1
     try:
-        asked = json.loads(plan.read_text())
-        with open(asked["log"], "ab") as log:
+        setup = json.loads(plan.read_text())
+        with open(setup["log"], "ab") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         os.environ.clear()
-        os.environ.update(asked["environment"])
-        os.chdir(asked["folder"])
-        sys.path[:] = asked["path"]
-        if asked["namespace"]:
-            enter(asked["namespace"])
+        os.environ.update(setup["environment"])
+        os.chdir(setup["folder"])
+        sys.path[:] = setup["path"]
+        if setup["namespace"]:
+            enter(setup["namespace"])
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR1, all_threads=True)
-        torch.set_num_threads(asked["threads"])
+        torch.set_num_threads(setup["threads"])
         serve(socket.socket(fileno=descriptor))
-    except SystemExit as ending:  # a function asked for it
+    except SystemExit as ending:  # from a called function
         code = ending.code if isinstance(ending.code, int) else ending.code is not None
     except BaseException:
         traceback.print_exc()
@@ -99,18 +99,18 @@ def become(plan: Path, descriptor: int) -> NoReturn:
 
 
 def serve(channel: socket.socket) -> NoReturn:
-    """Answer calls."""
+    """Run the calls that come on a socket, in order, and send a reply to each."""
     calls: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
 
-    def listen() -> None:
+    def receive() -> None:
         with channel.makefile() as lines:
             for line in lines:
                 calls.put(json.loads(line))
-        os._exit(0)  # also out of a collective that would wait for its time-out
+        os._exit(0)  # even in a collective that would wait for its timeout
 
-    threading.Thread(target=listen, daemon=True).start()
-    said: dict[str, Any] = {"number": STARTED}
+    threading.Thread(target=receive, daemon=True).start()
+    reply: dict[str, Any] = {"number": STARTED}
     while True:
-        channel.sendall((json.dumps(said) + "\n").encode())
-        said = answer(calls.get())
+        channel.sendall((json.dumps(reply) + "\n").encode())
+        reply = run_call(calls.get())
         sys.stdout.flush()

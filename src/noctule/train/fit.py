@@ -1,6 +1,7 @@
-"""The training loop, made of nothing but the public pieces: the first example of how they go together."""
+"""The training loop, made of the public pieces alone."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -27,19 +28,19 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Source(Protocol):
-    """Batches of an epoch, from a batch on, such as `Batches`."""
+    """Batches by epoch, from any batch on, such as `Batches`."""
 
     def __len__(self) -> int:
-        """The batches of an epoch."""
+        """Number of batches in an epoch."""
         ...
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and targets."""
+        """Inputs and targets, batch by batch."""
         ...
 
 
 class Journal(Protocol):
-    """Where `fit` writes its records and keeps its checkpoints."""
+    """The records and checkpoints of a training."""
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -47,51 +48,51 @@ class Journal(Protocol):
         ...
 
     def log(self, record: dict[str, Any]) -> None:
-        """Keep the record of an epoch."""
+        """Store the record of an epoch."""
         ...
 
     def rewind(self, epoch: int) -> None:
-        """Forget the records past an epoch: training goes on from there."""
+        """Remove the records after an epoch, from which training resumes."""
         ...
 
 
 @dataclass
 class Fitted:
-    """How far a training is and what it found; all of it is in the checkpoints."""
+    """The progress and the best state of a training; checkpoints hold all of it."""
 
     epoch: int = 0
     """Epochs finished."""
     batch: int = 0
-    """Batches done in the epoch that runs."""
+    """Batches done in the current epoch."""
     step: int = 0
     """Optimizer steps done."""
     seconds: float = 0.0
-    """Spent in training, without validation and checkpoints."""
+    """Seconds of training, without validation and checkpoints."""
     epoch_seconds: list[float] = field(default_factory=list)
-    """The same, epoch by epoch."""
+    """Seconds of training of each finished epoch."""
     best_epoch: int = 0
-    """The epoch, from 1, with the best validation accuracy of a network of these widths; of equals the first. The last without
-    validation."""
+    """The epoch, from 1, with the best validation accuracy since the widths last changed, the first of equals; without validation
+    the last epoch."""
     best_accuracy: float = -1.0
-    """R2 where numbers are predicted."""
+    """Validation accuracy of the best epoch; R2 in a regression."""
     samples: int = 0
-    """Samples of the epoch so far."""
+    """Samples done in the current epoch."""
     loss_sum: float = 0.0
-    """Sum of their losses."""
+    """Sum of the losses of these samples."""
     moved: dict[str, int] = field(default_factory=dict)
-    """Connections that came in this epoch, by layer."""
+    """Connections grown in the current epoch, by layer."""
     best_state: dict[str, Any] = field(default_factory=dict, repr=False)
     """The model's state dict at `best_epoch`."""
     built: dict[str, list[int]] = field(default_factory=dict, repr=False)
-    """Shapes in the model's state dict when training began: methods may have removed neurons since."""
+    """Shapes in the model's state dict at the start of the training, before methods removed neurons."""
 
 
 def evaluate(
     model: nn.Module, dataset: Dataset | Windows, *, loss_fn: Loss = nn.functional.cross_entropy, batch_size: int = 1000
 ) -> tuple[float, float]:
-    """Mean loss and accuracy on a data set, in evaluation mode; the model's mode is put back.
+    """Mean loss and accuracy on a data set, in evaluation mode; the model's mode is restored.
 
-    Where the targets are numbers it is R2 instead of the accuracy: 1 at best, 0 for the mean of the targets.
+    In a regression R2 replaces the accuracy: 1 at best, 0 for the mean of the targets.
 
     Args:
         batch_size: targets at a time, at least those of one sample.
@@ -131,12 +132,12 @@ def fit(
     journal: Journal | None = None,
     checkpoint_seconds: float = 30.0,
 ) -> Fitted:
-    """Train for ``epochs``, validate after each, and return what was found; with a journal, resume where it stopped.
+    """Train for ``epochs`` and validate after each; with a journal, resume from its last checkpoint.
 
-    A checkpoint is written after every epoch and, in long ones, every ``checkpoint_seconds``. Ctrl-C writes one more and
-    then raises KeyboardInterrupt; an `ExchangeError`, which leaves the worker between two steps, leaves one too. A loss
-    that is not finite raises `NonFiniteError` before it reaches the weights, and the last checkpoint stays. Where seed, threads and
-    instruction set are the same, a resumed training ends bit for bit as one that was never stopped.
+    A checkpoint is written after every epoch and, in long ones, every ``checkpoint_seconds``. Ctrl-C writes another and
+    raises KeyboardInterrupt; an `ExchangeError`, which comes between two steps, is raised after another checkpoint too. A loss
+    that is not finite raises `NonFiniteError` before it reaches the weights, and the last checkpoint stays. With the same seed,
+    threads and instruction set a resumed training ends in the same bits as one that was never stopped.
 
     Args:
         validation: what selects the epoch; with None the last one is taken.
@@ -195,7 +196,7 @@ def fit(
                     optimizer.zero_grad(set_to_none=True)
                     loss = loss_fn(model(inputs), targets)
                     value = float(loss.detach())
-                    if not value - value == 0.0:
+                    if not math.isfinite(value):
                         raise explain(model, inputs, step=progress.step + 1)
                     done, size = session.steps, len(targets)
                     loss.backward()
@@ -212,7 +213,7 @@ def fit(
                         started = saved = time.perf_counter()
                 session.settle()
             except ExchangeError:
-                if session.steps > done:  # what failed came after the step
+                if session.steps > done:  # the exchange failed after the step
                     count_step(size, value)
                 progress.seconds += time.perf_counter() - started
                 save()
@@ -281,7 +282,7 @@ def _resume(state: dict[str, Any], pieces: dict[str, Any], *, built: dict[str, l
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, list[int]]:
-    """The shapes in a model's state dict that are the same however many weights a sparse layer stores."""
+    """The shapes in a model's state dict that do not depend on how many weights sparse layers store."""
     shapes = {}
     for key, value in state.items():
         shape = value.get("shape") if isinstance(value, dict) else getattr(value, "shape", None)

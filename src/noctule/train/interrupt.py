@@ -1,4 +1,4 @@
-"""Signals that ask a process to end (Ctrl-C, ``kill``, a job's time limit): heeded between two steps, never inside one."""
+"""Handlers for signals that ask a process to end (Ctrl-C, ``kill``, a job's time limit): between two steps, never inside one."""
 
 import os
 import signal
@@ -12,25 +12,24 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ECHO_SECONDS = 0.2
-"""``timeout`` and some terminals send a signal to a process and to its group: what comes so soon is no second one."""
+"""Time within which a repeated signal counts as the same one: ``timeout`` and some terminals signal a process and its group."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the process to end; `status` is the exit status that shells give it, 130 for Ctrl-C and 143 for SIGTERM."""
+    """Exception for a signal that asks the process to end; `status` is the shell's: 130 for Ctrl-C, 143 for SIGTERM."""
 
     def __init__(self, signum: int) -> None:
-        """Of the signal with this number."""
         super().__init__(signal.Signals(signum).name)
         self.signum, self.status = signum, 128 + signum
 
 
 @dataclass(frozen=True)
 class _Handler:
-    """Reacts to signals in the process that installed it; one that was forked from it ends by them, as if there were none."""
+    """Signal handler of the process that installed it; in a forked process signals have their default effect."""
 
     react: Callable[[int], None]
     raises: bool = False
-    """Whether a signal raises `Stopped`, and a second one ends the process."""
+    """Whether the first signal raises `Stopped` and a second one ends the process."""
     process: int = field(default_factory=os.getpid)
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
@@ -43,7 +42,7 @@ class _Handler:
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Within the block a signal that asks the process to end raises `Stopped`; a second one ends the process at once."""
+    """Within the block, raise `Stopped` for a signal that asks the process to end; a second one ends the process at once."""
     since: float | None = None
 
     def stop(signum: int) -> None:
@@ -60,24 +59,24 @@ def stopped_by_signals() -> Iterator[None]:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Within the block such a signal ends the process at once and without a word: there is nothing to keep yet."""
+    """Within the block, end the process at once and silently at such a signal: there is nothing to save yet."""
     with handling(lambda signum: os._exit(128 + signum)):
         yield
 
 
 @contextmanager
 def default_signals() -> Iterator[None]:
-    """Within the block such signals do what they do in any process: end it, wherever it is."""
+    """Within the block, give such signals their default effect: the process ends wherever it is."""
     with handling(signal.SIG_DFL):
         yield
 
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within the block the first such signal only makes the yielded function say True; a second one is not held back.
+    """Within the block, hold back the first such signal: the yielded function then returns True. A second one acts at once.
 
-    What was held back is delivered when the block ends, to whatever handled it before. A handler of the caller's own for SIGTERM or
-    SIGHUP stays in its place. Outside the main thread, where Python delivers no signals, the function always says False.
+    At the end of the block the signal goes to the handler that was there before. The caller's own handler for SIGTERM or SIGHUP
+    stays in place. Outside the main thread, where Python delivers no signals, the function always returns False.
     """
     held: list[int] = []
     since = 0.0
@@ -107,14 +106,14 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
 def handling(
     react: Callable[[int], None] | signal.Handlers, *, raises: bool = False, replace: Callable[[Any], bool] = callable
 ) -> Iterator[dict[int, Any]]:
-    """React to such signals within the block, and yield what handled them before; nothing changes outside the main thread.
+    """Within the block, install a handler for such signals and yield those it replaces; no change outside the main thread.
 
     A signal that is ignored, as SIGHUP is under ``nohup``, stays so, but for Ctrl-C.
 
     Args:
-        react: is given the signal's number; or a handler of the system's.
-        raises: whether it raises `Stopped`.
-        replace: whether a handler of SIGTERM or SIGHUP, other than the default one, gives way to it.
+        react: a function of the signal's number, or one of the system's handlers.
+        raises: whether ``react`` raises `Stopped`.
+        replace: decides whether a handler of SIGTERM or SIGHUP other than the default one is replaced.
     """
     before: dict[int, Any] = {}
     if threading.current_thread() is not threading.main_thread():
@@ -138,7 +137,7 @@ def _raises(handler: Any) -> bool:
 
 
 def _deliver(signum: int, handler: Any) -> None:
-    """To what handled the signal before; where it was ignored, to nobody."""
+    """Call the handler that the signal had before; an ignored signal has none."""
     if _raises(handler):
         raise Stopped(signum)
     if callable(handler):

@@ -1,9 +1,10 @@
-"""The training loop of `bat_brain`: a plain one over the public pieces, for weights of which there is no room for a second copy.
+"""The training loop of `bat_brain`: made of the public pieces, for a model too large for a second copy of its weights.
 
-`fit` keeps the best weights beside the living ones. Here a checkpoint is written straight from the living tensors, and read back
-piece by piece; an epoch is so many steps, after which connections move.
+`fit` keeps a copy of the best weights. Here a checkpoint is written straight from the model's tensors and read back piece by piece;
+an epoch is a number of steps, after which connections move.
 """
 
+import math
 import time
 from dataclasses import dataclass, field
 from statistics import median
@@ -21,53 +22,55 @@ from noctule.data.prototypes import Prototypes
 from noctule.measure import Progress
 from noctule.measure.activations import kept_for_backward
 from noctule.measure.operations import listening
-from noctule.recipes.brain import sparse_linears
+from noctule.recipes.bat_brain_network import sparse_linears
 from noctule.report import Journal
 from noctule.sparse.rewire import Rewire
 from noctule.train.interrupt import deferred_interrupt
 
-LINE = 16
-"""Samples in a forward pass alone, at least: those of a neuron then fill a line of the cache."""
+LEAST_SAMPLES = 16
+"""Least batch of an evaluation: the samples of a neuron then fill a cache line."""
 
 
 @dataclass
-class Done:
-    """What the checkpoints hold beside the weights: for every step its seconds and its loss."""
+class StepLog:
+    """Seconds and loss of every step; part of the checkpoints."""
 
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
 
 class Training:
-    """A model, its optimizer, its data and what moves its connections (or None)."""
+    """A model, its optimizer, its data and its `Rewire` (or None), with the log of the steps so far.
+
+    An epoch has ``every`` steps; an evaluation reads ``samples`` samples.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: Optimizer,
         data: Prototypes,
-        mover: Rewire | None,
+        rewiring: Rewire | None,
         *,
         batch: int,
         every: int,
         samples: int,
     ) -> None:
-        """Nothing is trained yet; an epoch has ``every`` steps, a look at a part of the data takes ``samples``."""
-        self.model, self.optimizer, self.data, self.mover = model, optimizer, data, mover
+        self.model, self.optimizer, self.data, self.rewiring = model, optimizer, data, rewiring
         self.batch, self.every, self.samples = batch, every, samples
         self.layers = sparse_linears(model)
-        self.done = Done()
-        self._seen: dict[str, Any] = {}
+        self.log = StepLog()
+        self._figures: dict[str, Any] = {}
 
     @property
     def steps(self) -> int:
-        """Done so far, before a resumption too."""
-        return len(self.done.losses)
+        """Number of steps so far, those before a resumption included."""
+        return len(self.log.losses)
 
     def run(self, steps: int, journal: Journal, checkpoint_seconds: float) -> None:
-        """From the last checkpoint, if there is one, to the last step."""
+        """Train up to ``steps``, from the last checkpoint if there is one."""
         with (
-            attach(self.model, self.optimizer, *([self.mover] if self.mover else [])) as session,
+            attach(self.model, self.optimizer, *([self.rewiring] if self.rewiring else [])) as session,
             deferred_interrupt() as interrupted,
         ):
             self._resume(session, journal)
@@ -75,7 +78,7 @@ class Training:
             with Progress(steps, label=f"training {journal.series}", unit="steps", start=self.steps) as bar:
                 while self.steps < steps:
                     self._step()
-                    bar.advance(note=f"loss {self.done.losses[-1]:.4f}")
+                    bar.advance(note=f"loss {self.log.losses[-1]:.4f}")
                     last, stop = self.steps == steps, interrupted()
                     if last or self.steps % self.every == 0:
                         before, moved = moved, self._moved()
@@ -88,7 +91,7 @@ class Training:
 
     def evaluate(self, part: str) -> tuple[float, float]:
         """Mean loss and accuracy on the first samples of a part of the data."""
-        size = max(self.batch, LINE)
+        size = max(self.batch, LEAST_SAMPLES)
         loss, right = 0.0, 0
         with torch.no_grad():
             for number, start in enumerate(range(0, self.samples, size)):
@@ -99,8 +102,8 @@ class Training:
         return loss / self.samples, right / self.samples
 
     def facts(self) -> dict[str, Any]:
-        """What a step takes; one after which connections move is another kind of step."""
-        seconds, every = self.done.seconds, self.every
+        """Seconds of steps and epochs, steps that move connections apart, and sizes of activations and checkpoints."""
+        seconds, every = self.log.seconds, self.every
         plain = [s for at, s in enumerate(seconds, start=1) if at % every] or seconds
         moving = [s for at, s in enumerate(seconds, start=1) if at % every == 0 and at < len(seconds)]
         epochs = [sum(seconds[at : at + every]) for at in range(0, len(seconds), every)]
@@ -108,8 +111,8 @@ class Training:
             "seconds": sum(seconds),
             "seconds_per_epoch": median(epochs) if epochs else None,
             "seconds_per_step": median(plain) if plain else None,
-            "seconds_per_moving_step": median(moving) if moving and self.mover else None,
-            **self._seen,
+            "seconds_per_moving_step": median(moving) if moving and self.rewiring else None,
+            **self._figures,
         }
 
     def _step(self) -> None:
@@ -119,31 +122,31 @@ class Training:
             with kept_for_backward(self.model) as kept:
                 loss = cross_entropy(self.model(inputs), targets)
             value = float(loss.detach())
-            if not value - value == 0.0:
+            if not math.isfinite(value):
                 raise explain(self.model, inputs, step=self.steps + 1)
             loss.backward()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)  # now, so that what comes between two steps has their memory
+        self.optimizer.zero_grad(set_to_none=True)  # now, so that their memory is free between two steps
         for layer in self.layers.values():
-            _ = layer.topology.transposed  # of places that have moved, so that this step bears all of its cost
-        self.done.seconds.append(time.perf_counter() - started)
-        self.done.losses.append(value)
-        self._seen |= {
+            _ = layer.topology.transposed  # computed now if connections moved, as a cost of this step
+        self.log.seconds.append(time.perf_counter() - started)
+        self.log.losses.append(value)
+        self._figures |= {
             "activation_bytes": kept.nbytes,
             "multiply_adds_per_sample": counter.multiply_adds / self.batch,
         }
 
     def _moved(self) -> dict[str, int]:
-        return dict(self.mover.moved) if self.mover else dict.fromkeys(self.layers, 0)
+        return dict(self.rewiring.moved) if self.rewiring else dict.fromkeys(self.layers, 0)
 
     def _record(self, moved: dict[str, int]) -> dict[str, Any]:
         epoch = -(-self.steps // self.every)
-        losses, seconds = (each[(epoch - 1) * self.every :] for each in (self.done.losses, self.done.seconds))
+        losses, seconds = (each[(epoch - 1) * self.every :] for each in (self.log.losses, self.log.seconds))
         loss, accuracy = self.evaluate("validation")
         return {
             "epoch": epoch,
             "step": self.steps,
-            "seconds": sum(self.done.seconds),
+            "seconds": sum(self.log.seconds),
             "train_loss": sum(losses) / len(losses),
             "validation_loss": loss,
             "validation_accuracy": accuracy,
@@ -161,8 +164,8 @@ class Training:
         check_parameters(self.model)
         started = time.perf_counter()
         states = {name: piece.state_dict() for name, piece in self._pieces(session).items()}
-        path = journal.checkpoints.save(self.steps, {**states, "done": dict(vars(self.done))})
-        self._seen |= {
+        path = journal.checkpoints.save(self.steps, {**states, "done": dict(vars(self.log))})
+        self._figures |= {
             "checkpoint_seconds": time.perf_counter() - started,
             "checkpoint_bytes": path.stat().st_size,
         }
@@ -171,7 +174,7 @@ class Training:
         if (latest := journal.checkpoints.latest()) is not None:
             state = latest[1]
             try:
-                self.done = Done(**state.pop("done"))
+                self.log = StepLog(**state.pop("done"))
                 for name, piece in self._pieces(session).items():
                     piece.load_state_dict(state.pop(name))  # popped, so that its memory is free for the next
             except (ValueError, RuntimeError, KeyError, TypeError) as error:

@@ -1,7 +1,7 @@
-"""The network of `bat_brain` and what it takes to train: sizes, first weights, learning rates.
+"""The network of `bat_brain`: sizes, initial weights, learning rates.
 
-With two weights to a neuron the usual first weights lose the signal within a few layers. Here each layer hands on as much variance
-as it gets, forward and backward (He et al. 2015, arXiv 1502.01852, for the fan-in that is there), biases begin at zero, and a
+With two weights to a neuron the usual initial weights lose the signal in a few layers. Here each layer keeps the variance of its
+inputs, forward and backward (He et al. 2015, arXiv 1502.01852, for the fan-in of the stored weights), biases begin at zero, and a
 layer's learning rate is over its fan-in, which is two in the middle and millions at the end.
 """
 
@@ -19,7 +19,7 @@ from noctule.sparse.layers import FuseEpilogue, SparseLinear
 
 @dataclass(frozen=True, kw_only=True)
 class Brain:
-    """Hidden layers of equal width, epsilon (inputs + outputs) weights in each layer, LeakyReLU between them.
+    """The sizes of a network: hidden layers of equal width, epsilon (inputs + outputs) weights in each layer, then LeakyReLU.
 
     >>> Brain(neurons=1001, layers=2, features=100).widths
     (100, 501, 500, 10)
@@ -33,7 +33,6 @@ class Brain:
     slope: float = 0.5
 
     def __post_init__(self) -> None:
-        """Refuse sizes of which there is no network."""
         if self.layers < 1 or self.neurons < self.layers:
             raise ValueError(f"each of {self.layers} hidden layers needs a neuron, got {self.neurons} neurons")
         if not self.epsilon > 0.0:
@@ -47,7 +46,7 @@ class Brain:
 
     @property
     def weights(self) -> int:
-        """Of all layers together."""
+        """Weights of all layers together."""
         return sum(self._weights(*widths) for widths in pairwise(self.widths))
 
     def model(self, *, seed: int) -> nn.Module:
@@ -85,6 +84,6 @@ def momentum_sgd(model: nn.Module, learning_rate: float = 0.2, *, momentum: floa
 
 
 def connected(model: nn.Module) -> int:
-    """Hidden neurons that something comes into and something goes out of; the others are there, but do nothing."""
+    """Number of hidden neurons with at least one input and one output connection; the others have no effect."""
     pairs = pairwise(layer.topology for layer in sparse_linears(model).values())
     return sum(int(((a.row_ptr.diff() > 0) & (b.transposed.row_ptr.diff() > 0)).sum()) for a, b in pairs)
