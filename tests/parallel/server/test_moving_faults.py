@@ -15,8 +15,8 @@ from noctule.core.errors import ExchangeError
 from noctule.core.method import Method, attach
 from noctule.core.topology import exchange
 from noctule.parallel import PushPull, Ticket
-from noctule.parallel.server.follower import Followed
 from noctule.parallel.server.listen import serve
+from noctule.parallel.server.mirror import LayerMirror
 from noctule.testing.processes import Workers
 
 
@@ -33,7 +33,7 @@ def test_only_worker_0_moves_connections():
         ):
             train(model, optimizer, [batch(0, n) for n in range(4)])
         assert server.versions == [2]
-        assert all(ledger.version == 0 for ledger in server.shards[0].ledgers.values())
+        assert all(log.version == 0 for log in server.shards[0].logs.values())
 
 
 def test_a_layer_that_changes_its_number_of_weights_is_refused_before_it_does():
@@ -83,16 +83,16 @@ def test_the_server_keeps_what_it_needs_for_a_worker_that_is_far_behind():
         (["0.values", 1, None], [], "only a part came"),
         (["0.values", 1, None], [b"123"], "torn"),
         (["0.values", 1, None], [b"\0" * 4], "has 24 connections, and the server says 1"),
-        (["0.values", 1, 1], [b"\0" * 4, b""], "1 connections go and 0 come"),
+        (["0.values", 1, 1], [b"\0" * 4, b""], "1 connections are dropped and 0 grown"),
         (["0.values", 1, 1], [b"", b"", b""], "1 frames too many"),
     ],
 )
-def test_what_a_server_says_that_cannot_be_is_refused(entry, frames, match):
+def test_an_invalid_reply_about_connections_is_refused(entry, frames, match):
     model = sparse()
-    followed = Followed(model, lambda name, remap: None)
+    mirror = LayerMirror(model, lambda name, remap: None)
     before = places(model)
     with pytest.raises(ExchangeError, match=match):
-        followed.take({"places": [entry]}, frames)
+        mirror.follow({"places": [entry]}, frames)
     assert places(model) == before
 
 

@@ -97,12 +97,12 @@ def test_a_weight_that_cannot_be_is_refused_and_nothing_is_sent(weight):
 def test_the_bound_holds_for_workers_of_any_speed(bound):
     steps, ahead = 12, []
     with serve(ADAGRAD, workers=3) as server:
-        seats = server.shards[0].seats
+        states = server.shards[0].states
 
         def check(worker, done):
             time.sleep(0.003 * worker)
             done.append(None)
-            ahead.append(len(done) - min(seat.clock for seat in list(seats.values())))
+            ahead.append(len(done) - min(state.clock for state in list(states.values())))
 
         def job(worker):
             done: list[None] = []

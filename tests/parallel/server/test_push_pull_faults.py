@@ -20,7 +20,7 @@ from noctule.core.method import attach
 from noctule.core.topology import Remap, Topology
 from noctule.data import Batches, Dataset
 from noctule.parallel import PushPull, Ticket
-from noctule.parallel.server.listen import Wires, serve
+from noctule.parallel.server.listen import ShardSockets, serve
 from noctule.report import Journal
 from noctule.testing.processes import Workers
 from noctule.train.fit import fit
@@ -146,7 +146,7 @@ def test_a_peer_without_the_key_gets_nothing(wrong):
         socket.send(b"hello")
         assert not socket.poll(300)
         bare.destroy(linger=0)
-        assert server.shards[0].seats[0].seen == 0
+        assert server.shards[0].states[0].seen == 0
         begin(PushPull(ticket))
 
 
@@ -154,16 +154,16 @@ def test_a_worker_is_whom_its_key_says():
     with serve(MOMENTUM) as server:
         begin(PushPull(server.ticket(0)))
         begin(PushPull(dataclasses.replace(server.ticket(3), worker=0)))
-        assert sorted(server.shards[0].seats) == [0, 3]
+        assert sorted(server.shards[0].states) == [0, 3]
 
 
 def test_nonsense_is_answered_and_the_server_goes_on():
     with serve(MOMENTUM, max_bytes=10_000) as server:
-        wires = Wires(server.ticket(1))
+        sockets = ShardSockets(server.ticket(1))
 
         def ask(*frames):
-            wires.send(0, list(frames))
-            ((_, answer),) = wires.receive(5)
+            sockets.send(0, list(frames))
+            ((_, answer),) = sockets.receive(5)
             return read(answer)[0]["error"]
 
         assert "header in JSON" in ask(b"nonsense")
@@ -176,9 +176,9 @@ def test_nonsense_is_answered_and_the_server_goes_on():
             )
         )
         assert "header in JSON" in ask(*[b"x"] * 2000)
-        wires.send(0, [b"x" * (5 << 20)])  # cut off, before memory is taken
-        assert not wires.receive(0.3)
-        wires.close()
+        sockets.send(0, [b"x" * (5 << 20)])  # cut off, before memory is taken
+        assert not sockets.receive(0.3)
+        sockets.close()
         begin(PushPull(server.ticket(0)))
     with (
         serve(MOMENTUM, max_bytes=10_000) as server,
@@ -292,7 +292,7 @@ def test_fit_leaves_a_checkpoint_when_the_server_is_gone_and_goes_on_when_it_is_
         model = sparse(seed=5)
         assert run(server, model, batches).step == 8
         assert server.versions[0] >= 6 // push_every
-        assert places(model) == [ledger.topology for ledger in server.shards[0].ledgers.values()]
+        assert places(model) == [log.topology for log in server.shards[0].logs.values()]
 
 
 def test_a_worker_that_leaves_while_the_disk_is_full_loses_nothing_that_the_server_had(tmp_path):
@@ -319,7 +319,7 @@ def test_a_shard_that_is_not_there_is_named():
 
 def test_a_worker_that_dies_is_waited_for_only_so_long():
     with serve(MOMENTUM, workers=2, patience_seconds=1.0) as server:
-        dying = Wires(server.ticket(1))
+        dying = ShardSockets(server.ticket(1))
 
         def joins_and_dies():
             facts = await_facts(server)
@@ -336,7 +336,7 @@ def test_a_worker_that_dies_is_waited_for_only_so_long():
 
 def test_a_worker_that_is_too_slow_is_named_when_the_time_is_over():
     with serve(MOMENTUM, workers=2) as server:
-        slow = Wires(server.ticket(1))
+        slow = ShardSockets(server.ticket(1))
 
         def joins():
             slow.send(0, write({"kind": "join", "serial": 1, "session": "s", "facts": await_facts(server)}))
