@@ -1,4 +1,4 @@
-"""Sandblaster: who computes which portion leaves no trace, and it is L-BFGS; slow, stopped and killed processes included."""
+"""Sandblaster is L-BFGS, and which worker computes a portion changes no bit; with slow, stopped and killed processes too."""
 
 import functools
 import time
@@ -46,7 +46,7 @@ def await_(what):
     portions=st.integers(1, 7),
     moves=st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["move"] * 12 + ["sleep", "die"])), max_size=80),
 )
-def test_whoever_computes_what_and_dies_when_it_may_all_bits_are_the_same(portions, moves):
+def test_all_bits_are_the_same_whichever_worker_computes_what_and_dies_when(portions, moves):
     now, inbox = [0.0], defaultdict(list)
     coordinator = Coordinator(LBFGS, clock=lambda: now[0])
     actors = [Actor(coordinator, worker, portions, inbox) for worker in range(4)]
@@ -77,7 +77,7 @@ def test_whoever_computes_what_and_dies_when_it_may_all_bits_are_the_same(portio
     assert sum(coordinator.counted.values()) % portions == 0
 
 
-def test_who_is_behind_gets_weights_that_stand_and_not_those_of_a_trial():
+def test_a_worker_that_is_behind_gets_the_weights_of_a_completed_step_not_of_a_trial():
     inbox = defaultdict(list)
     coordinator = Coordinator(LBFGS)
     ahead, behind = (Actor(coordinator, worker, 2, inbox) for worker in (0, 1))

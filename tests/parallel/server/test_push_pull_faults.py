@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import push_pull_jobs as jobs
 import pytest
@@ -204,53 +205,65 @@ def test_workers_that_do_not_fit_are_told_where():
                 begin(method, width)
 
 
-def fails_without_its_server(optimizer, model, n, seconds):
-    """A step whose server is gone: it says so after the time-out, and once."""
-    began = time.monotonic()
-    with pytest.raises(ExchangeError, match="has not answered a pull"):
-        train(model, optimizer, [batch(0, n)])
-    assert time.monotonic() - began >= seconds
+SECONDS = 1.0
+EVERY_2 = {"push_every": 2, "timeout_seconds": SECONDS}
 
 
-def test_a_server_that_is_gone_when_connections_move_costs_nothing_that_is_accrued(tmp_path):
-    seconds = 1.0
-    model, options = sparse(), {"push_every": 2, "timeout_seconds": seconds}
-    optimizer = PLAIN(model.parameters())
-    server = serve(PLAIN, folder=tmp_path)
-    method = PushPull(server.ticket(0), **options)
+def trained_until_the_server_is_gone(folder):
+    """A worker whose connections moved when its server was gone: its model and method, its state, the server's last places."""
+    model = sparse()
+    optimizer, server = PLAIN(model.parameters()), serve(PLAIN, folder=folder)
+    method = PushPull(server.ticket(0), **EVERY_2)
     with attach(model, optimizer, set_(every=3, seed=1), method) as session:
         train(model, optimizer, [batch(0, n) for n in range(2)])
-        before = places(model)
+        agreed = places(model)
         server.close()
-        fails_without_its_server(optimizer, model, 2, seconds)  # it was to be pushed with the next one
-        assert places(model) == before
-        model(batch(0, 3)[0])
-        assert places(model) != before
         began = time.monotonic()
-        state = session.state_dict()
-        assert time.monotonic() - began < seconds / 2
-        told = state["methods"][1]["state"]
-        assert [Topology.from_state_dict(told["places"][name]) for name in ("0.values", "2.values")] == places(model)
-        moved = {name: (x.clone(), model[int(name[0])].topology) for name, x in method.accrued.items() if "val" in name}
-    assert all(x.any() for x, _ in moved.values())
+        with pytest.raises(ExchangeError, match="has not answered a pull"):
+            train(model, optimizer, [batch(0, 2)])  # its gradient was to be pushed with the next one
+        assert time.monotonic() - began >= SECONDS
+        assert places(model) == agreed
+        model(batch(0, 3)[0])
+        assert places(model) != agreed
+        with mock.patch.object(method.clients, "wait", side_effect=AssertionError("the server was asked again")):
+            state = session.state_dict()
+    return model, optimizer, method, state, agreed
 
-    def check(again):
-        """What was accrued for connections that there are still is there, and nothing else."""
-        for name, (x, topology) in moved.items():
-            kept = Remap.between(topology, again[int(name[0])].topology)
-            assert 0 < kept.grown < x.numel()
-            torch.testing.assert_close(method.accrued[name], kept.apply(x), rtol=0, atol=0)
 
+def accrued_with_places(method, model):
+    """What is accrued for each sparse layer, and the topology that it belongs to."""
+    return {name: (x.clone(), model[int(name[0])].topology) for name, x in method.accrued.items() if "val" in name}
+
+
+def has_followed(method, model, accrued):
+    """What was accrued for connections that are still there is kept, and nothing else."""
+    for name, (x, topology) in accrued.items():
+        remap = Remap.between(topology, model[int(name[0])].topology)
+        assert x.any()
+        assert 0 < remap.grown < x.numel()
+        torch.testing.assert_close(method.accrued[name], remap.apply(x), rtol=0, atol=0)
+
+
+def test_after_a_server_was_gone_the_same_worker_still_has_what_it_accrued(tmp_path):
+    model, optimizer, method, _, agreed = trained_until_the_server_is_gone(tmp_path)
+    accrued = accrued_with_places(method, model)
+    with serve(PLAIN, folder=tmp_path), attach(model, optimizer, set_(every=3, seed=1), method):
+        assert places(model) == agreed
+        has_followed(method, model, accrued)
+
+
+def test_after_a_server_was_gone_a_new_process_has_what_was_accrued(tmp_path):
+    model, _, method, state, agreed = trained_until_the_server_is_gone(tmp_path)
+    accrued = accrued_with_places(method, model)
+    kept = state["methods"][1]["state"]
+    assert [Topology.from_state_dict(kept["places"][name]) for name in ("0.values", "2.values")] == places(model)
+    again = sparse(seed=7)
     with serve(PLAIN, folder=tmp_path) as server:
-        with attach(model, optimizer, set_(every=3, seed=1), method):  # the same worker goes on
-            assert places(model) == before
-            check(model)
-        again = sparse(seed=7)
-        optimizer, method = PLAIN(again.parameters()), PushPull(server.ticket(0), **options)
-        with attach(again, optimizer, set_(every=3, seed=1), method) as session:  # another process does
+        optimizer, method = PLAIN(again.parameters()), PushPull(server.ticket(0), **EVERY_2)
+        with attach(again, optimizer, set_(every=3, seed=1), method) as session:
             session.load_state_dict(state)
-            assert places(again) == before
-            check(again)
+            assert places(again) == agreed
+            has_followed(method, again, accrued)
             assert server.versions == [1]
             train(again, optimizer, [batch(0, 3)])
             assert server.versions == [2]
@@ -313,8 +326,8 @@ def test_a_worker_that_leaves_while_the_disk_is_full_loses_nothing_that_the_serv
 def test_a_shard_that_is_not_there_is_named():
     with serve(MOMENTUM) as server:
         ticket = dataclasses.replace(server.ticket(0), addresses=(*server.addresses, "tcp://127.0.0.1:9"))
-        with pytest.raises(ExchangeError, match=r"shard 1 at tcp://127\.0\.0\.1:9 has not answered a join for 0\.4 s"):
-            begin(PushPull(ticket, timeout_seconds=0.4))
+        with pytest.raises(ExchangeError, match=r"shard 1 at tcp://127\.0\.0\.1:9 has not answered a join for 2 s"):
+            begin(PushPull(ticket, timeout_seconds=2.0))
 
 
 def test_a_worker_that_dies_is_waited_for_only_so_long():
@@ -329,8 +342,11 @@ def test_a_worker_that_dies_is_waited_for_only_so_long():
 
         method = PushPull(server.ticket(0), bound=0)
         began = time.monotonic()
-        together([lambda: work(method, [batch(0, n) for n in range(5)]), joins_and_dies])
-        assert 0.9 < time.monotonic() - began < 8
+        together(
+            [lambda: work(method, [batch(0, n) for n in range(5)]), joins_and_dies]
+        )  # within its timeout of a minute
+        assert time.monotonic() - began > 0.9
+        assert not server.shards[0].states[1].live
         assert server.versions == [5]
 
 

@@ -17,6 +17,12 @@ from noctule.parallel.server.shard import Shard
 from noctule.transport.messages import read, write
 
 FACTS = {"codec": "Exact()"}
+thoroughly = pytest.mark.parametrize("share", [0.5, pytest.param(1, marks=pytest.mark.slow)])
+"""Half of the examples of a law in a quick run, all of them in a slow one."""
+
+
+def check(law, *strategies, examples):
+    settings(max_examples=int(examples), deadline=None)(given(*strategies)(law))()
 
 
 def shard(optimizer=PLAIN, *, bound=None, warm_start=0, **options):
@@ -34,7 +40,7 @@ def joined(workers, **options):
 
 
 class Sender:
-    """A worker that says what it is told to, and counts by itself."""
+    """A worker that sends the requests that a test asks for, with its own serials and numbers."""
 
     def __init__(self, handler, worker, again=""):
         self.handler, self.worker, self.serial, self.number = handler, worker, 0, 0
@@ -92,9 +98,12 @@ def test_without_a_bound_every_push_is_applied_at_once_and_its_staleness_is_the_
     assert made.parameters["x"].tolist() == [-5.0] * 3
 
 
-@settings(max_examples=80, deadline=None)
-@given(st.data(), st.integers(0, 3), st.integers(1, 4))
-def test_the_bound_is_never_broken_and_never_makes_anyone_wait_in_vain(data, bound, count):
+@thoroughly
+def test_the_bound_is_never_broken_and_never_makes_a_worker_wait_in_vain(share):
+    check(bound_is_kept, st.data(), st.integers(0, 3), st.integers(1, 4), examples=80 * share)
+
+
+def bound_is_kept(data, bound, count):
     everyone = senders(joined(count, bound=bound), count)  # more may join
     handler = everyone[0].handler
     running, waiting, pushed = set(range(count)), set(), [0] * count
@@ -135,7 +144,7 @@ def test_the_bound_is_never_broken_and_never_makes_anyone_wait_in_vain(data, bou
 
 
 class Crowd:
-    """Workers that come, leave, die and return at any time, each of which waits for its answers."""
+    """Workers that join, leave, die and return at any time; each waits for its replies."""
 
     def __init__(self, count, **options):
         self.now, self.count, self.bound = 0.0, count, options["bound"]
@@ -152,7 +161,7 @@ class Crowd:
         self.receive(self.senders[worker].send("join", facts=FACTS))
 
     def pushes(self, worker):
-        """Also one that was silent, and comes back by that."""
+        """A worker that was silent returns with its push."""
         self.running.discard(worker)
         self.silent.discard(worker)
         self.waiting.add(worker)
@@ -164,14 +173,14 @@ class Crowd:
         self.receive(self.senders[worker].send("leave", number=self.senders[worker].number))
 
     def dies(self, worker):
-        """Or is silent for so long that the others must think so, and may go on when it was not waiting."""
+        """It ends, or is silent for longer than the shard's patience; a silent one that was not waiting may push again."""
         (self.silent if worker in self.running else self.gone).add(worker)
         self.running.discard(worker)
         self.waiting.discard(worker)
         self.passes()
 
     def passes(self):
-        """So much time that whoever says nothing is silent."""
+        """More time than the shard's patience: the others send a message."""
         self.now += 11
         for worker in self.running | self.waiting | self.door:
             self.senders[worker].send("ask", about=-1)
@@ -208,9 +217,13 @@ class Crowd:
             assert self.shard.parameters["x"].tolist() == [-float(total), 0.0, 0.0]
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.data(), st.integers(0, 2), st.integers(1, 3), st.sampled_from([0, 1, 3, 6]), st.sampled_from([5, 20, 50]))
-def test_the_bound_holds_whoever_comes_leaves_dies_or_returns_in_a_warm_start_or_later(data, bound, count, warm, steps):
+@thoroughly
+def test_the_bound_holds_when_workers_join_leave_die_or_return_in_a_warm_start_or_later(share):
+    warm, steps = st.sampled_from([0, 1, 3, 6]), st.sampled_from([5, 20, 50])
+    check(crowd_keeps_the_bound, st.data(), st.integers(0, 2), st.integers(1, 3), warm, steps, examples=150 * share)
+
+
+def crowd_keeps_the_bound(data, bound, count, warm, steps):
     crowd = Crowd(count, bound=bound, warm_start=warm)
     for _ in range(steps):
         here = crowd.running | crowd.waiting
@@ -475,9 +488,13 @@ KINDS = st.sampled_from(["join", "seed", "push", "pull", "leave", "ask", ""])
 FIELDS = st.sampled_from(["number", "names", "pull", "facts", "shapes", "bound", "warm_start", "about"])
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.booleans(), KINDS, st.dictionaries(FIELDS, JUNK), st.lists(st.binary(max_size=13), max_size=3))
-def test_no_message_breaks_a_shard(seeded, kind, fields, frames):
+@thoroughly
+def test_no_message_breaks_a_shard(share):
+    fields, frames = st.dictionaries(FIELDS, JUNK), st.lists(st.binary(max_size=13), max_size=3)
+    check(shard_answers, st.booleans(), KINDS, fields, frames, examples=150 * share)
+
+
+def shard_answers(seeded, kind, fields, frames):
     made = joined(1) if seeded else Shard(PLAIN)
     handler = ShardHandler(made)
     message = {"protocol": 2, "session": "session 0", "serial": 7, **fields, "kind": kind}
