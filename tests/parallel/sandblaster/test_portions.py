@@ -1,4 +1,4 @@
-"""Portions are handed out until each has a result, and added up in one order whoever sent them when."""
+"""Portions are handed out until each has a result, and added up in one order whichever worker sent them when."""
 
 import random
 from collections import deque

@@ -46,7 +46,7 @@ def test_a_layer_that_changes_its_number_of_weights_is_refused_before_it_does():
             with pytest.raises(ValueError, match=r"'0.values' is to go from .* weights.*keeps as many"):
                 model[0].remap_(new, remap)
             assert model[0].topology is old
-        model[0].remap_(new, remap)  # nobody listens any more
+        model[0].remap_(new, remap)  # no hook is left
 
 
 def test_the_server_keeps_what_it_needs_for_a_worker_that_is_far_behind():

@@ -206,7 +206,7 @@ class Crowd:
         complete = len(states) >= self.count
         for worker in self.running:
             assert warming or (complete and states[worker].clock - slowest <= self.bound)
-        for worker in self.waiting:  # for somebody who is slower, or has not come
+        for worker in self.waiting:  # for a worker that is slower or has not joined
             assert not complete or states[worker].clock - slowest > self.bound
         assert not (complete and self.waiting) or self.running
         assert not self.door or not states or (warming and 0 in self.running)

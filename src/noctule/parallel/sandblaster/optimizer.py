@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from noctule.core.errors import ExchangeError, NonFiniteError
 from noctule.parallel.sandblaster.coordinator import DTYPES
@@ -73,6 +74,7 @@ class Sandblaster(Optimizer):
         self._version, self._written, self._serial = -1, self._identity(), 0
         self._client = Client(server, server.addresses[0])
 
+    @override
     @torch.no_grad()
     def step(self, closure: Callable[[int], Any]) -> float:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Take part in one step of the coordinator's optimizer; returns the loss of the whole batch at its beginning.

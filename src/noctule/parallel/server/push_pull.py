@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from noctule.codecs import Codec
 from noctule.core.errors import NonFiniteError
@@ -109,6 +110,7 @@ class PushPull(Method):
         """With overlap: the weights at the push whose reply has not been read."""
         self._places: dict[str, Topology] = {}  # the topology that what is accrued and owed of each layer belongs to
 
+    @override
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Join the server and take its weights.
 
@@ -137,8 +139,9 @@ class PushPull(Method):
     @property
     def staleness(self) -> Counter[int]:
         """How many pushes of this worker, to all shards, had each staleness; empty before a session begins."""
-        return self.clients.staleness if hasattr(self, "links") else Counter()
+        return self.clients.staleness if hasattr(self, "clients") else Counter()
 
+    @override
     def before_step(self) -> None:
         """Add the gradient to what is accrued.
 
@@ -164,6 +167,7 @@ class PushPull(Method):
             first = x.to(torch.float32, copy=True)
             self.accrued[name] = first if factor == 1.0 else first.mul_(factor)
 
+    @override
     def after_step(self) -> None:
         """Push and pull, each every so many steps."""
         self._report_moves()
@@ -186,6 +190,7 @@ class PushPull(Method):
             self._push(pull=True)
         self._pull()
 
+    @override
     def settle(self) -> None:
         """Push what is accrued and pull, unless the last step did."""
         if self.accrued or self._since or self.steps % self.pull_every:
@@ -199,6 +204,7 @@ class PushPull(Method):
             self._push(pull=False)
         return self._pull(kept=key)
 
+    @override
     def remapped(self, layer: nn.Module, remap: Remap) -> None:
         """Refuse what the server cannot follow; moves of sparse layers are noted by the mirror.
 
@@ -212,6 +218,7 @@ class PushPull(Method):
                 "sessions, with a server of a new folder for each, or train with EverySync or DiLoCo, which follow"
             )
 
+    @override
     def end(self) -> None:
         """Leave the server: no worker waits for this one any longer."""
         try:
@@ -221,6 +228,7 @@ class PushPull(Method):
             self.mirror.close()
             self.clients.close()
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """What is accrued and owed, and the topologies it belongs to; the weights are the server's."""
         if self.server.worker == 0 and not self.clients.failed:
@@ -230,6 +238,7 @@ class PushPull(Method):
         kept = {"accrued": accrued, "compress": self.compress.state_dict()}
         return {"steps": self.steps, "places": places, **kept}
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what is accrued and owed, and take the server's present weights and connections.
 
