@@ -225,7 +225,7 @@ def test_after_a_portion_that_is_not_finite_a_new_coordinator_repeats_the_step(t
     model = network()
     closure = loss_of(model, 2)
     with coordinate(LBFGS, folder=tmp_path) as server:
-        optimizer = Sandblaster(model.parameters(), server.ticket(0), portions=2)
+        optimizer = Sandblaster(model.named_parameters(), server.ticket(0), portions=2)
         optimizer.step(closure)
         calls = []
         with pytest.raises(NonFiniteError, match="portion 1 at step 1"):

@@ -104,7 +104,7 @@ def test_the_optimizers_state_goes_where_it_goes_in_plain_training(data, optimiz
 
 @settings(max_examples=30, deadline=None)
 @given(st.data())
-def test_a_worker_that_hears_what_it_missed_has_todays_connections(data):
+def test_a_worker_that_gets_what_it_missed_has_todays_connections(data):
     log = TopologyLog(Topology.random(SHAPE, 9, generator=torch.Generator().manual_seed(3)))
     mine, version = log.topology, 0
     for _ in range(data.draw(st.integers(1, 12))):

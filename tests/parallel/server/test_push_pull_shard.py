@@ -373,7 +373,7 @@ def full(folder):
 
 
 @pytest.mark.parametrize("how", ["it closes", "time passes", "pushes come"])
-def test_a_snapshot_that_failed_is_owing(tmp_path, how):
+def test_a_snapshot_that_failed_is_retried(tmp_path, how):
     now, folder = [0.0], tmp_path / "shard"
     made = Shard(PLAIN, clock=lambda: now[0])
     first, second = senders(made, 2, folder=folder, snapshot_every=2)
@@ -384,7 +384,7 @@ def test_a_snapshot_that_failed_is_owing(tmp_path, how):
         sender.send("join", facts=FACTS)
     with full(folder):
         first.push()
-        with pytest.warns(UserWarning, match="could not save .*; the shard goes on"):
+        with pytest.warns(UserWarning, match="could not save .*; the shard continues"):
             assert header(first.push())["saved"] == 0
         with pytest.warns(UserWarning, match="could not save"):
             assert header(first.send("leave", number=2))["saved"] == 0  # and it forgets them all the same
@@ -408,9 +408,7 @@ def test_a_snapshot_that_failed_is_owing(tmp_path, how):
     now[0] = 100.0
     handler.tick()
     handler.close()
-    assert [
-        (path, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())
-    ] == written  # nothing is owing any more
+    assert [(path, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())] == written  # nothing is left to write
 
 
 def test_what_is_not_finite_is_refused_and_changes_nothing():
@@ -429,7 +427,7 @@ def test_a_worker_that_joins_again_replaces_its_former_self():
     made.push(0, 1, {"x": torch.ones(3)})
     assert made.join(0, "another", FACTS)
     assert made.states[0].clock == 1
-    assert not made.hears(0, "session 0")
+    assert not made.note_message(0, "session 0")
     with pytest.raises(ExchangeError, match="has joined again from elsewhere"):
         made.join(0, "session 0", FACTS)
 
@@ -507,14 +505,14 @@ def shard_answers(seeded, kind, fields, frames):
         assert header(Sender(handler, 0).send("pull"))["version"] == made.version
 
 
-def test_parameters_are_dealt_by_their_size_and_alike_everywhere():
+def test_parameters_are_assigned_by_their_size_and_alike_everywhere():
     sizes = {f"p{n}": n for n in range(1, 40)}
     dealt = assign(sizes, 3)
     assert sorted(name for names in dealt for name in names) == sorted(sizes)
     loads = [sum(sizes[name] for name in names) for names in dealt]
     assert max(loads) - min(loads) <= 3
     assert assign(dict(reversed(sizes.items())), 3) == dealt
-    with pytest.raises(ValueError, match="2 parameters cannot be dealt to 3"):
+    with pytest.raises(ValueError, match="2 parameters cannot be assigned to 3"):
         assign({"a": 1, "b": 2}, 3)
 
 
