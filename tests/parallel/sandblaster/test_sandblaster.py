@@ -163,7 +163,7 @@ def test_slow_stopped_and_killed_processes(tmp_path):
             died, *rest = running.outcomes()
             assert isinstance(died, WorkerError)
             assert all(same((one["losses"], one["weights"]), expected(portions)) for one in rest)
-            late = train(server.ticket(0), portions=portions, steps=STEPS)  # it comes back with nothing, and has all
+            late = train(server.ticket(0), portions=portions, steps=STEPS)  # it joins with nothing, and gets all
             assert same(late, expected(portions))
 
 

@@ -123,7 +123,7 @@ def test_a_long_wait_for_others_is_no_error():
         assert server.wasted[1] == 0
 
 
-def test_workers_that_do_not_fit_are_told_where():
+def test_workers_that_do_not_fit_get_an_error_that_says_where():
     with coordinate(LBFGS) as server:
         train(server.ticket(0), portions=4, steps=1)
         with pytest.raises(
@@ -144,7 +144,7 @@ def test_workers_that_do_not_fit_are_told_where():
                 Sandblaster(wrong, server.ticket(0), portions=0 if "portions=0" in match else 4)
 
 
-def test_nonsense_is_answered_and_the_coordinator_goes_on():
+def test_nonsense_is_answered_and_the_coordinator_continues():
     with coordinate(LBFGS, max_bytes=100_000) as server:
         ours, theirs = (Client(server.ticket(worker), server.addresses[0]) for worker in (1, 0))
 
@@ -241,7 +241,7 @@ def test_after_a_portion_that_is_not_finite_a_new_coordinator_repeats_the_step(t
 
 
 @pytest.mark.parametrize("kills", [[1], pytest.param([0, 2, 3, 5], marks=pytest.mark.slow)])
-def test_a_coordinator_that_is_killed_goes_on_from_the_last_step(tmp_path, kills):
+def test_a_coordinator_that_is_killed_continues_from_the_last_step(tmp_path, kills):
     steps, portions = kills[-1] + 3, 6
     expected, wanted = alone(LBFGS, portions=portions, steps=steps)
     with Workers(1, group=False) as processes, ThreadPoolExecutor(2) as threads:

@@ -78,7 +78,7 @@ def test_the_server_and_all_workers_have_the_movers_connections(order, pull_ever
                 methods.insert(0 if order == "before" else 1, set_(every=3, seed=2))
             with attach(model, optimizer, *methods) as session:
                 train(model, optimizer, [batch(rank, n) for n in range(12)])
-                session.state_dict()  # what moved after the last step is told now, or before the next one
+                session.state_dict()  # what moved after the last step is reported now, or before the next one
                 push_pull.now()
                 barrier.wait()
                 push_pull.fetch("")
@@ -114,7 +114,7 @@ def joins(server, rank, first):
 
 @pytest.mark.parametrize("codec", [None, Half()], ids=["exact", "half"])
 @pytest.mark.parametrize("early", [False, True], ids=["model loaded in the session", "model loaded before"])
-def test_a_mover_that_dies_after_it_has_saved_goes_on_as_if_it_had_not(codec, early):
+def test_a_mover_that_dies_after_it_has_saved_continues_as_if_it_had_not(codec, early):
     """It dies where it has just pulled, and then moved connections: what its own optimizer did since a pull would be gone."""
 
     def opened(server, model):

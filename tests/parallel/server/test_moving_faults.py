@@ -98,7 +98,7 @@ def test_an_invalid_reply_about_connections_is_refused(entry, frames, match):
 
 
 @pytest.mark.parametrize("kills", [[5], pytest.param([5, 9, 14, 21], marks=pytest.mark.slow)])
-def test_a_server_that_is_killed_comes_back_with_all_moves(tmp_path, kills):
+def test_a_server_that_is_killed_restarts_with_all_moves(tmp_path, kills):
     steps = 8 + kills[-1]
     plain = sparse()
     own = MOMENTUM(plain.parameters())

@@ -155,7 +155,7 @@ def test_what_arrived_and_what_is_owed_is_what_was_given(codec):
         torch.testing.assert_close(before - p + method.compress.owed[name], total, atol=1e-5, rtol=1e-5)
 
 
-def test_between_pulls_a_worker_goes_on_by_itself():
+def test_between_pulls_a_worker_continues_by_itself():
     plain = network()
     expected = train(plain, torch.optim.SGD(plain.parameters(), lr=0.1), [batch(0, n) for n in range(2)])
     model = network()

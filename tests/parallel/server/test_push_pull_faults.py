@@ -1,4 +1,4 @@
-"""A parameter server among people who make mistakes, and processes that end: nothing is lost, nothing counts twice, all is said."""
+"""A parameter server with mistakes and processes that end: nothing is lost, nothing counts twice, all is said."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def await_file(path):
     ("workers", "kills"),
     [(2, [9]), *(pytest.param(workers, [5, 9, 15, 20, 26], marks=pytest.mark.slow) for workers in (1, 2, 3))],
 )
-def test_a_server_that_is_killed_comes_back_and_nothing_is_lost_or_counted_twice(tmp_path, workers, kills):
+def test_a_server_that_is_killed_restarts_and_nothing_is_lost_or_counted_twice(tmp_path, workers, kills):
     steps, shards = 10 + kills[-1], 2
     with serve(MOMENTUM, shards=shards, workers=workers) as server:
         methods = [PushPull(server.ticket(rank), bound=0) for rank in range(workers)]
@@ -96,14 +96,14 @@ def test_a_server_that_stands_still_for_a_while_is_waited_for(tmp_path):
         await_file(tmp_path / "worker-0.json")
         done = []
 
-        def stop_and_go_on():
+        def stop_and_resume():
             while len(done) < 5:
                 time.sleep(0.005)
             processes.stop(0)
             time.sleep(5)
             processes.resume(0)
 
-        freezer = threading.Thread(target=stop_and_go_on)
+        freezer = threading.Thread(target=stop_and_resume)
         freezer.start()
         method = PushPull(Ticket.load(tmp_path / "worker-0.json"))
         found = work(method, [batch(0, n) for n in range(20)], lambda: (done.append(None), time.sleep(0.01)))
@@ -158,7 +158,7 @@ def test_a_worker_is_whom_its_key_says():
         assert sorted(server.shards[0].states) == [0, 3]
 
 
-def test_nonsense_is_answered_and_the_server_goes_on():
+def test_nonsense_is_answered_and_the_server_continues():
     with serve(MOMENTUM, max_bytes=10_000) as server:
         sockets = ShardSockets(server.ticket(1))
 
@@ -188,7 +188,7 @@ def test_nonsense_is_answered_and_the_server_goes_on():
         begin(PushPull(server.ticket(0)), width=2000)
 
 
-def test_workers_that_do_not_fit_are_told_where():
+def test_workers_that_do_not_fit_get_an_error_that_says_where():
     with serve(MOMENTUM, shards=2, workers=2) as server:
         with pytest.raises(ExchangeError, match=r"a pull for 1 s: it says: only 1 of 2 workers have joined"):
             begin(PushPull(server.ticket(0), timeout_seconds=1))
@@ -286,7 +286,7 @@ class Ending:
 
 
 @pytest.mark.parametrize("push_every", [1, 2])
-def test_fit_leaves_a_checkpoint_when_the_server_is_gone_and_goes_on_when_it_is_back(tmp_path, push_every):
+def test_fit_leaves_a_checkpoint_when_the_server_is_gone_and_continues_when_it_is_back(tmp_path, push_every):
     data = Dataset(torch.randn(32, 6), torch.arange(32) % 3, name="toy", classes=3)
     folder = RunFolder.create(tmp_path / "run", recipe="test", options={}, seed=0)
     journal, batches = Journal(folder, "toy"), Batches(data, 8, seed=0)

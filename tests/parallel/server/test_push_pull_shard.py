@@ -276,7 +276,7 @@ def test_a_worker_that_leaves_or_falls_silent_is_not_waited_for_and_may_come_bac
     assert first.handler.tick() == []
     now[0] = 9
     assert "waiting" in header(first.send("ask", about=first.serial))
-    now[0] = 11  # the second has said nothing
+    now[0] = 11  # the second has sent nothing
     ((route, _),) = first.handler.tick()
     assert route == b"0"
     for _ in range(5):

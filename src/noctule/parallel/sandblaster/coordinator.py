@@ -219,7 +219,7 @@ class Coordinator:
                 self._step = PausedStep(self._optimizer, self._x)
             first = self._step.advance(done and done.total)
         except Exception as error:  # memory, or numbers near the ends of what floats can hold
-            self._fail(f"step {len(self.losses)} cannot go on: {type(error).__name__}: {error}", finite=True)
+            self._fail(f"step {len(self.losses)} cannot continue: {type(error).__name__}: {error}", finite=True)
             return
         if first is None:
             if done is not None:  # where a step begins the workers have the weights already

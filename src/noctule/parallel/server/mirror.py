@@ -55,7 +55,7 @@ class LayerMirror:
         return {name: list(topology.shape) for name, topology in places.items()}, frames
 
     def moved(self) -> list[str]:
-        """The layers that were moved here since the server was told last."""
+        """The layers that were moved here since the last report."""
         return [
             name
             for name, layer in self.layers.items()
@@ -65,7 +65,7 @@ class LayerMirror:
     def report(
         self, moved: Sequence[str], assigned: Sequence[Sequence[str]]
     ) -> list[tuple[dict[str, Any], list[bytes]]]:
-        """Make the messages to the shards that report the moves of these layers; the server counts as told."""
+        """Make the messages to the shards that report the moves of these layers; the new topologies count as agreed."""
         messages = []
         for names in assigned:
             mine = [name for name in names if name in moved]

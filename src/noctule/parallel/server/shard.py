@@ -1,7 +1,7 @@
 """A shard of a parameter server: weights, the optimizer that updates them, and the state of each worker; without sockets.
 
 The clock of a worker is the number of its pushes. With a bound s (stale synchronous parallel, Ho et al. 2013, NIPS) a worker at
-clock c may go on if and only if the slowest one is at c - s or later; bound 0 is synchronous training, no bound is Downpour SGD
+clock c may continue if and only if the slowest one is at c - s or later; bound 0 is synchronous training, no bound is Downpour SGD
 (Dean et al. 2012, "Large scale distributed deep networks", NIPS).
 Differs from the papers: with bound 0 the pushes of one clock are applied as one, their mean, so that several workers are one worker
 on all their batches, to the rounding.
