@@ -10,6 +10,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from noctule.codecs import Cast
 from noctule.measure.paired import interval
-from noctule.parallel import LBFGS, coordinate
+from noctule.parallel import coordinate
 from noctule.testing.processes import Workers
 from noctule_bench import program
 from noctule_bench.asynchronous_jobs import SGD, minimised, trained
@@ -106,8 +107,8 @@ def _run(group: Workers, method: str, plan: dict[str, Any]) -> list[dict[str, An
 
     with tempfile.TemporaryDirectory() as tickets:
         coding = Cast(torch.bfloat16) if plan["bf16"] else None
-        options = LBFGS(max_iter=plan["iterations"], history_size=10)
-        with coordinate(options) if method == "sandblaster" else serve(SGD, workers=2, codec=coding) as server:
+        lbfgs = partial(torch.optim.LBFGS, max_iter=plan["iterations"], history_size=10, line_search_fn="strong_wolfe")
+        with coordinate(lbfgs) if method == "sandblaster" else serve(SGD, workers=2, codec=coding) as server:
             for worker in range(2):
                 server.ticket(worker).save(Path(tickets, str(worker)))
             function = minimised if method == "sandblaster" else trained

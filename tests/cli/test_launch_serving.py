@@ -19,8 +19,8 @@ from noctule.launch.server import listen
 from noctule.team import Strategy
 from noctule.team.strategy import Serving
 from noctule.testing.link import available, shaped_network
-from noctule.transport.keyed import new_pair
-from noctule.transport.knock import knock
+from noctule.transport.reach import check_ticket
+from noctule.transport.sockets import new_pair
 from noctule.transport.ticket import Ticket
 
 TRAIN = [
@@ -139,12 +139,12 @@ def test_a_ticket_of_another_model_is_refused_and_the_server_serves_on(noctule_c
 
 def test_a_ticket_that_the_server_does_not_know_is_refused_at_once(listening, tmp_path, capsys):
     _, invitation = listening
-    knock(invitation.ticket)
+    check_ticket(invitation.ticket)
     public, secret = (key.decode() for key in new_pair())
     stranger = replace(invitation.ticket, public_key=public, secret_key=secret)
     began = time.monotonic()
     with pytest.raises(ExchangeError, match="does not know the ticket of worker 0"):
-        knock(stranger)
+        check_ticket(stranger)
     assert time.monotonic() - began < 5.0
     replace(invitation, ticket=stranger).save(tmp_path / "stranger.ticket")
     assert main([*TRAIN, "--ticket", str(tmp_path / "stranger.ticket"), "--out", str(tmp_path / "run")]) == 1
@@ -157,14 +157,14 @@ def test_a_ticket_that_the_server_does_not_know_is_refused_at_once(listening, tm
 def test_a_ticket_of_another_server_is_refused_at_once(listening):
     _, invitation = listening
     with pytest.raises(ExchangeError, match="is not the server that gave the ticket of worker 0"):
-        knock(replace(invitation.ticket, server_key=new_pair()[0].decode()))
+        check_ticket(replace(invitation.ticket, server_key=new_pair()[0].decode()))
 
 
 def test_nobody_is_waited_for_in_vain(listening):
     server, invitation = listening
     server.close()
-    with pytest.raises(ExchangeError, match=r"nobody answers at tcp://127\.0\.0\.1:"):
-        knock(invitation.ticket, timeout_seconds=0.3)
+    with pytest.raises(ExchangeError, match=r"no answer from tcp://127\.0\.0\.1:"):
+        check_ticket(invitation.ticket, timeout_seconds=0.3)
 
 
 def test_an_invitation_is_a_secret_file_that_is_also_a_ticket(listening, tmp_path):
@@ -260,4 +260,4 @@ def test_a_server_is_reached_under_its_public_name(tmp_path):
     with closing(listen(serving.together, folder=tmp_path / "server", workers=1, host="0.0.0.0")) as server:
         ticket = invitation(serving, server.ticket(0)).ticket
         assert [address.rpartition(":")[0] for address in ticket.addresses] == ["tcp://localhost"] * 2
-        knock(ticket)
+        check_ticket(ticket)

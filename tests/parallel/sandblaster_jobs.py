@@ -2,19 +2,20 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from noctule.parallel import Sandblaster, coordinate
 from noctule.parallel.sandblaster.coordinator import Coordinator
-from noctule.parallel.sandblaster.lbfgs import LBFGS
-from noctule.parallel.sandblaster.optimizer import Sandblaster, coordinate
 from noctule.transport.messages import read, write
 from noctule.transport.ticket import Ticket
 
 SAMPLES = 24
+WOLFE = partial(torch.optim.LBFGS, line_search_fn="strong_wolfe")
 
 
 def network(seed: int = 0, width: int = 5, dtype: torch.dtype = torch.float64) -> Any:
@@ -72,9 +73,9 @@ def train(
     return losses, [p.detach().clone() for p in model.parameters()]
 
 
-def alone(options: LBFGS, *, portions: int, steps: int, shards: int = 1) -> tuple[list[float], list[Tensor]]:
+def alone(optimizer: Any, *, portions: int, steps: int) -> tuple[list[float], list[Tensor]]:
     """One worker."""
-    with coordinate(options, shards=shards) as server:
+    with coordinate(optimizer) as server:
         return train(server.ticket(0), portions=portions, steps=steps)
 
 
@@ -101,7 +102,7 @@ def work(
 
 def run_coordinator(rank: int, world: int, folder: str, options: dict[str, Any], workers: int) -> None:
     """Until this process is killed."""
-    with coordinate(LBFGS(**options), folder=folder) as server:
+    with coordinate(partial(WOLFE, **options), folder=folder) as server:
         for worker in range(workers):
             server.ticket(worker).save(Path(folder, f"worker-{worker}.json"))
         while True:
@@ -109,10 +110,10 @@ def run_coordinator(rank: int, world: int, folder: str, options: dict[str, Any],
 
 
 class Actor:
-    """A worker without sockets, whose every move is asked for: what it hears and says goes through a coordinator's hands."""
+    """A worker without sockets, which makes one move at a time: its requests go to a coordinator directly."""
 
-    def __init__(self, desk: Coordinator, worker: int, portions: int, letters: dict[int, list[Any]]) -> None:
-        self.desk, self.worker, self.portions, self.letters = desk, worker, portions, letters
+    def __init__(self, coordinator: Coordinator, worker: int, portions: int, inbox: dict[int, list[Any]]) -> None:
+        self.coordinator, self.worker, self.portions, self.inbox = coordinator, worker, portions, inbox
         self.steps, self.version, self.serial, self.did = 0, -1, 0, None
         self.model = network(seed=worker)
         self.closure = loss_of(self.model, portions)
@@ -124,16 +125,16 @@ class Actor:
         found = [p.grad if gradients else p.detach() for p in self.model.parameters()]
         return torch.cat([x.flatten() for x in found if x is not None]).numpy().tobytes()
 
-    def say(self, header: dict[str, Any], tensors: Sequence[bytes] = ()) -> None:
+    def send(self, header: dict[str, Any], tensors: Sequence[bytes] = ()) -> None:
         self.serial += 1
         frames = write({**header, "serial": self.serial}, tensors)
-        for route, answer in self.desk.handle(self.worker, b"%d" % self.worker, frames):
-            self.letters[int(route)].append(answer)
+        for route, answer in self.coordinator.handle(self.worker, b"%d" % self.worker, frames):
+            self.inbox[int(route)].append(answer)
 
     def move(self) -> None:
-        """Read what has come; else finish a portion; else ask."""
-        while self.letters[self.worker]:
-            answer, found = read(self.letters[self.worker].pop(0))
+        """Read the replies; else finish a portion; else ask for one."""
+        while self.inbox[self.worker]:
+            answer, found = read(self.inbox[self.worker].pop(0))
             if answer["serial"] != self.serial or "wait" in answer:
                 continue
             self.asked = False
@@ -142,7 +143,7 @@ class Actor:
                 facts = {"portions": str(self.portions)}
                 header = {"kind": "join", "dtype": "float64", "portions": self.portions, "facts": facts}
                 self.asked = True
-                return self.say(header, [self.flat(gradients=False)] if answer.get("seed") else [])
+                return self.send(header, [self.flat(gradients=False)] if answer.get("seed") else [])
             if found:
                 flat = torch.frombuffer(bytearray(found[0]), dtype=torch.float64)
                 torch.nn.utils.vector_to_parameters(flat, self.model.parameters())
@@ -161,4 +162,4 @@ class Actor:
             header["did"] = {"version": self.version, "portion": self.portion, "loss": float(loss.detach())}
             tensors, self.portion = [self.flat(gradients=True)], None
         self.asked = True
-        return self.say(header, tensors)
+        return self.send(header, tensors)

@@ -1,4 +1,4 @@
-"""A ticket's file: what was saved is loaded, and what is no ticket is said to be none, without a secret."""
+"""A ticket's file: what was saved is loaded, and what is no ticket is refused, without a secret in the error."""
 
 import dataclasses
 import json
@@ -35,18 +35,18 @@ def test_what_was_saved_is_loaded_whatever_else_the_file_says(tmp_path):
         ("worker", 1.5),
     ],
 )
-def test_a_damaged_ticket_is_said_to_be_none(tmp_path, name, value):
+def test_a_damaged_ticket_is_refused(tmp_path, name, value):
     path = tmp_path / "ticket"
     path.write_text(json.dumps({**dataclasses.asdict(TICKET), name: value}))
     with pytest.raises(ValueError, match=r"ticket holds no ticket: write one with server\.ticket") as caught:
         Ticket.load(path)
-    said = "".join(traceback.format_exception(caught.value))
-    assert f"its {name} cannot be one" in said
-    assert "hidden" not in said
+    text = "".join(traceback.format_exception(caught.value))
+    assert f"its {name} cannot be one" in text
+    assert "hidden" not in text
 
 
 @pytest.mark.parametrize("text", ["", "[]", "5", "null", '"ticket"', "{", "{}", '{"worker": 3}', "\0"])
-def test_a_file_of_something_else_is_said_to_be_none(tmp_path, text):
+def test_a_file_of_something_else_is_refused(tmp_path, text):
     (tmp_path / "ticket").write_text(text)
     with pytest.raises(ValueError, match="holds no ticket"):
         Ticket.load(tmp_path / "ticket")

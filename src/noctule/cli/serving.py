@@ -99,12 +99,12 @@ def _watch(server: "Server") -> None:
     """Say who comes and goes, for ever."""
     there: set[int] = set()
     while True:
-        seats = dict(sorted(server.shards[0].seats.items()))
-        for worker, seat in seats.items():
-            if seat.live and worker not in there:
+        states = dict(sorted(server.shards[0].states.items()))
+        for worker, state in states.items():
+            if state.live and worker not in there:
                 print(f"worker {worker} takes part", flush=True)
-            elif not seat.live and worker in there:
-                silent = server.shards[0].now() - seat.heard > PATIENCE_SECONDS
-                print(f"worker {worker} {'is silent: nobody waits for it' if silent else 'has left'}", flush=True)
-        there = {worker for worker, seat in seats.items() if seat.live}
+            elif not state.live and worker in there:
+                silent = server.shards[0].now() - state.last_message > PATIENCE_SECONDS
+                print(f"worker {worker} {'is silent: it is not waited for' if silent else 'has left'}", flush=True)
+        there = {worker for worker, state in states.items() if state.live}
         time.sleep(_LOOK_SECONDS)

@@ -56,9 +56,9 @@ class Invitation:
             ExchangeError: the server does not let it in, or has not answered for `WAIT_SECONDS`.
             UsageError: the training does not ask its team how to train.
         """
-        from noctule.transport.knock import knock
+        from noctule.transport.reach import check_ticket
 
-        knock(self.ticket)
+        check_ticket(self.ticket)
         with as_member_of(
             Apart(self.ticket, world=self.workers, strategy=self.strategy, timeout_seconds=WAIT_SECONDS)
         ) as team:

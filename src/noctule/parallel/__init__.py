@@ -5,15 +5,14 @@ from noctule.parallel.diloco import AVERAGE, NESTEROV, DiLoCo
 from noctule.parallel.gossip import Gossip
 from noctule.parallel.graphs import complete, random, ring, torus
 from noctule.parallel.merging import Merge, merge_workers
-from noctule.parallel.sandblaster.lbfgs import LBFGS
-from noctule.parallel.sandblaster.optimizer import Sandblaster, coordinate
+from noctule.parallel.sandblaster.coordinate import coordinate
+from noctule.parallel.sandblaster.optimizer import Sandblaster
 from noctule.parallel.server.push_pull import PushPull
 from noctule.parallel.wasap import wasap
 from noctule.transport.ticket import Ticket
 
 __all__ = [
     "AVERAGE",
-    "LBFGS",
     "NESTEROV",
     "DiLoCo",
     "Gossip",

@@ -1,4 +1,4 @@
-"""What a worker and a shard say to each other: a JSON header, then the bytes of tensors, one frame each."""
+"""Messages between workers and servers: a JSON header, then the bytes of tensors, one frame each."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,21 +11,21 @@ from noctule.core.codec import Codec, Payload, pack, unpack
 from noctule.core.errors import ExchangeError
 
 PROTOCOL = 2
-"""Changes when what is said changes."""
+"""The version of the messages: another number where their content has changed."""
 HEADER_BYTES = 1 << 22
-"""A longer header is no header: it would take a hundred thousand parameters."""
+"""The longest header; a hundred thousand parameters have a shorter one."""
 
 
 def write(header: Mapping[str, Any], tensors: Sequence[bytes] = ()) -> list[bytes]:
-    """The frames of a message."""
+    """Make the frames of a message."""
     return [json.dumps({"protocol": PROTOCOL, **header}, separators=(",", ":")).encode(), *tensors]
 
 
 def read(frames: Sequence[bytes]) -> tuple[dict[str, Any], list[bytes]]:
-    """The header of a message, and the frames of its tensors.
+    """Split a message into its header and the frames of its tensors.
 
     Raises:
-        ExchangeError: it is no message, or one of another protocol.
+        ExchangeError: the frames are not a message, or one of another protocol.
 
     >>> read(write({"kind": "pull"}))
     ({'protocol': 2, 'kind': 'pull'}, [])
@@ -48,10 +48,10 @@ def read(frames: Sequence[bytes]) -> tuple[dict[str, Any], list[bytes]]:
 
 
 def field(header: Mapping[str, Any], name: str, kind: type, *, default: Any = ...) -> Any:
-    """What a header says under a name.
+    """Get a value of a header by its name.
 
     Raises:
-        ExchangeError: it is not there, or of another type.
+        ExchangeError: the value is missing, or of another type.
     """
     value = header.get(name, default)
     if value is ... or (type(value) is not kind and value is not default):
@@ -61,15 +61,15 @@ def field(header: Mapping[str, Any], name: str, kind: type, *, default: Any = ..
 
 
 def to_bytes(payload: Payload) -> bytes:
-    """An encoded tensor as a frame."""
+    """Make a frame of an encoded tensor."""
     return pack(payload).cpu().numpy().tobytes()
 
 
 def to_tensor(codec: Codec, frame: bytes, shape: Sequence[int], name: str) -> Tensor:
-    """The float32 tensor that a frame holds.
+    """Decode the float32 tensor of a frame.
 
     Raises:
-        ExchangeError: the frame is torn, too long, or of another tensor.
+        ExchangeError: the frame is incomplete, too long, or of another tensor.
     """
     wire = torch.frombuffer(bytearray(frame), dtype=torch.uint8) if len(frame) else torch.empty(0, dtype=torch.uint8)
     try:

@@ -1,4 +1,4 @@
-"""What lets one worker into a parameter server: where its shards are, and the keys of both sides."""
+"""Tickets, with which a worker connects to a server, and the keys that a server makes them from."""
 
 import json
 import os
@@ -13,23 +13,26 @@ from noctule.core.errors import ExchangeError
 
 @dataclass(frozen=True)
 class Ticket:
-    """For one worker; whoever has it can be that worker, so it goes to nobody else, and its secret is never printed."""
+    """The addresses of a server and the keys of one worker.
+
+    Its holder can act as that worker, so keep it secret; the secret key is never printed.
+    """
 
     worker: int
     addresses: tuple[str, ...]
-    """Of the shards, in their order."""
+    """The address of each shard, in order."""
     server_key: str
-    """The public one of the server."""
+    """The public key of the server."""
     public_key: str
     secret_key: str = field(repr=False)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write it to a file that only its owner may read, to be carried to the worker's machine."""
+        """Write the ticket to a file that only its owner may read, to be copied to the worker's machine."""
         write_secret(Path(path), asdict(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Self:
-        """Read what `save` wrote; what else the file says is for others.
+        """Read the ticket in a file; the file may hold more than that.
 
         Raises:
             ValueError: the file holds no ticket.
@@ -46,7 +49,7 @@ class Ticket:
 
 
 def _fits(name: str, value: Any) -> bool:
-    """Whether a field of a ticket can have a value that a file gives."""
+    """Whether a value from a file is valid for a field of a ticket."""
     if name == "worker":
         return type(value) is int and value >= 0
     if name == "addresses":
@@ -55,26 +58,25 @@ def _fits(name: str, value: Any) -> bool:
 
 
 def write_secret(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON that only its owner may read, whole or not at all."""
+    """Write a JSON file that only its owner may read, completely or not at all."""
     with replacing(path) as file:
         os.fchmod(file.fileno(), 0o600)
         file.write(json.dumps(content, indent=1).encode())
 
 
 class Keys:
-    """What a server gives out tickets from: its keys, those of its workers and its addresses, in a file where there is one.
+    """The keys of a server and of its workers, and its addresses; read from a file if it exists.
 
     Args:
-        path: where they are kept, and found again; None for nowhere.
+        path: the file in which they are kept; None for none.
         pair: makes a public and a secret key.
-        addresses: where each shard listens the first time.
+        addresses: the address of each shard, for a server without a file.
 
     Raises:
         ExchangeError: the file is of a server with another number of shards.
     """
 
     def __init__(self, path: Path | None, *, pair: Callable[[], tuple[bytes, bytes]], addresses: Sequence[str]) -> None:
-        """Those of the file, or new ones."""
         self._path, self._pair = path, pair
         kept = json.loads(path.read_text()) if path is not None and path.exists() else {}
         self.server: tuple[str, ...] = tuple(kept.get("server") or self._new())
@@ -82,23 +84,23 @@ class Keys:
         self.addresses: tuple[str, ...] = tuple(kept.get("addresses") or addresses)
         if path is not None and len(self.addresses) != len(addresses):
             raise ExchangeError(
-                f"{path.parent} is of a server of {len(self.addresses)} shards, not {len(addresses)}: parameters are dealt "
-                "by their number. Use the same one, or another folder"
+                f"{path.parent} is of a server of {len(self.addresses)} shards, not {len(addresses)}: parameters are "
+                "assigned by their number. Use the same one, or another folder"
             )
 
     def ticket(self, worker: int) -> Ticket:
-        """Of a worker; its keys are made when it is first asked for."""
+        """The ticket of a worker; its keys are made at the first call."""
         if str(worker) not in self.workers:
-            self.workers = {**self.workers, str(worker): self._new()}  # shards look into it meanwhile
-            self.keep()
+            self.workers = {**self.workers, str(worker): self._new()}  # server threads read it meanwhile
+            self.save()
         return Ticket(worker, self.addresses, self.server[0], *self.workers[str(worker)])
 
-    def whose(self, public_key: str) -> str | None:
-        """The worker with this key."""
+    def worker_of(self, public_key: str) -> str | None:
+        """The worker that a public key belongs to; None for an unknown key."""
         return next((worker for worker, keys in self.workers.items() if keys[0] == public_key), None)
 
-    def keep(self) -> None:
-        """Write them to the file."""
+    def save(self) -> None:
+        """Write the file, if there is one."""
         if self._path is not None:
             content = {"server": self.server, "workers": self.workers, "addresses": self.addresses}
             write_secret(self._path, content)

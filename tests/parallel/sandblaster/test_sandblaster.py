@@ -1,8 +1,8 @@
-"""Sandblaster: who computes which portion leaves no trace, and it is L-BFGS; slow, stopped and killed processes included."""
+"""Sandblaster is L-BFGS, and which worker computes a portion changes no bit; with slow, stopped and killed processes too."""
 
 import functools
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,24 +10,23 @@ import sandblaster_jobs as jobs
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sandblaster_jobs import Actor, alone, network, train
+from sandblaster_jobs import WOLFE, Actor, alone, network, train
 from torch.nn.functional import cross_entropy
 
 from noctule.data import load
 from noctule.models import mlp
-from noctule.parallel.sandblaster.coordinator import Coordinator, Portions
-from noctule.parallel.sandblaster.lbfgs import LBFGS, Vector
-from noctule.parallel.sandblaster.optimizer import Sandblaster, coordinate
+from noctule.parallel import Sandblaster, coordinate
+from noctule.parallel.sandblaster.coordinator import Coordinator
 from noctule.testing.call import WorkerError
 from noctule.testing.processes import Workers
 
-OPTIONS = LBFGS(max_iter=4, history_size=5)
+LBFGS = functools.partial(WOLFE, max_iter=4, history_size=5)
 STEPS = 3
 
 
 @functools.cache
-def expected(portions, shards=1, steps=STEPS):
-    return alone(OPTIONS, portions=portions, steps=steps, shards=shards)
+def expected(portions, steps=STEPS):
+    return alone(LBFGS, portions=portions, steps=steps)
 
 
 def same(found, wanted):
@@ -45,23 +44,22 @@ def await_(what):
 @settings(max_examples=30, deadline=None)
 @given(
     portions=st.integers(1, 7),
-    shards=st.integers(1, 3),
     moves=st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["move"] * 12 + ["sleep", "die"])), max_size=80),
 )
-def test_whoever_computes_what_and_dies_when_it_may_all_bits_are_the_same(portions, shards, moves):
-    now, letters = [0.0], defaultdict(list)
-    desk = Coordinator(OPTIONS, shards=shards, clock=lambda: now[0])
-    actors = [Actor(desk, worker, portions, letters) for worker in range(4)]
+def test_all_bits_are_the_same_whichever_worker_computes_what_and_dies_when(portions, moves):
+    now, inbox = [0.0], defaultdict(list)
+    coordinator = Coordinator(LBFGS, clock=lambda: now[0])
+    actors = [Actor(coordinator, worker, portions, inbox) for worker in range(4)]
 
     def move(worker, what):
         now[0] += {"move": 1.0, "sleep": 30.0, "die": 1.0}[what]
         if what == "die":
-            letters[worker].clear()
-            actors[worker] = Actor(desk, worker, portions, letters)
+            inbox[worker].clear()
+            actors[worker] = Actor(coordinator, worker, portions, inbox)
         else:
             actors[worker].move()
-        for route, answer in desk.tick():
-            letters[int(route)].append(answer)
+        for route, answer in coordinator.tick():
+            inbox[int(route)].append(answer)
 
     for worker, what in moves:
         move(worker, what)
@@ -71,56 +69,34 @@ def test_whoever_computes_what_and_dies_when_it_may_all_bits_are_the_same(portio
         for worker, actor in enumerate(actors):
             if actor.steps < STEPS:
                 move(worker, "move")
-    desk.close()
+    coordinator.close()
     weights = [p.detach() for p in actors[0].model.parameters()]
-    assert all(actor.losses[:STEPS] == expected(portions, shards)[0] for actor in actors)
+    assert all(actor.losses[:STEPS] == expected(portions)[0] for actor in actors)
     if all(actor.steps == STEPS for actor in actors):
-        assert same((actors[0].losses, weights), expected(portions, shards))
-    assert sum(desk.counted.values()) % portions == 0
+        assert same((actors[0].losses, weights), expected(portions))
+    assert sum(coordinator.counted.values()) % portions == 0
 
 
-def test_who_is_behind_gets_weights_that_stand_and_not_those_of_a_trial():
-    letters = defaultdict(list)
-    desk = Coordinator(OPTIONS)
-    ahead, behind = (Actor(desk, worker, 2, letters) for worker in (0, 1))
-    while ahead.steps < 1 or desk._weights.version < desk._settled.version + 2:
+def test_a_worker_that_is_behind_gets_the_weights_of_a_completed_step_not_of_a_trial():
+    inbox = defaultdict(list)
+    coordinator = Coordinator(LBFGS)
+    ahead, behind = (Actor(coordinator, worker, 2, inbox) for worker in (0, 1))
+    while ahead.steps < 1 or coordinator._weights.version < coordinator._settled.version + 2:
         ahead.move()
     while behind.steps < 1:
         behind.move()
-    desk.close()
+    coordinator.close()
     weights = [p.detach() for p in behind.model.parameters()]
     assert same((behind.losses, weights), expected(2, steps=1))
-
-
-def test_late_portions_go_out_again_and_the_first_answer_counts():
-    portions = Portions(3, deque([1.0, 1.0, 5.0]))
-    assert [portions.take(worker, 0.0) for worker in "abc"] == [0, 1, 2]
-
-    def answer(worker, portion, now):
-        return portions.answer(worker, portion, 0.5, Vector([torch.ones(1)]), now)
-
-    assert answer("b", 1, 1.0)
-    assert portions.take("b", 1.0) is None  # nothing is late
-    assert portions.take("b", 2.0) == 0
-    assert answer("b", 0, 2.5)
-    assert not answer("a", 0, 2.6)
-    assert portions.take("a", 2.6) == 2  # late since long
-    assert portions.take("b", 2.7) is None  # somebody has just begun it
-    assert portions.take("c", 2.8) == 2  # who has it and asks has lost it
-    assert answer("a", 2, 3.0)
-    assert portions.sum.total is not None
-    assert portions.sum.total.whole() == 3
-    assert list(portions.losses.values()) == [0.5] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("strong_wolfe", [True, False])
 def test_one_worker_is_lbfgs_of_torch(dtype, strong_wolfe):
     options = {"max_iter": 6, "history_size": 8, "lr": 1.0 if strong_wolfe else 0.2}
+    options |= {"line_search_fn": "strong_wolfe" if strong_wolfe else None}
     model, steps = network(dtype=dtype), 4 if dtype is torch.float32 else 15
-    optimizer = torch.optim.LBFGS(
-        model.parameters(), line_search_fn="strong_wolfe" if strong_wolfe else None, **options
-    )
+    optimizer = torch.optim.LBFGS(model.parameters(), **options)
     x, y = jobs.batch(dtype)
 
     def closure():
@@ -131,7 +107,7 @@ def test_one_worker_is_lbfgs_of_torch(dtype, strong_wolfe):
 
     theirs = [optimizer.step(closure).item() for _ in range(steps)]
     for portions in (1, 7):
-        with coordinate(LBFGS(strong_wolfe=strong_wolfe, **options), shards=2) as server:
+        with coordinate(functools.partial(torch.optim.LBFGS, **options)) as server:
             losses, weights = train(server.ticket(0), portions=portions, steps=steps, dtype=dtype)
         close = 1e-3 if dtype is torch.float32 else 1e-5
         assert losses == pytest.approx(theirs, rel=close)
@@ -140,17 +116,17 @@ def test_one_worker_is_lbfgs_of_torch(dtype, strong_wolfe):
 
 
 def test_several_workers_are_one_and_all_have_the_same():
-    with coordinate(OPTIONS, shards=2) as server, ThreadPoolExecutor(3) as threads:
+    with coordinate(LBFGS) as server, ThreadPoolExecutor(3) as threads:
         tickets = [server.ticket(worker) for worker in (1, 2, 0)]  # each with weights of its own, and 0 comes last
         found = list(threads.map(lambda ticket: train(ticket, portions=8, steps=STEPS), tickets))
-        assert server.losses == expected(8, 2)[0]
-    assert all(same(one, expected(8, 2)) for one in found)
+        assert server.losses == expected(8)[0]
+    assert all(same(one, expected(8)) for one in found)
 
 
-def test_the_number_of_portions_and_shards_is_a_matter_of_rounding():
+def test_the_number_of_portions_is_a_matter_of_rounding():
     losses, weights = expected(1)
-    for portions, shards in ((2, 1), (5, 2), (24, 7), (30, 60)):  # the last has empty portions and shards
-        others, theirs = expected(portions, shards)
+    for portions in (2, 5, 24, 30):  # the last has empty portions
+        others, theirs = expected(portions)
         assert others == pytest.approx(losses, rel=1e-9)
         assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-8) for a, b in zip(weights, theirs, strict=True))
 
@@ -160,18 +136,18 @@ def test_slow_stopped_and_killed_processes(tmp_path):
     portions, second = 12, 0.004
     where = str(tmp_path / "{}.json")
 
-    def tell(server):
+    def give_out(server):
         for worker in range(3):
             server.ticket(worker).save(where.format(worker))
 
     with Workers(3, group=False) as processes:
-        with coordinate(OPTIONS) as server:  # worker 2 is slow
-            tell(server)
+        with coordinate(LBFGS) as server:  # worker 2 is slow
+            give_out(server)
             found = processes.call(jobs.work, where, [second, second, 10 * second], STEPS, portions)
             assert all(same((one["losses"], one["weights"]), expected(portions)) for one in found)
             assert server.counted[2] < min(server.counted[0], server.counted[1])
-        with coordinate(OPTIONS) as server:  # worker 1 stands still until the others are done
-            tell(server)
+        with coordinate(LBFGS) as server:  # worker 1 stands still until the others are done
+            give_out(server)
             running = processes.begin(jobs.work, where, [second] * 3, STEPS, portions)
             await_(lambda: server.counted[1])
             processes.stop(1)
@@ -179,22 +155,22 @@ def test_slow_stopped_and_killed_processes(tmp_path):
             assert not running.done[1]
             processes.resume(1)
             assert all(same((one["losses"], one["weights"]), expected(portions)) for one in running.results())
-        with coordinate(OPTIONS) as server:  # worker 0, whose weights they had, dies
-            tell(server)
+        with coordinate(LBFGS) as server:  # worker 0, whose weights they had, dies
+            give_out(server)
             running = processes.begin(jobs.work, where, [second] * 3, STEPS, portions)
             await_(lambda: server.counted[0] and server.losses)
             processes.kill(0)
             died, *rest = running.outcomes()
             assert isinstance(died, WorkerError)
             assert all(same((one["losses"], one["weights"]), expected(portions)) for one in rest)
-            late = train(server.ticket(0), portions=portions, steps=STEPS)  # it comes back with nothing, and has all
+            late = train(server.ticket(0), portions=portions, steps=STEPS)  # it joins with nothing, and gets all
             assert same(late, expected(portions))
 
 
 @pytest.mark.slow
 def test_a_stop_that_is_longer_than_the_time_out_is_none(tmp_path):
     where = str(tmp_path / "{}.json")
-    with Workers(2, group=False) as processes, coordinate(OPTIONS) as server:
+    with Workers(2, group=False) as processes, coordinate(LBFGS) as server:
         for worker in range(2):
             server.ticket(worker).save(where.format(worker))
         running = processes.begin(jobs.work, where, [0.01] * 2, STEPS, 12, 2.0)
@@ -212,7 +188,7 @@ def test_a_worker_that_is_four_times_slower_costs_what_it_does_not_do(tmp_path):
     portions, second, slowness, where = 48, 0.02, 4, str(tmp_path / "{}.json")
 
     def seconds(*each):
-        with coordinate(OPTIONS) as server:
+        with coordinate(LBFGS) as server:
             for worker in range(3):
                 server.ticket(worker).save(where.format(worker))
             return max(one["seconds"] for one in processes.call(jobs.work, where, list(each), STEPS, portions))
@@ -251,7 +227,7 @@ def test_digits_are_learned_as_well_as_with_torch(hidden):
         loss.backward()
         return loss
 
-    with coordinate(LBFGS(max_iter=8)) as server:
+    with coordinate(functools.partial(LBFGS, max_iter=8, history_size=10)) as server:
         optimizer = Sandblaster(ours.named_parameters(), server.ticket(0), portions=portions)
         for _ in range(5):
             expected_loss, loss = oracle.step(whole).item(), optimizer.step(closure)

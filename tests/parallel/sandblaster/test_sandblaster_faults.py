@@ -1,6 +1,7 @@
-"""Sandblaster among people who make mistakes and machines that end: everybody is told what and where, and nobody hangs."""
+"""Sandblaster with mistakes and machines that end: each worker gets an error that says what and where, and none hangs."""
 
 import dataclasses
+import functools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,22 +10,21 @@ import pytest
 import sandblaster_jobs as jobs
 import torch
 import zmq
-from sandblaster_jobs import alone, loss_of, network, train
+from sandblaster_jobs import WOLFE, alone, loss_of, network, train
 
 from noctule.core.errors import ExchangeError, NonFiniteError
-from noctule.parallel.sandblaster.lbfgs import LBFGS
-from noctule.parallel.sandblaster.optimizer import Sandblaster, coordinate
+from noctule.parallel import Sandblaster, coordinate
 from noctule.testing.processes import Workers
-from noctule.transport.keyed import Caller
 from noctule.transport.messages import read, write
+from noctule.transport.sockets import Client
 from noctule.transport.ticket import Ticket
 
-OPTIONS = LBFGS(max_iter=3)
+LBFGS = functools.partial(WOLFE, max_iter=3)
 
 
 @pytest.mark.parametrize("what", ["loss is nan", "gradient is not finite"])
 def test_a_portion_that_is_not_finite_is_named_to_all_and_weights_are_as_before(what):
-    with coordinate(OPTIONS) as server:
+    with coordinate(LBFGS) as server:
         barrier = threading.Barrier(2)
 
         def work(worker):
@@ -58,11 +58,11 @@ def test_a_closure_that_raises_on_one_worker_leaves_its_portion_to_others():
     def fails(step, portion):
         raise OSError(f"portion {portion} cannot be read here")
 
-    with coordinate(OPTIONS) as server:
+    with coordinate(LBFGS) as server:
         with pytest.raises(OSError, match="portion 0 cannot be read here"):
             train(server.ticket(0), portions=6, steps=2, seconds=fails)
         losses, weights = train(server.ticket(1), portions=6, steps=2)
-    expected, wanted = alone(OPTIONS, portions=6, steps=2)
+    expected, wanted = alone(LBFGS, portions=6, steps=2)
     assert losses == expected
     assert all(torch.equal(a, b) for a, b in zip(weights, wanted, strict=True))
 
@@ -70,13 +70,15 @@ def test_a_closure_that_raises_on_one_worker_leaves_its_portion_to_others():
 @pytest.mark.parametrize("wrong", ["server_key", "public_key"])
 def test_a_worker_without_the_key_gets_nothing(wrong):
     public, secret = (key.decode() for key in zmq.curve_keypair())
-    with coordinate(OPTIONS) as server:
+    with coordinate(LBFGS) as server:
         ticket = server.ticket(0)
         if wrong == "server_key":
             stranger = dataclasses.replace(ticket, server_key=public)
         else:
             stranger = dataclasses.replace(ticket, public_key=public, secret_key=secret)
-        with pytest.raises(ExchangeError, match=r"worker 0 has had no answer .* for 0\.4 s .* Strangers get no answer"):
+        with pytest.raises(
+            ExchangeError, match=r"worker 0 has had no answer .* for 0\.4 s .* A client without a known key"
+        ):
             train(stranger, portions=2, steps=1, timeout_seconds=0.4)
         train(ticket, portions=2, steps=1)
     with pytest.raises(ExchangeError, match="leads nowhere") as error:
@@ -84,15 +86,15 @@ def test_a_worker_without_the_key_gets_nothing(wrong):
     assert ticket.secret_key not in str(error.value) + repr(server)
 
 
-def test_who_waits_for_worker_0_in_vain_is_told():
-    with coordinate(OPTIONS) as server, pytest.raises(ExchangeError, match="says that worker 0 has not come with"):
-        train(server.ticket(1), portions=2, steps=1, timeout_seconds=0.4)
+def test_a_worker_that_waits_for_worker_0_in_vain_learns_why():
+    with coordinate(LBFGS) as server, pytest.raises(ExchangeError, match="says that worker 0 has not come with"):
+        train(server.ticket(1), portions=2, steps=1, timeout_seconds=2.0)
 
 
 def test_an_answer_that_does_not_come_is_named():
-    with coordinate(OPTIONS) as server:
+    with coordinate(LBFGS) as server:
         model = network()
-        optimizer = Sandblaster(model.parameters(), server.ticket(0), portions=3, timeout_seconds=0.4)
+        optimizer = Sandblaster(model.parameters(), server.ticket(0), portions=3, timeout_seconds=2.0)
         closure = loss_of(model, 3)
 
         def ends(portion):
@@ -100,30 +102,29 @@ def test_an_answer_that_does_not_come_is_named():
                 server.close()
             return closure(portion)
 
-        with pytest.raises(ExchangeError, match=r"worker 0 has had no answer to its gradient of portion 1, for 0\.4 s"):
+        with pytest.raises(ExchangeError, match=r"worker 0 has had no answer to its gradient of portion 1, for 2 s"):
             optimizer.step(ends)
         optimizer.close()
 
 
 def test_a_long_wait_for_others_is_no_error():
-    with coordinate(OPTIONS) as server, ThreadPoolExecutor(2) as threads:
+    with coordinate(LBFGS) as server, ThreadPoolExecutor(2) as threads:
         begun = threading.Event()
 
         def slowly(step, portion):
             begun.set()
-            time.sleep(0.25)
-            return 0.0
+            return 1.5  # longer than the timeout of the other worker
 
         first = threads.submit(train, server.ticket(0), portions=1, steps=1, seconds=slowly)
         begun.wait()
-        server._desk._seconds.extend([10.0] * 9)  # so that it is not late
-        second = threads.submit(train, server.ticket(1), portions=1, steps=1, timeout_seconds=0.2)
+        server._coordinator._seconds.extend([10.0] * 9)  # so that it is not late
+        second = threads.submit(train, server.ticket(1), portions=1, steps=1, timeout_seconds=1.0)
         assert first.result()[0] == second.result()[0]
         assert server.wasted[1] == 0
 
 
-def test_workers_that_do_not_fit_are_told_where():
-    with coordinate(OPTIONS) as server:
+def test_workers_that_do_not_fit_get_an_error_that_says_where():
+    with coordinate(LBFGS) as server:
         train(server.ticket(0), portions=4, steps=1)
         with pytest.raises(
             ExchangeError, match=r"worker 1 differs from worker 0 in 'portions': '5', where that one has '4'"
@@ -143,37 +144,37 @@ def test_workers_that_do_not_fit_are_told_where():
                 Sandblaster(wrong, server.ticket(0), portions=0 if "portions=0" in match else 4)
 
 
-def test_nonsense_is_answered_and_the_coordinator_goes_on():
-    with coordinate(OPTIONS, max_bytes=100_000) as server:
-        ours, theirs = (Caller(server.ticket(worker), server.addresses[0]) for worker in (1, 0))
+def test_nonsense_is_answered_and_the_coordinator_continues():
+    with coordinate(LBFGS, max_bytes=100_000) as server:
+        ours, theirs = (Client(server.ticket(worker), server.addresses[0]) for worker in (1, 0))
 
-        def ask(*frames, caller=ours):
-            caller.send(list(frames))
-            return read(caller.receive(5) or [])[0]
+        def ask(*frames, client=ours):
+            client.send(list(frames))
+            return read(client.receive(5) or [])[0]
 
         assert "header in JSON" in ask(b"nonsense")["error"]
         assert "no request 'dance'" in ask(*write({"kind": "dance", "serial": 1}))["error"]
         assert "must say 'serial'" in ask(*write({"kind": "work"}))["error"]
         join = {"kind": "join", "serial": 1, "facts": {}, "portions": 2, "dtype": "float64"}
         for wrong in ({"portions": 0}, {"dtype": "int8"}, {"facts": 3}):
-            assert "error" in ask(*write({**join, **wrong}, [b"x" * 16]), caller=theirs)
-        assert "error" in ask(*write(join, [b"x" * 15]), caller=theirs)
+            assert "error" in ask(*write({**join, **wrong}, [b"x" * 16]), client=theirs)
+        assert "error" in ask(*write(join, [b"x" * 15]), client=theirs)
         train(server.ticket(0), portions=2, steps=1)
         assert "'portions'" in ask(*write(join))["error"]
         work = {"kind": "work", "serial": 2, "step": 1}
-        assert ask(*write(work), caller=theirs)["portion"] == 0
-        wrong = {"version": server._desk._weights.version, "portion": 0, "loss": 0.0}
-        assert "sent 8 bytes as the gradient" in ask(*write({**work, "did": wrong}, [b"x" * 8]), caller=theirs)["error"]
+        assert ask(*write(work), client=theirs)["portion"] == 0
+        wrong = {"version": server._coordinator._weights.version, "portion": 0, "loss": 0.0}
+        assert "sent 8 bytes as the gradient" in ask(*write({**work, "did": wrong}, [b"x" * 8]), client=theirs)["error"]
         ours.send([b"x" * (5 << 20)])  # cut off, before memory is taken
         assert ours.receive(0.3) is None
         ours.close()
         theirs.close()
         losses, _ = train(server.ticket(0), portions=2, steps=2)
-    assert losses == alone(OPTIONS, portions=2, steps=2)[0]
+    assert losses == alone(LBFGS, portions=2, steps=2)[0]
 
 
-def test_weights_that_somebody_else_changed_are_overwritten():
-    with coordinate(OPTIONS) as server:
+def test_weights_that_were_changed_elsewhere_are_overwritten():
+    with coordinate(LBFGS) as server:
         model = network()
         optimizer, losses = Sandblaster(model.parameters(), server.ticket(0), portions=2), []
         for _ in range(3):
@@ -184,11 +185,11 @@ def test_weights_that_somebody_else_changed_are_overwritten():
         with pytest.raises(ExchangeError, match="37 weights came for 44: did the model change its size"):
             optimizer.step(loss_of(wider, 2))
         optimizer.close()
-    assert losses == alone(OPTIONS, portions=2, steps=3)[0]
+    assert losses == alone(LBFGS, portions=2, steps=3)[0]
 
 
 def test_a_resumed_worker_counts_on(tmp_path):
-    with coordinate(OPTIONS) as server:
+    with coordinate(LBFGS) as server:
         model = network()
         optimizer = Sandblaster(model.parameters(), server.ticket(0), portions=2)
         losses = [optimizer.step(loss_of(model, 2)) for _ in range(2)]
@@ -198,13 +199,51 @@ def test_a_resumed_worker_counts_on(tmp_path):
         optimizer.load_state_dict(kept)
         losses.append(optimizer.step(loss_of(model, 2)))
         optimizer.close()
-    assert losses == alone(OPTIONS, portions=2, steps=3)[0]
+    assert losses == alone(LBFGS, portions=2, steps=3)[0]
+
+
+def test_a_coordinator_that_ends_within_a_step_leaves_weights_and_state_as_before_it(tmp_path):
+    steps = []
+
+    def fails(step, portion):
+        steps.append(step)
+        if steps.count(1) == 2 * 3 + 1:  # in the middle of step 1: its third point
+            raise OSError("abandoned here")
+        return 0.0
+
+    with coordinate(LBFGS, folder=tmp_path) as server, pytest.raises(OSError, match="abandoned here"):
+        train(server.ticket(0), portions=3, steps=3, seconds=fails)
+    with coordinate(LBFGS, folder=tmp_path) as server:
+        assert len(server.losses) == 1
+        losses, weights = train(server.ticket(0), portions=3, steps=3)
+    expected, wanted = alone(LBFGS, portions=3, steps=3)
+    assert losses == expected
+    assert all(torch.equal(a, b) for a, b in zip(weights, wanted, strict=True))
+
+
+def test_after_a_portion_that_is_not_finite_a_new_coordinator_repeats_the_step(tmp_path):
+    model = network()
+    closure = loss_of(model, 2)
+    with coordinate(LBFGS, folder=tmp_path) as server:
+        optimizer = Sandblaster(model.named_parameters(), server.ticket(0), portions=2)
+        optimizer.step(closure)
+        calls = []
+        with pytest.raises(NonFiniteError, match="portion 1 at step 1"):
+            optimizer.step(
+                lambda portion: closure(portion) * (float("nan") if calls.append(portion) or len(calls) == 4 else 1)
+            )
+        optimizer.close()
+    with coordinate(LBFGS, folder=tmp_path) as server:
+        losses, weights = train(server.ticket(0), portions=2, steps=3)
+    expected, wanted = alone(LBFGS, portions=2, steps=3)
+    assert losses == expected
+    assert all(torch.equal(a, b) for a, b in zip(weights, wanted, strict=True))
 
 
 @pytest.mark.parametrize("kills", [[1], pytest.param([0, 2, 3, 5], marks=pytest.mark.slow)])
-def test_a_coordinator_that_is_killed_goes_on_from_the_last_step(tmp_path, kills):
+def test_a_coordinator_that_is_killed_continues_from_the_last_step(tmp_path, kills):
     steps, portions = kills[-1] + 3, 6
-    expected, wanted = alone(OPTIONS, portions=portions, steps=steps)
+    expected, wanted = alone(LBFGS, portions=portions, steps=steps)
     with Workers(1, group=False) as processes, ThreadPoolExecutor(2) as threads:
 
         def begin():
@@ -241,10 +280,8 @@ def test_a_coordinator_that_is_killed_goes_on_from_the_last_step(tmp_path, kills
 
 def test_a_folder_is_of_one_coordinator(tmp_path):
     with (
-        coordinate(OPTIONS, folder=tmp_path),
+        coordinate(LBFGS, folder=tmp_path),
         pytest.raises(ExchangeError, match=r"cannot listen at .* Does another server run"),
     ):
-        coordinate(OPTIONS, folder=tmp_path)
+        coordinate(LBFGS, folder=tmp_path)
     assert (tmp_path / "keys.json").stat().st_mode & 0o077 == 0
-    with pytest.raises(ValueError, match="at least one shard, got shards=0"):
-        coordinate(OPTIONS, shards=0)

@@ -78,7 +78,7 @@ def test_the_server_and_all_workers_have_the_movers_connections(order, pull_ever
                 methods.insert(0 if order == "before" else 1, set_(every=3, seed=2))
             with attach(model, optimizer, *methods) as session:
                 train(model, optimizer, [batch(rank, n) for n in range(12)])
-                session.state_dict()  # what moved after the last step is told now, or before the next one
+                session.state_dict()  # what moved after the last step is reported now, or before the next one
                 push_pull.now()
                 barrier.wait()
                 push_pull.fetch("")
@@ -87,9 +87,9 @@ def test_the_server_and_all_workers_have_the_movers_connections(order, pull_ever
         barrier = threading.Barrier(3, timeout=30)
         models = together([lambda r=r: job(r) for r in range(3)])
         for name, layer in (("0.values", models[0][0]), ("2.values", models[0][2])):
-            (ledger,) = (shard.ledgers[name] for shard in server.shards if name in shard.ledgers)
-            assert ledger.version == 4
-            assert ledger.topology == layer.topology
+            (log,) = (shard.logs[name] for shard in server.shards if name in shard.logs)
+            assert log.version == 4
+            assert log.topology == layer.topology
     assert same(models[1], models[0])
     assert same(models[2], models[0])
 
@@ -114,7 +114,7 @@ def joins(server, rank, first):
 
 @pytest.mark.parametrize("codec", [None, Half()], ids=["exact", "half"])
 @pytest.mark.parametrize("early", [False, True], ids=["model loaded in the session", "model loaded before"])
-def test_a_mover_that_dies_after_it_has_saved_goes_on_as_if_it_had_not(codec, early):
+def test_a_mover_that_dies_after_it_has_saved_continues_as_if_it_had_not(codec, early):
     """It dies where it has just pulled, and then moved connections: what its own optimizer did since a pull would be gone."""
 
     def opened(server, model):
@@ -132,8 +132,8 @@ def test_a_mover_that_dies_after_it_has_saved_goes_on_as_if_it_had_not(codec, ea
         with attach(model, optimizer, *methods) as session:
             train(model, optimizer, [batch(0, n) for n in range(4)])
             saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), session.state_dict()])
-            methods[1].links.wait()  # it has arrived
-            methods[1].links.failed = True  # and nothing more will
+            methods[1].clients.wait()  # it has arrived
+            methods[1].clients.failed = True  # and nothing more will
         again = sparse(seed=9)
         optimizer, methods = opened(server, again)
         if early:
@@ -190,7 +190,7 @@ def test_what_a_worker_keeps_follows_the_server(what):
                 values = dict(zip(old.keys().tolist(), kept.tolist(), strict=True))
                 move(mover[0], count=5)
                 first.now()
-                method._take()
+                method._pull()
                 assert model[0].topology == mover[0].topology != old
                 now = (method.compress.owed if codec else method.accrued)["0.values"].tolist()
                 assert now == [values.get(key, 0.0) for key in model[0].topology.keys().tolist()]
@@ -208,7 +208,7 @@ def test_first_values_are_those_at_the_time_of_the_move():
             for _ in range(2):  # its own steps must not count twice
                 model[0].values.grad = torch.ones(old.size)
                 optimizer.step()
-            method.links.wait()
+            method.clients.wait()
             assert server.shards[0].parameters["0.values"][grown].tolist() == [0.25] * 3
             method.now()
             assert model[0].values[grown].tolist() == [0.25 - 2.0] * 3

@@ -11,8 +11,8 @@ from push_pull_jobs import ADAM, MOMENTUM, PLAIN
 from noctule.core.errors import ExchangeError
 from noctule.core.optim import carry_state
 from noctule.core.topology import Remap, Topology
-from noctule.parallel.server.moves import KEPT, Ledger, Move, from_frame, to_frame
-from noctule.parallel.server.protocol import Desk
+from noctule.parallel.server.handler import ShardHandler
+from noctule.parallel.server.moves import KEPT, Move, TopologyLog, from_frame, to_frame
 from noctule.parallel.server.shard import Shard
 from noctule.transport.messages import read, write
 
@@ -48,9 +48,9 @@ def test_a_gradient_finds_the_connections_that_are_still_the_same_and_no_others(
     history, expected, bias, outdated = [dict(alive)], {}, 0.0, 0
     for number in range(1, data.draw(st.integers(2, 15))):
         if data.draw(st.booleans()):
-            ledger = made.ledgers["values"]
-            move = drawn(data, ledger.topology)
-            keys = ledger.topology.keys().tolist()
+            log = made.logs["values"]
+            move = drawn(data, log.topology)
+            keys = log.topology.keys().tolist()
             first = torch.arange(1.0, move.grown.numel() + 1)
             made.move(0, number, {"values": (move, first)})
             for slot in move.dropped.tolist():
@@ -71,7 +71,7 @@ def test_a_gradient_finds_the_connections_that_are_still_the_same_and_no_others(
             for each in seen.values() if lag <= KEPT else ():
                 if each in alive.values():
                     expected[each] = expected.get(each, 0.0) - (each + 1)
-    keys = made.ledgers["values"].topology.keys().tolist()
+    keys = made.logs["values"].topology.keys().tolist()
     assert keys == sorted(alive)
     assert made.parameters["values"].tolist() == [expected.get(alive[key], 0.0) for key in keys]
     assert made.parameters["bias"].tolist() == [bias] * 3
@@ -88,9 +88,9 @@ def test_the_optimizers_state_goes_where_it_goes_in_plain_training(data, optimiz
     plain = optimizer([p])
     for number in range(1, 9):
         if number % 3 == 0:
-            ledger = made.ledgers["values"]
-            move = drawn(data, ledger.topology)
-            _, remap = move.of(ledger.topology)
+            log = made.logs["values"]
+            move = drawn(data, log.topology)
+            _, remap = move.of(log.topology)
             made.move(0, number, {"values": (move, torch.zeros(move.grown.numel()))})
             with torch.no_grad():
                 p.copy_(remap.apply(p.detach()))
@@ -104,21 +104,21 @@ def test_the_optimizers_state_goes_where_it_goes_in_plain_training(data, optimiz
 
 @settings(max_examples=30, deadline=None)
 @given(st.data())
-def test_a_worker_that_hears_what_it_missed_has_todays_connections(data):
-    ledger = Ledger(Topology.random(SHAPE, 9, generator=torch.Generator().manual_seed(3)))
-    mine, version = ledger.topology, 0
+def test_a_worker_that_gets_what_it_missed_has_todays_connections(data):
+    log = TopologyLog(Topology.random(SHAPE, 9, generator=torch.Generator().manual_seed(3)))
+    mine, version = log.topology, 0
     for _ in range(data.draw(st.integers(1, 12))):
-        move = drawn(data, ledger.topology)
-        ledger.note(move, *move.of(ledger.topology))
+        move = drawn(data, log.topology)
+        log.note(move, *move.of(log.topology))
         if data.draw(st.integers(0, 3)) == 0:
-            ledger = Ledger.from_state_dict(copy.deepcopy(ledger.state_dict()))
+            log = TopologyLog.from_state_dict(copy.deepcopy(log.state_dict()))
         if data.draw(st.booleans()):
-            missed = ledger.missed(version)
-            assert (missed is None) == (ledger.version - version > KEPT)
+            missed = log.missed(version)
+            assert (missed is None) == (log.version - version > KEPT)
             for each in missed or ():
                 mine, _ = Move.read(each.write(mine), mine).of(mine)
-            mine, version = (ledger.topology if missed is None else mine), ledger.version
-            assert mine == ledger.topology
+            mine, version = (log.topology if missed is None else mine), log.version
+            assert mine == log.topology
 
 
 def test_a_move_is_what_lies_between():
@@ -141,9 +141,9 @@ def test_pushes_that_are_held_for_their_round_follow_too():
     assert made.parameters["values"].tolist() == [-11, -23, -29.5]
 
 
-def say(desk, kind, *frames, worker=0, **header):
+def send(handler, kind, *frames, worker=0, **header):
     message = {"kind": kind, "session": f"session {worker}", "serial": 1, **header}
-    ((_, answer),) = desk.handle(worker, b"0", write(message, frames))
+    ((_, answer),) = handler.handle(worker, b"0", write(message, frames))
     return read(answer)
 
 
@@ -155,36 +155,36 @@ def frames_of(move, topology, first=None):
 def test_a_move_is_made_once_and_kept_at_once(tmp_path):
     topology = Topology.from_keys((1, 6), torch.tensor([0, 2, 4]))
     made = shard(topology, MOMENTUM)
-    desk = Desk(made, folder=tmp_path, snapshot_every=1000)
+    handler = ShardHandler(made, folder=tmp_path, snapshot_every=1000)
     move = Move(torch.tensor([0]), torch.tensor([1]))
     message = {"number": 1, "names": ["values"], "versions": {"values": 0}}
     for _ in range(2):
-        header, _ = say(desk, "move", *frames_of(move, topology), **message)
+        header, _ = send(handler, "move", *frames_of(move, topology), **message)
         assert header["saved"] == 1
-        assert made.ledgers["values"].version == 1
-    assert say(desk, "move", *frames_of(move, topology), **{**message, "number": 5})[0]["lost"]
+        assert made.logs["values"].version == 1
+    assert send(handler, "move", *frames_of(move, topology), **{**message, "number": 5})[0]["lost"]
     again = Shard(MOMENTUM)
-    Desk(again, folder=tmp_path)
-    assert again.ledgers["values"].topology == made.ledgers["values"].topology
-    assert again.seats[0].seen == 1
+    ShardHandler(again, folder=tmp_path)
+    assert again.logs["values"].topology == made.logs["values"].topology
+    assert again.states[0].seen == 1
 
 
 def test_what_a_pull_brings_is_what_is_missing():
     topology = Topology.from_keys((1, 300), torch.arange(0, 300, 3))
     made = shard(topology)
-    desk = Desk(made)
-    header, frames = say(desk, "pull", versions={"values": 0})
+    handler = ShardHandler(made)
+    header, frames = send(handler, "pull", versions={"values": 0})
     assert header["places"] == []
     assert len(frames) == 2
     move = Move(torch.tensor([4, 7]), torch.tensor([1, 299]))
-    say(desk, "move", *frames_of(move, topology), number=1, names=["values"], versions={"values": 0})
-    header, frames = say(desk, "pull", versions={"values": 0})
+    send(handler, "move", *frames_of(move, topology), number=1, names=["values"], versions={"values": 0})
+    header, frames = send(handler, "pull", versions={"values": 0})
     assert header["places"] == [["values", 1, 1]]
     assert sum(map(len, frames[2:])) == 4 * 4  # two slots and two keys
-    assert say(desk, "pull", versions={"values": 1})[0]["places"] == []
-    header, frames = say(desk, "pull", versions={"values": -1})
+    assert send(handler, "pull", versions={"values": 1})[0]["places"] == []
+    header, frames = send(handler, "pull", versions={"values": -1})
     assert header["places"] == [["values", 1, None]]
-    assert from_frame(frames[2], 300).tolist() == made.ledgers["values"].topology.keys().tolist()
+    assert from_frame(frames[2], 300).tolist() == made.logs["values"].topology.keys().tolist()
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_what_a_pull_brings_is_what_is_missing():
         ({"names": ["values", "values"]}, "2 layers came with 3 frames"),
         ({"names": []}, "0 layers came with 3 frames"),
         ({"frames": [b"1", b"", b""]}, "torn"),
-        ({"move": Move(torch.tensor([0, 1]), torch.tensor([1]))}, "2 connections go and 1 come"),
+        ({"move": Move(torch.tensor([0, 1]), torch.tensor([1]))}, "2 connections are dropped and 1 grown"),
         ({"move": Move(torch.tensor([0]), torch.tensor([2]))}, "there already"),
         ({"move": Move(torch.tensor([0]), torch.tensor([6]))}, "below 6"),
         ({"move": Move(torch.tensor([3]), torch.tensor([1]))}, "below 3"),
@@ -213,13 +213,15 @@ def test_a_move_that_cannot_be_changes_nothing(change, answer):
     topology = Topology.from_keys((1, 6), torch.tensor([0, 2, 4]))
     made = shard(topology, MOMENTUM, workers=2)
     made.push(0, 1, {"values": torch.ones(3)})
-    desk, before = Desk(made), copy.deepcopy(made.state_dict())
+    handler, before = ShardHandler(made), copy.deepcopy(made.state_dict())
     move = change.pop("move", Move(torch.tensor([0]), torch.tensor([1])))
     frames = change.pop("frames", None) or frames_of(move, topology, change.pop("first", None))
-    header, _ = say(desk, "move", *frames, **{"number": 2, "names": ["values"], "versions": {"values": 0}, **change})
+    header, _ = send(
+        handler, "move", *frames, **{"number": 2, "names": ["values"], "versions": {"values": 0}, **change}
+    )
     assert answer in header["error"]
     assert str(made.state_dict()["weights"]) == str(before["weights"])
-    assert made.seats[0].seen == 1
+    assert made.states[0].seen == 1
 
 
 def test_a_server_that_came_back_without_what_a_worker_has_seen_says_so():
@@ -227,7 +229,7 @@ def test_a_server_that_came_back_without_what_a_worker_has_seen_says_so():
     with pytest.raises(ExchangeError, match="has seen version 3 of a layer's connections, and this server is at 0"):
         made.push(0, 1, {"values": torch.ones(3)}, versions={"values": 3})
     assert made.parameters["values"].tolist() == [0, 0, 0]
-    assert made.seats[0].seen == 0
+    assert made.states[0].seen == 0
 
 
 @given(st.sets(st.integers(0, 2**33 - 1), max_size=20))
@@ -249,9 +251,9 @@ def test_lists_of_numbers_are_what_was_written(numbers):
     ],
 )
 def test_first_places_that_cannot_be_are_refused(changes, answer):
-    desk = Desk(Shard(PLAIN))
+    handler = ShardHandler(Shard(PLAIN))
     weights = [torch.zeros(3).numpy().tobytes(), torch.zeros(2).numpy().tobytes()]
     header = {"facts": FACTS, "shapes": {"values": [3], "bias": [2]}, "places": {"values": [1, 6]}, "warm_start": 0}
     places = to_frame(torch.tensor([0, 2, 4]), 6)
-    assert answer in say(desk, "seed", *weights, places, bound=None, **{**header, **changes})[0]["error"]
-    assert "error" not in say(desk, "seed", *weights, places, bound=None, **header)[0]
+    assert answer in send(handler, "seed", *weights, places, bound=None, **{**header, **changes})[0]["error"]
+    assert "error" not in send(handler, "seed", *weights, places, bound=None, **header)[0]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -97,12 +98,12 @@ def test_a_weight_that_cannot_be_is_refused_and_nothing_is_sent(weight):
 def test_the_bound_holds_for_workers_of_any_speed(bound):
     steps, ahead = 12, []
     with serve(ADAGRAD, workers=3) as server:
-        seats = server.shards[0].seats
+        states = server.shards[0].states
 
         def check(worker, done):
             time.sleep(0.003 * worker)
             done.append(None)
-            ahead.append(len(done) - min(seat.clock for seat in list(seats.values())))
+            ahead.append(len(done) - min(state.clock for state in list(states.values())))
 
         def job(worker):
             done: list[None] = []
@@ -154,7 +155,7 @@ def test_what_arrived_and_what_is_owed_is_what_was_given(codec):
         torch.testing.assert_close(before - p + method.compress.owed[name], total, atol=1e-5, rtol=1e-5)
 
 
-def test_between_pulls_a_worker_goes_on_by_itself():
+def test_between_pulls_a_worker_continues_by_itself():
     plain = network()
     expected = train(plain, torch.optim.SGD(plain.parameters(), lr=0.1), [batch(0, n) for n in range(2)])
     model = network()
@@ -190,7 +191,7 @@ def slowly(count):
         yield batch(0, n)
 
 
-@pytest.mark.parametrize("codec", [None, Half()], ids=["exact", "half"])
+@pytest.mark.parametrize("codec", [None, Half(), NaturalCompression()], ids=["exact", "half", "natural"])
 def test_resuming_is_never_having_stopped(codec):
     def opened(server, model):
         optimizer = ADAM(model.parameters())
@@ -216,6 +217,21 @@ def test_resuming_is_never_having_stopped(codec):
             session.load_state_dict(saved[2])
             found = train(second, optimizer, [batch(0, n) for n in range(4, 12)])
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_each_seed_worker_and_step_draws_its_own_numbers():
+    drawn, encode = [], Half.encode
+
+    def recorded(self, x, generator=None):
+        drawn.append(generator.initial_seed())
+        return encode(self, x, generator)
+
+    with serve(PLAIN, codec=Half()) as server, mock.patch.object(Half, "encode", recorded):
+        for seed, worker in ((0, 0), (1, 0), (0, 1), (0, 0)):
+            work(PushPull(server.ticket(worker), codec=Half(), seed=seed), [batch(0, n) for n in range(2)])
+    first, other_seed, other_worker, again = (set(drawn[start : start + 8]) for start in range(0, 32, 8))
+    assert len(first | other_seed | other_worker) == 6
+    assert again == first
 
 
 def test_a_parameter_without_a_gradient_stays_where_it_is():
@@ -328,7 +344,7 @@ def test_with_overlap_one_worker_is_plain_training(optimizer, every):
         torch.testing.assert_close(p.detach(), b, atol=1e-5, rtol=1e-5)
 
 
-def test_with_overlap_every_gradient_of_everybody_arrives_once():
+def test_with_overlap_every_gradient_of_every_worker_arrives_once():
     def job(server, rank, seen):
         model = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(model.weight)
@@ -370,6 +386,6 @@ def test_with_overlap_a_resumed_worker_begins_with_the_servers_weights():
             assert all(torch.equal(p, server.shards[0].parameters[name]) for name, p in model.named_parameters())
 
 
-def test_the_package_does_not_need_pyzmq_until_somebody_serves():
+def test_the_package_does_not_need_pyzmq_until_a_server_starts():
     code = "import noctule.parallel, sys; sys.exit('zmq' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

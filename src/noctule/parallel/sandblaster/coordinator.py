@@ -1,184 +1,139 @@
-"""Where Sandblaster's minimiser runs and its portions are handed out; without sockets.
+"""The handler of Sandblaster's coordinator: runs the optimizer, hands out portions and answers workers; without sockets.
 
-A worker has one request under way: what it found for its last portion, and with it the wish for the next one.
+A worker has one request pending. It holds the result of the worker's last portion and asks for the next one.
 """
 
 import math
-import statistics
 import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from noctule.checkpoint import Checkpoints
 from noctule.core.errors import CheckpointError, ExchangeError
-from noctule.parallel.sandblaster.lbfgs import LBFGS, Minimiser, OrderedSum, Vector
+from noctule.core.finite import all_finite
+from noctule.parallel.sandblaster.paused_step import PausedStep
+from noctule.parallel.sandblaster.portions import Portions
+from noctule.transport.handler import Reply
 from noctule.transport.messages import field, read, write
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-_LATE = 1.5
-"""A portion that is out for so many times the usual time is given to somebody else too."""
 _REMEMBERED = 99
-"""Of how many portions the usual time is the median."""
-Letter = tuple[bytes, list[bytes]]
-"""The route to a worker, and the frames of an answer to it."""
-
-
-class Portions:
-    """One evaluation of the loss: who computes which portion; the first answer of each counts, and none is waited for alone.
-
-    >>> portions = Portions(2, deque([1.0]))
-    >>> portions.take("a", 0.0), portions.take("b", 0.0), portions.take("c", 1.0), portions.take("c", 2.0)
-    (0, 1, None, 0)
-    """
-
-    def __init__(self, count: int, seconds: deque[float]) -> None:
-        """So many portions, and how long earlier ones took."""
-        self.count, self.seconds = count, seconds
-        self.losses: dict[int, float] = {}
-        self.sum = OrderedSum(count)
-        self._next = 0
-        self._out: dict[int, dict[Any, float]] = {}
-        """Of a portion that has no answer: who has it since when, the last one last."""
-
-    def take(self, worker: Any, now: float) -> int | None:
-        """A portion for a worker that has none: what it lost, a new one, or one that is late elsewhere."""
-        portion = next((p for p, copies in self._out.items() if worker in copies), None)
-        if portion is None and self._next < self.count:
-            portion, self._next = self._next, self._next + 1
-        if portion is None:
-            waits = {p: now - [*copies.values()][-1] for p, copies in self._out.items()}
-            longest = max(waits, key=waits.__getitem__)
-            if waits[longest] <= (_LATE * statistics.median(self.seconds) if self.seconds else 0.0):
-                return None
-            portion = longest
-        copies = self._out.setdefault(portion, {})
-        copies.pop(worker, None)
-        copies[worker] = now
-        return portion
-
-    def answer(self, worker: Any, portion: int, loss: float, gradient: Vector, now: float) -> bool:
-        """Whether this is the first answer; with the last of them `sum.total` is there."""
-        if portion not in self._out:
-            return False
-        since = self._out.pop(portion).get(worker)
-        if since is not None:
-            self.seconds.append(now - since)
-        self.losses[portion] = loss
-        self.sum.add(portion, gradient)
-        return True
+"""How many durations of portions the usual duration is the median of."""
 
 
 class _Weights(NamedTuple):
-    """As workers get them."""
+    """The weights as a message holds them."""
 
     version: int
     frame: bytes
 
     @classmethod
-    def of(cls, x: Vector, version: int) -> Self:
-        return cls(version, x.whole().numpy().tobytes())
+    def of(cls, x: Tensor, version: int) -> Self:
+        return cls(version, x.detach().numpy().tobytes())
 
 
 class Coordinator:
-    """Reads, checks and answers messages; without sockets.
+    """Runs the steps of an optimizer on losses and gradients that workers send.
 
     Args:
-        options: of the minimiser.
-        shards: in how many slices vectors lie, each with a thread.
-        folder: where the end of each step is kept, from which it goes on; None for nowhere.
-        clock: the time in seconds.
+        optimizer: makes the optimizer of a list of parameters, which is one flat vector here.
+        folder: where the state after each step is kept, and continued from; None for nowhere.
+        clock: returns the time in seconds.
     """
 
     def __init__(
         self,
-        options: LBFGS,
+        optimizer: Callable[[list[nn.Parameter]], Optimizer],
         *,
-        shards: int = 1,
         folder: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take up the newest snapshot."""
-        if shards < 1:
-            raise ValueError(f"vectors lie on at least one shard, got shards={shards}")
-        self.options, self.shards, self.now = options, shards, clock
+        self.make_optimizer, self.now = optimizer, clock
         self.counted: Counter[int] = Counter()
-        """How many answers of each worker came first."""
+        """How many results of each worker were the first of their portion."""
         self.wasted: Counter[int] = Counter()
-        """And how many did not, or were too old."""
+        """How many results of each worker were not the first, or too late."""
         self.losses: list[float] = []
-        """At the beginning of each step that is done."""
+        """The loss at the beginning of each completed step."""
         self.failure: dict[str, Any] = {}
-        """What everybody is told when it cannot go on."""
-        self.waiting: dict[int, tuple[bytes, dict[str, Any]]] = {}
-        self._pool = ThreadPoolExecutor(shards, thread_name_prefix="noctule-shard")  # begins threads when it needs them
+        """The reply to every worker once the optimizer cannot continue; empty until then."""
+        self._pending: dict[int, tuple[bytes, dict[str, Any]]] = {}
+        """Requests without a reply, by worker: the route and the header."""
         self._seconds: deque[float] = deque(maxlen=_REMEMBERED)
         self._joined: set[int] = set()
         self._facts: dict[str, str] = {}
         self._dtype, self._portions = "float32", 0
-        self._minimiser: Minimiser | None = None
-        self._run: Any = None
+        self._x = nn.Parameter(torch.empty(0))
+        self._optimizer: Optimizer | None = None
+        self._step: PausedStep | None = None
         self._evaluation: Portions | None = None
         self._weights = self._settled = _Weights(0, b"")
         self._checkpoints = None if folder is None else Checkpoints(folder)
         if self._checkpoints is not None and (found := self._checkpoints.latest()) is not None:
             self._restore(found[1])
 
-    def handle(self, worker: int, route: bytes, frames: Sequence[bytes]) -> list[Letter]:
-        """What is to be sent, to this worker and to others that waited."""
+    @property
+    def busy(self) -> bool:
+        """Whether a worker waits."""
+        return bool(self._pending)
+
+    def handle(self, worker: int, route: bytes, frames: Sequence[bytes]) -> list[Reply]:
+        """Take a request; the replies that can be sent now, to this worker and to others that waited."""
         header: dict[str, Any] = {}
         try:
             header, tensors = read(frames)
             kind, serial = field(header, "kind", str), field(header, "serial", int)
-            if kind == "join" and self._minimiser is None and worker == 0 and tensors:
+            if kind == "join" and self._optimizer is None and worker == 0 and tensors:
                 self._seed(header, tensors)
             elif kind not in ("join", "work"):
                 raise ExchangeError(f"there is no request {kind!r:.40}: one of join, work")
             elif "did" in header and worker in self._joined:
-                self._take_in(worker, field(header, "did", dict), tensors)
+                self._take_result(worker, field(header, "did", dict), tensors)
         except Exception as error:  # a message never ends the coordinator
             serial = header.get("serial")
-            return [(route, write({"serial": serial if type(serial) is int else -1, **_said(error)}))]
-        self.waiting[worker] = (route, {name: said for name, said in header.items() if name != "did"})
-        letters = self.tick()
-        if worker in self.waiting:
-            why = "worker 0 has not come with the first weights" if self._minimiser is None else ""
-            letters.append((route, write({"serial": serial, "wait": why})))
-        return letters
+            return [Reply(route, write({"serial": serial if type(serial) is int else -1, **_refusal(error)}))]
+        self._pending[worker] = (route, {name: value for name, value in header.items() if name != "did"})
+        replies = self.tick()
+        if worker in self._pending:
+            why = "worker 0 has not come with the first weights" if self._optimizer is None else ""
+            replies.append(Reply(route, write({"serial": serial, "wait": why})))
+        return replies
 
-    def tick(self) -> list[Letter]:
-        """Whoever waits may have something to do now."""
-        letters = []
-        for worker, (route, header) in list(self.waiting.items()):
+    def tick(self) -> list[Reply]:
+        """Answer the pending requests that can be answered now."""
+        replies = []
+        for worker, (route, header) in list(self._pending.items()):
             try:
                 answer = self._answer(worker, header)
             except Exception as error:  # nor does what it asks for
-                answer = _said(error), []
+                answer = _refusal(error), []
             if answer is not None:
-                del self.waiting[worker]
-                letters.append((route, write({"serial": header["serial"], **answer[0]}, answer[1])))
-        return letters
+                del self._pending[worker]
+                replies.append(Reply(route, write({"serial": header["serial"], **answer[0]}, answer[1])))
+        return replies
 
     def close(self) -> None:
-        """End the threads of the shards."""
-        self._pool.shutdown()
+        """Abandon the step that is not completed; the last completed one is in the folder."""
+        if self._step is not None:
+            self._step.abandon()
 
-    # What is asked for.
+    # Requests.
 
     def _seed(self, header: dict[str, Any], tensors: list[bytes]) -> None:
-        """Begin with worker 0's weights, where there are none."""
+        """Begin with worker 0's weights."""
         dtype, portions = field(header, "dtype", str), field(header, "portions", int)
         if dtype not in DTYPES or portions < 1 or len(tensors) != 1 or not tensors[0]:
             raise ExchangeError(f"worker 0 gives {portions} portions and {len(tensors)} vectors of {dtype!r:.40}")
-        self._dtype, self._portions, self._facts = dtype, portions, field(header, "facts", dict)
-        self._minimiser = Minimiser(self._cut(self._tensor(tensors[0])), self.options)
-        self._weights = self._settled = _Weights.of(self._minimiser.x, 0)
+        facts = field(header, "facts", dict)
+        self._dtype, self._portions, self._facts = dtype, portions, facts
+        self._begin(self._tensor(tensors[0]), 0)
         self._save()
 
     def _join(self, worker: int, facts: Any) -> None:
@@ -192,7 +147,8 @@ class Coordinator:
                 )
         self._joined.add(worker)
 
-    def _take_in(self, worker: int, did: dict[str, Any], tensors: list[bytes]) -> None:
+    def _take_result(self, worker: int, did: dict[str, Any], tensors: list[bytes]) -> None:
+        """Check and count the loss and gradient of a portion."""
         version, portion, loss = field(did, "version", int), field(did, "portion", int), field(did, "loss", float)
         if self.failure:
             return
@@ -204,96 +160,104 @@ class Coordinator:
                 f"worker {worker} sent {sum(map(len, tensors)):,} bytes as the gradient of portion {portion}, and not "
                 f"{len(self._weights.frame):,}: did the model change its size after the first step?"
             )
-        gradient = self._cut(self._tensor(tensors[0]))
-        if not math.isfinite(loss) or not gradient.finite():
+        gradient = self._tensor(tensors[0])
+        if not math.isfinite(loss) or not all_finite(gradient):
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient is not finite, with a loss of {loss:g}"
             self._fail(
                 f"portion {portion} at step {len(self.losses)}, computed by worker {worker}: its {what}. All workers have the "
-                "weights of the beginning of that step again. Look at that portion of the data, or give LBFGS a smaller lr",
+                "weights of the beginning of that step again. Look at that portion of the data, or give the optimizer a smaller lr",
                 finite=False,
             )
-        elif not self._evaluation.answer(worker, portion, loss, gradient, self.now()):
+        elif not self._evaluation.put(worker, portion, loss, gradient, self.now()):
             self.wasted[worker] += 1
         else:
             self.counted[worker] += 1
-            if self._evaluation.sum.total is not None:
+            if self._evaluation.total is not None:
                 self._advance()
 
     def _answer(self, worker: int, header: dict[str, Any]) -> tuple[dict[str, Any], list[bytes]] | None:
-        """A header and frames, or None as long as there is no answer."""
+        """The header and frames of a reply; None while the request has to wait."""
         if header["kind"] == "work" and worker not in self._joined:
             return {"lost": True}, []
-        if self._minimiser is None:
+        if self._optimizer is None:
             return ({"seed": True}, []) if worker == 0 else None
         if header["kind"] == "join":
             self._join(worker, header.get("facts"))
             return {}, []
         step, done, weights = field(header, "step", int), len(self.losses), self._settled
         if self.failure:
-            said = self.failure
+            answer = self.failure
         elif step < done:
-            said = {"loss": self.losses[step]}
+            answer = {"loss": self.losses[step]}
         elif step > done:
             raise ExchangeError(
                 f"worker {worker} is at step {step} and the coordinator at {done}: its newest snapshot is lost. Begin again "
                 "from what this worker has"
             )
         else:
-            if self._run is None:
-                self._run = self._minimiser.step()
+            if self._step is None:
                 self._advance()
             if self._evaluation is None or (portion := self._evaluation.take(worker, self.now())) is None:
                 return None
-            said, weights = {"portion": portion}, self._weights
+            answer, weights = {"portion": portion}, self._weights
         frames = [] if header.get("has") == weights.version else [weights.frame]
-        return {"version": weights.version, **said}, frames
+        return {"version": weights.version, **answer}, frames
 
-    # Inside.
+    # Steps.
+
+    def _begin(self, x: Tensor, version: int) -> None:
+        self._x = nn.Parameter(x)
+        self._optimizer = self.make_optimizer([self._x])
+        self._weights = self._settled = _Weights.of(x, version)
 
     def _advance(self) -> None:
-        """With the loss and gradient of one point on to the next, or to the end of the step."""
-        assert self._minimiser is not None
+        """Give the optimizer the loss and gradient that it waits for, or begin a step; then evaluate the next point."""
+        assert self._optimizer is not None
         done, version = self._evaluation, self._weights.version + 1
         try:
-            point = self._run.send(done and (math.fsum(done.losses.values()), done.sum.total))
-        except StopIteration as end:
-            self.losses.append(end.value)
-            self._run = self._evaluation = None
-            self._weights = self._settled = _Weights.of(self._minimiser.x, version)
-            self._save()
+            if self._step is None:
+                self._step = PausedStep(self._optimizer, self._x)
+            first = self._step.advance(done and done.total)
         except Exception as error:  # memory, or numbers near the ends of what floats can hold
-            self._fail(f"step {len(self.losses)} cannot go on: {type(error).__name__}: {error}", finite=True)
-        else:
-            if done is not None:  # where a step begins the weights are out already
-                self._weights = _Weights.of(point, version)
+            self._fail(f"step {len(self.losses)} cannot continue: {type(error).__name__}: {error}", finite=True)
+            return
+        if first is None:
+            if done is not None:  # where a step begins the workers have the weights already
+                self._weights = _Weights.of(self._x, version)
             self._evaluation = Portions(self._portions, self._seconds)
+        else:
+            self.losses.append(first)
+            self._step = self._evaluation = None
+            self._weights = self._settled = _Weights.of(self._x, version)
+            self._save()
 
     def _fail(self, why: str, *, finite: bool) -> None:
-        self.failure, self._run, self._evaluation = {"error": why, "finite": finite}, None, None
+        self.close()
+        self.failure, self._step, self._evaluation = {"error": why, "finite": finite}, None, None
 
     def _tensor(self, frame: bytes) -> Tensor:
         return torch.frombuffer(bytearray(frame), dtype=DTYPES[self._dtype])
 
-    def _cut(self, x: Tensor) -> Vector:
-        return Vector.cut(x, self.shards, map if self.shards == 1 else self._pool.map)
-
     def _save(self) -> None:
-        if self._checkpoints is None or self._minimiser is None:
+        if self._checkpoints is None or self._optimizer is None:
             return
         state = {"facts": self._facts, "dtype": self._dtype, "portions": self._portions, "losses": self.losses}
-        state |= {"version": self._settled.version, "minimiser": self._minimiser.state_dict()}
+        state |= {"version": self._settled.version, "x": self._x.detach(), "optimizer": self._optimizer.state_dict()}
         try:
             self._checkpoints.save(len(self.losses), state)
         except CheckpointError as error:
-            warnings.warn(f"{error}; the coordinator goes on without a new snapshot", stacklevel=2)
+            warnings.warn(f"{error}; the coordinator continues without a new snapshot", stacklevel=2)
 
     def _restore(self, state: dict[str, Any]) -> None:
+        if "optimizer" not in state:
+            raise ExchangeError("the coordinator's folder was written by an earlier version of noctule: use a new one")
         self._facts, self._dtype, self._portions = state["facts"], state["dtype"], state["portions"]
         self.losses = state["losses"]
-        self._minimiser = Minimiser(self._cut(state["minimiser"]["x"]), self.options)
-        self._minimiser.load_state_dict(state["minimiser"], self._cut)
-        self._weights = self._settled = _Weights.of(self._minimiser.x, state["version"])
+        self._begin(state["x"], state["version"])
+        assert self._optimizer is not None
+        options = self._optimizer.state_dict()["param_groups"]  # the ones given now, which may differ
+        self._optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": options})
 
 
-def _said(error: Exception) -> dict[str, str]:
+def _refusal(error: Exception) -> dict[str, str]:
     return {"error": str(error) if isinstance(error, ExchangeError) else f"{type(error).__name__}: {error}"}

@@ -1,6 +1,6 @@
-"""The sockets of a parameter server: a listener for each shard, and a worker's wires to all of them.
+"""The sockets of a parameter server: a thread for each shard, and a worker's sockets to all of them.
 
-A shard answers whoever holds a key that it has given out, and knows by the key which worker it is; anybody else gets nothing.
+A shard knows by the key of a connection which worker it is; a client without a known key gets no reply.
 """
 
 from collections import Counter
@@ -12,13 +12,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from noctule.codecs import Codec
-from noctule.parallel.server.protocol import Desk
+from noctule.parallel.server.handler import ShardHandler
 from noctule.parallel.server.shard import Shard
-from noctule.transport.keyed import Caller, Listener, new_pair, zmq
+from noctule.transport.sockets import Client, ServerThread, new_pair, zmq
 from noctule.transport.ticket import Keys, Ticket
 
 _FRAMES = 1 << 17
-"""A message of more frames is none: what is over is not kept."""
+"""The largest number of frames of a request."""
 
 
 def serve(
@@ -36,19 +36,19 @@ def serve(
 ) -> "Server":
     """Start a parameter server, in threads of this process, until it is closed.
 
-    With a folder it keeps its keys, addresses and snapshots there, and goes on where it was when it is started again with the same
-    one; workers find it again and send what the last snapshot did not have.
+    In a folder it keeps its keys, addresses and snapshots, and continues from them when it is started again; workers connect again
+    and send what the last snapshot did not have.
 
     Args:
         optimizer: makes the optimizer of a shard, such as ``partial(torch.optim.Adagrad, lr=0.05)``.
-        shards: among how many the parameters are dealt, by name.
-        workers: how many must have joined before any may go on.
-        codec: of the gradients, the same as the workers'.
+        shards: the number of shards, to which the parameters are assigned.
+        workers: how many must have joined before any may run.
+        codec: how gradients are encoded; the same as the workers'.
         host: the address of this machine on which workers reach it.
-        port: of the first shard; those of the others follow. None for any that are free.
-        snapshot_every: a shard keeps its state after so many pushes; workers keep theirs until then.
-        patience_seconds: a worker that is silent for longer is not waited for; longer than its longest step.
-        max_bytes: of one message.
+        port: the port of the first shard; the other shards have the next ones. None for any that are free.
+        snapshot_every: the number of pushes from one snapshot of a shard to the next; workers keep their pushes until then.
+        patience_seconds: other workers do not wait for one that is silent for longer; more than its longest step takes.
+        max_bytes: the largest message.
 
     Raises:
         ExchangeError: an address is taken, or the folder is of a server with another number of shards.
@@ -64,100 +64,98 @@ def serve(
 
 
 class Server:
-    """Shards that listen; `serve` makes it."""
+    """A parameter server that is running; `serve` makes it."""
 
     def __init__(
         self, shards: Sequence[Shard], *, folder: Path | None, addresses: Sequence[str], max_bytes: int, **options: Any
     ) -> None:
-        """Listen."""
         self.shards = list(shards)
         path = None if folder is None else folder / "keys.json"
         self._keys = Keys(path, pair=new_pair, addresses=addresses)
-        self._listening: list[tuple[Listener, Desk]] = []
+        self._threads: list[tuple[ServerThread, ShardHandler]] = []
         try:
             for index, (shard, address) in enumerate(zip(self.shards, self._keys.addresses, strict=True)):
                 where = None if folder is None else folder / f"shard-{index}"
-                desk = Desk(shard, folder=where, max_bytes=max_bytes, **options)
-                listener = Listener(desk, address, self._keys, max_bytes=max_bytes, frames=_FRAMES)
-                self._listening.append((listener, desk))
-            self._keys.addresses = self.addresses = tuple(listener.address for listener, _ in self._listening)
-            self._keys.keep()
+                handler = ShardHandler(shard, folder=where, max_bytes=max_bytes, **options)
+                thread = ServerThread(handler, address, self._keys, max_bytes=max_bytes, frames=_FRAMES)
+                self._threads.append((thread, handler))
+            self._keys.addresses = self.addresses = tuple(thread.address for thread, _ in self._threads)
+            self._keys.save()
         except BaseException:
             self.close()
             raise
-        for listener, _ in self._listening:
-            listener.start()
+        for thread, _ in self._threads:
+            thread.start()
 
     def ticket(self, worker: int) -> Ticket:
-        """What a worker needs; the same each time."""
+        """The ticket of a worker; the same at each call."""
         return self._keys.ticket(worker)
 
     @property
     def staleness(self) -> Counter[int]:
-        """How many pushes, to all shards, were how many pushes of others old."""
+        """How many pushes, of all shards together, had each staleness."""
         return sum((Counter(dict(shard.staleness)) for shard in self.shards), Counter())
 
     @property
     def versions(self) -> list[int]:
-        """How many pushes are in each shard."""
+        """The number of pushes that are in each shard's weights."""
         return [shard.version for shard in self.shards]
 
     @property
     def outdated(self) -> int:
-        """How many gradients of a layer were left out because its connections had changed too often since."""
+        """How many gradients of a sparse layer were left out because its connections had moved too often since."""
         return sum(shard.weights.outdated for shard in self.shards if shard.weights is not None)
 
     def close(self) -> None:
-        """Keep everything, and end; a second call does nothing."""
-        for listener, desk in self._listening:
-            listener.end()
-            if listener.ident is not None:  # it has answered somebody, perhaps
-                desk.close()
-        self._listening = []
+        """Stop, and write snapshots; a second call does nothing."""
+        for thread, handler in self._threads:
+            thread.end()
+            if thread.ident is not None:  # it was started, and may have answered a worker
+                handler.close()
+        self._threads = []
 
     def __enter__(self) -> Self:
-        """This server, which listens already."""
+        """Return this server."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close."""
+        """Close it."""
         self.close()
 
     def __repr__(self) -> str:
-        """Where it is; no keys."""
+        """Show the addresses; no keys."""
         return f"Server({', '.join(self.addresses)})"
 
 
-class Wires:
-    """A worker's sockets to all shards."""
+class ShardSockets:
+    """A worker's sockets to all shards.
+
+    Raises:
+        ExchangeError: the ticket's keys or addresses are not valid.
+    """
 
     def __init__(self, ticket: Ticket) -> None:
-        """Connect; whether anybody is there shows when it answers.
-
-        Raises:
-            ExchangeError: the ticket's keys or addresses are none.
-        """
-        self._callers: list[Caller] = []
+        self._clients: list[Client] = []
         self._poller = zmq.Poller()
         try:
             for address in ticket.addresses:
-                self._callers.append(Caller(ticket, address))
-                self._poller.register(self._callers[-1].socket, zmq.POLLIN)
+                self._clients.append(Client(ticket, address))
+                self._poller.register(self._clients[-1].socket, zmq.POLLIN)
         except BaseException:
             self.close()
             raise
 
     def send(self, shard: int, frames: Sequence[bytes]) -> None:
-        """Send when it can; where too much waits already, nothing is sent."""
-        self._callers[shard].send(frames)
+        """Send to a shard in the background; drop the message if the queue is full."""
+        self._clients[shard].send(frames)
 
     def receive(self, seconds: float) -> list[tuple[int, list[bytes]]]:
-        """What has come from which shard, after a wait of at most so many seconds."""
+        """The messages that have come, each with its shard, after a wait of at most so many seconds."""
         ready = dict(self._poller.poll(max(0, int(1000 * seconds))))
-        sockets = [caller.socket for caller in self._callers]
+        sockets = [client.socket for client in self._clients]
         return [(shard, socket.recv_multipart()) for shard, socket in enumerate(sockets) if socket in ready]
 
     def close(self) -> None:
-        """What was not sent is dropped."""
-        for caller in self._callers:
-            caller.close()
+        """Disconnect; what was not sent is dropped."""
+        for client in self._clients:
+            client.close()

@@ -1,7 +1,7 @@
-"""Which connections the values of a sparse layer at a parameter server belong to, and how that changed lately.
+"""How the connections of a sparse layer at a parameter server move, and the log of their last moves.
 
-A gradient is of the connections that its worker had. The server lays it on those that there are now: what belongs to a connection
-that is gone is left out, the rest finds its slot. A connection that was dropped and grown again is another one.
+A gradient belongs to the connections that its worker had. The server moves it to the slots of the present ones, and leaves out what
+belongs to a connection that was dropped. A connection that was dropped and grown again is another one.
 """
 
 from collections import deque
@@ -16,23 +16,23 @@ from noctule.core.errors import ExchangeError
 from noctule.core.topology import Remap, Topology, exchange
 
 KEPT = 4
-"""Changes of a layer's connections that are remembered: each takes 4 bytes a weight, and what moved."""
+"""How many moves of a layer are kept: each takes 4 bytes a weight, and the move itself."""
 UNKNOWN = -1
-"""The version of a worker that has not yet heard which connections there are."""
+"""The version of a worker that has not received the server's topology yet."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """As many connections go as come."""
+    """Connections that are dropped, and as many that are grown."""
 
     dropped: Tensor
-    """The slots of those that go, sorted."""
+    """The slots of the dropped connections, sorted."""
     grown: Tensor
-    """The keys of those that come, sorted."""
+    """The keys of the grown connections, sorted."""
 
     @classmethod
     def between(cls, old: Topology, new: Topology) -> Self:
-        """What leads from the one to the other.
+        """The move from one topology to another.
 
         >>> from noctule.core.topology import Topology
         >>> a, b = (Topology.from_keys((1, 9), torch.tensor(keys)) for keys in ([0, 2, 5], [0, 5, 7]))
@@ -43,57 +43,56 @@ class Move:
 
     @classmethod
     def along(cls, remap: Remap, new: Topology) -> Self:
-        """What a remap to these places did."""
+        """The move that a remap to a topology made."""
         old_slot = remap.old_slot
         goes = torch.ones(remap.old_size, dtype=torch.bool)
         goes[old_slot[old_slot >= 0].cpu()] = False
         return cls(goes.nonzero()[:, 0], new.keys()[old_slot < 0].cpu())
 
     def of(self, topology: Topology) -> tuple[Topology, Remap]:
-        """What becomes of these places.
+        """Apply the move to a topology.
 
         Raises:
-            ExchangeError: it is not a move of these.
+            ExchangeError: it does not fit this topology.
         """
         if self.dropped.numel() != self.grown.numel():
             raise ExchangeError(
-                f"{self.dropped.numel()} connections go and {self.grown.numel()} come: it must be as many"
+                f"{self.dropped.numel()} connections are dropped and {self.grown.numel()} grown: it must be as many"
             )
         new, remap = exchange(topology, self.dropped.to(topology.device), self.grown.to(topology.device))
         keys = new.keys()
         if bool((keys[1:] <= keys[:-1]).any()):
-            raise ExchangeError("a connection that is to come is there already")
+            raise ExchangeError("a connection that is to be grown is there already")
         return new, remap
 
     def write(self, topology: Topology) -> list[bytes]:
-        """Two frames."""
+        """Make two frames, for `read`."""
         return [to_frame(self.dropped, topology.size), to_frame(self.grown, topology.places)]
 
     @classmethod
     def read(cls, frames: list[bytes], topology: Topology) -> Self:
-        """The inverse of `write`, for a layer of as many weights and places.
+        """Read a move of a layer with this many weights and places.
 
         Raises:
-            ExchangeError: the frames do not hold that.
+            ExchangeError: the frames do not hold one.
         """
         return cls(from_frame(frames[0], topology.size), from_frame(frames[1], topology.places))
 
 
-class Ledger:
-    """The places of one layer's values at the server; each change makes another version of them."""
+class TopologyLog:
+    """The topology of one layer at the server, its version, and the last moves that led to it."""
 
     def __init__(self, topology: Topology) -> None:
-        """The first version."""
         self.topology, self.version = topology, 0
         self._last: deque[tuple[Move, Remap]] = deque(maxlen=KEPT)
 
     def note(self, move: Move, topology: Topology, remap: Remap) -> None:
-        """The places have changed."""
+        """Add a move, which makes the next version."""
         self.topology, self.version = topology, self.version + 1
         self._last.append((move, Remap(remap.old_slot.to(torch.int32), remap.old_size)))
 
-    def laid(self, gradient: Tensor, version: int) -> Tensor | None:
-        """The gradient (N,) of an earlier version on today's slots; None where that version is forgotten."""
+    def remapped(self, gradient: Tensor, version: int) -> Tensor | None:
+        """A gradient (N,) of a version, moved to the present slots; None if that version is no longer in the log."""
         missed = self._since(version)
         if missed is None:
             return None
@@ -102,18 +101,18 @@ class Ledger:
         return gradient
 
     def missed(self, version: int) -> list[Move] | None:
-        """What has moved since a version; None where that is forgotten."""
+        """The moves since a version; None if that version is no longer in the log."""
         missed = self._since(version)
         return None if missed is None else [move for move, _ in missed]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as plain data."""
+        """All of the state, as plain data."""
         last = [{"dropped": m.dropped, "grown": m.grown, "old_slot": r.old_slot} for m, r in self._last]
         return {"topology": self.topology.state_dict(), "version": self.version, "last": last}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
-        """What `state_dict` gave."""
+        """Make a log from a state."""
         made = cls(Topology.from_state_dict(state["topology"]))
         made.version = state["version"]
         for step in state["last"]:
@@ -131,15 +130,15 @@ class Ledger:
 
 
 def to_frame(numbers: Tensor, below: int) -> bytes:
-    """Sorted whole numbers, all less than ``below``."""
+    """Make a frame of sorted whole numbers, all less than ``below``."""
     return numbers.cpu().to(_dtype(below)).numpy().tobytes()
 
 
 def from_frame(frame: bytes, below: int) -> Tensor:
-    """The inverse of `to_frame`, int64.
+    """Read sorted whole numbers (int64) from a frame.
 
     Raises:
-        ExchangeError: it holds something else.
+        ExchangeError: the frame holds something else.
     """
     dtype = _dtype(below)
     if len(frame) % dtype.itemsize:

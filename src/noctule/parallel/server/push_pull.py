@@ -1,4 +1,4 @@
-"""Train apart on one set of weights: push gradients to a parameter server, pull its weights, and how far apart is up to you.
+"""Push gradients to a parameter server and pull its weights, synchronously or with bounded or unbounded staleness.
 
 Dean et al. 2012, "Large scale distributed deep networks" (Downpour SGD), NIPS; Ho et al. 2013, "More effective distributed ML via a
 stale synchronous parallel parameter server", NIPS.
@@ -14,17 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from noctule.codecs import Codec
 from noctule.core.errors import NonFiniteError
 from noctule.core.exact import Exact
 from noctule.core.finite import all_finite
 from noctule.core.method import Method
+from noctule.core.random import generator
 from noctule.core.topology import Remap, Topology
 from noctule.exchange.compress import Compress
-from noctule.parallel.server.client import Links
-from noctule.parallel.server.deal import deal
-from noctule.parallel.server.follower import Followed
+from noctule.parallel.server.assign import assign
+from noctule.parallel.server.client import ShardClients
+from noctule.parallel.server.mirror import LayerMirror
 from noctule.transport.messages import field, to_bytes, to_tensor
 from noctule.transport.ticket import Ticket
 
@@ -32,34 +34,34 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class PushPull(Method):
-    """Between two pulls the worker goes on with its own optimizer; what all have together is the server's.
+    """Trains with a parameter server, which holds the weights; between two pulls a worker continues with its own optimizer.
 
-    When a session opens, the model takes the server's weights, which are worker 0's first ones where it has none. A push is the sum
-    of the gradients since the last one; what the end of a session finds accrued is in `state_dict`, and `now` pushes it. With one
-    worker that pushes and pulls at every step this is plain training with the server's optimizer, bit for bit. Buffers, such as the
-    running statistics of batch norms, stay each worker's own.
+    When a session begins, the model takes the server's weights, which are worker 0's initial ones if it has none. A push is the sum
+    of the gradients since the last one; gradients that are not pushed when a session ends are in `state_dict`, and `now` pushes
+    them. With one worker that pushes and pulls at every step this is plain training with the server's optimizer, bit for bit.
+    Buffers, such as the running statistics of batch norms, are not shared.
 
-    Worker 0, and no other, may move connections: give its session a `Rewire` before this method. The server and the other workers
-    follow, each at its next pull; what they push for connections that are gone is left out.
+    Only worker 0 may move connections: give its session a `Rewire` before this method. The server and the other workers follow,
+    each worker at its next pull; what they push for connections that are gone is left out.
 
-    A push is applied once, also where it is sent again after a time-out or a restart of the server: the worker keeps its pushes
-    until they are in a snapshot. One is lost only if its worker and the server both end before that; a worker that leaves makes the
-    server write one.
+    A push is applied once, even if it is sent again after a timeout or a restart of the server: the worker keeps its pushes until
+    they are in a snapshot. A push is lost only if its worker and the server both end before that; the server writes a snapshot when
+    a worker leaves.
 
     Args:
         server: the worker's ticket, from `noctule.parallel.server.listen.serve`.
         push_every: steps from one push to the next.
         pull_every: steps from one pull to the next; it overwrites what the worker's own optimizer did since the last push.
-        overlap: take the answer to a push with the next one, so that nobody waits for the link. What others did comes one push
-            later; what the worker's own optimizer did meanwhile is kept on top of it, so make it like the server's.
-        bound: by how many pushes this worker may be ahead of the slowest: it waits after a push or before a pull until that is so.
-            0 is synchronous: the server makes one step with the mean of everybody's pushes. None waits for nobody.
+        overlap: read the reply to a push at the next push, so that no worker waits for the link. Changes by other workers come one
+            push later; those of the worker's own optimizer meanwhile are added to them, so make it like the server's.
+        bound: the staleness bound: how many pushes this worker may be ahead of the slowest; it waits after a push or before a pull
+            until that holds. 0 is synchronous: the server makes one step with the mean of all workers' pushes. None for no bound.
         warm_start: how many times worker 0 pushes before the others begin; they begin sooner if it leaves or falls silent.
-        codec: of the gradients, the same as the server's; what a biased one leaves out is pushed later.
-        timeout_seconds: for any one answer.
-        weigh: says at each step how much this worker's gradient counts beside the others', 1 on average; None for 1. With bound 0
-            and batches of unequal size, its samples times the workers over everybody's samples makes all of them one worker.
-        seed: of what the codec draws; each worker draws its own.
+        codec: how gradients are encoded, the same as the server's; the residual of a biased one is added to later pushes.
+        timeout_seconds: for any one reply.
+        weigh: returns at each step the weight of this worker's gradient, 1 on average; None for 1. With bound 0 and batches of
+            unequal size, its samples times the number of workers over all workers' samples makes all of them one worker.
+        seed: of the codec's random numbers, which also depend on the worker and the step.
 
     >>> from functools import partial
     >>> from noctule import attach
@@ -88,7 +90,6 @@ class PushPull(Method):
         weigh: Callable[[], float] | None = None,
         seed: int = 0,
     ) -> None:
-        """Nothing is sent yet."""
         if push_every < 1 or pull_every < 1:
             raise ValueError(f"workers push and pull after at least one step, got {push_every} and {pull_every}")
         if warm_start < 0 or (bound is not None and bound < 0):
@@ -104,47 +105,51 @@ class PushPull(Method):
         self.compress = Compress(self.codec)
         self.steps = 0
         self.accrued: dict[str, Tensor] = {}
-        """The gradients since the last push."""
+        """The sum of the gradients since the last push, by parameter."""
         self._since: dict[str, Tensor] = {}
-        """The weights here at the push whose answer is still to be taken."""
-        self._places: dict[str, Topology] = {}  # of them and of what is owed, today's of each layer
+        """With overlap: the weights at the push whose reply has not been read."""
+        self._places: dict[str, Topology] = {}  # the topology that what is accrued and owed of each layer belongs to
 
+    @override
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Join, and take the server's weights.
+        """Join the server and take its weights.
 
         Raises:
-            ExchangeError: a shard does not answer, or its model, codec or options are others.
-            ValueError: a parameter is of a dtype that the server cannot hold.
+            ExchangeError: a shard does not answer, or has another model, codec or options.
+            ValueError: a parameter has a dtype that the server cannot hold.
         """
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for name, p in self.parameters.items():
             if p.dtype not in _FLOATS:
                 raise ValueError(f"the server keeps float32, and {name!r} is {p.dtype}: use model.float()")
-        self.dealt = deal({name: p.numel() for name, p in self.parameters.items()}, len(self.server.addresses))
+        self.assigned = assign({name: p.numel() for name, p in self.parameters.items()}, len(self.server.addresses))
         with ExitStack() as undo:
-            self.followed = Followed(model, self._carry)
-            undo.callback(self.followed.close)
-            self._lay(self._places)
-            self._places = {name: layer.topology for name, layer in self.followed.layers.items()}
-            seeds = [self._seed(names) if self.server.worker == 0 else None for names in self.dealt]
-            self.links = Links(self.server, facts=self._facts(), seeds=seeds, timeout_seconds=self.timeout_seconds)
-            undo.callback(self.links.close)
-            self._take()
+            self.mirror = LayerMirror(model, self._carry)
+            undo.callback(self.mirror.close)
+            self._carry_from(self._places)
+            self._places = {name: layer.topology for name, layer in self.mirror.layers.items()}
+            seeds = [self._seed(names) if self.server.worker == 0 else None for names in self.assigned]
+            self.clients = ShardClients(
+                self.server, facts=self._facts(), seeds=seeds, timeout_seconds=self.timeout_seconds
+            )
+            undo.callback(self.clients.close)
+            self._pull()
             undo.pop_all()
 
     @property
     def staleness(self) -> Counter[int]:
-        """How many pushes of this worker, to all shards, were how many pushes of others old; none before a session opens."""
-        return self.links.staleness if hasattr(self, "links") else Counter()
+        """How many pushes of this worker, to all shards, had each staleness; empty before a session begins."""
+        return self.clients.staleness if hasattr(self, "clients") else Counter()
 
+    @override
     def before_step(self) -> None:
-        """Accrue the gradient.
+        """Add the gradient to what is accrued.
 
         Raises:
             NonFiniteError: it is NaN or infinite; nothing is sent.
-            ValueError: connections have moved here, and this is not worker 0; or what it counts is no weight.
+            ValueError: connections were moved by a worker that is not worker 0, or `weigh` returned an invalid weight.
         """
-        self._tell()
+        self._report_moves()
         given = {name: p.grad.detach() for name, p in self.parameters.items() if p.grad is not None}
         for name, x in given.items():
             if not all_finite(x):
@@ -162,126 +167,136 @@ class PushPull(Method):
             first = x.to(torch.float32, copy=True)
             self.accrued[name] = first if factor == 1.0 else first.mul_(factor)
 
+    @override
     def after_step(self) -> None:
-        """Push and pull, when it is time."""
-        self._tell()
+        """Push and pull, each every so many steps."""
+        self._report_moves()
         self.steps += 1
         pull = self.steps % self.pull_every == 0
         if pull and self._since:
-            self._take()
+            self._pull()
         if self.steps % self.push_every == 0:
-            self._give(pull=pull)
+            self._push(pull=pull)
         if pull and self.overlap:
             self._since = {name: p.detach().clone() for name, p in self.parameters.items()}
         elif pull:
-            self._take()
+            self._pull()
 
     def now(self) -> None:
-        """Push and pull, whether it is time or not."""
-        self._tell()
-        self._leave_answer()
+        """Push what is accrued, and pull."""
+        self._report_moves()
+        self._drop_reply()
         if self.accrued:
-            self._give(pull=True)
-        self._take()
+            self._push(pull=True)
+        self._pull()
 
+    @override
     def settle(self) -> None:
-        """Push what is accrued and pull, where it is not just done."""
+        """Push what is accrued and pull, unless the last step did."""
         if self.accrued or self._since or self.steps % self.pull_every:
             self.now()
 
     def fetch(self, key: str) -> dict[str, Tensor]:
-        """Push what is accrued, take the server's weights, and return what its optimizer keeps under a key, by parameter."""
-        self._tell()
-        self._leave_answer()
+        """Push what is accrued, take the server's weights, and return its optimizer's state under a key, by parameter."""
+        self._report_moves()
+        self._drop_reply()
         if self.accrued:
-            self._give(pull=False)
-        return self._take(kept=key)
+            self._push(pull=False)
+        return self._pull(kept=key)
 
+    @override
     def remapped(self, layer: nn.Module, remap: Remap) -> None:
-        """What is kept for a sparse layer has followed.
+        """Refuse what the server cannot follow; moves of sparse layers are noted by the mirror.
 
         Raises:
-            ValueError: another layer that is trained has changed its width, which the server cannot follow.
+            ValueError: a trained layer has changed its width.
         """
         trained = {*self.parameters.values()}
-        if layer not in self.followed.layers.values() and not trained.isdisjoint(layer.parameters()):
+        if layer not in self.mirror.layers.values() and not trained.isdisjoint(layer.parameters()):
             raise ValueError(
                 "a layer changed its width, and the weights at the parameter server cannot follow: remove neurons between "
                 "sessions, with a server of a new folder for each, or train with EverySync or DiLoCo, which follow"
             )
 
+    @override
     def end(self) -> None:
-        """Leave: nobody waits for this worker any longer."""
+        """Leave the server: no worker waits for this one any longer."""
         try:
-            if self.server.worker == 0 and not self.links.failed:
-                self._tell()
+            if self.server.worker == 0 and not self.clients.failed:
+                self._report_moves()
         finally:
-            self.followed.close()
-            self.links.close()
+            self.mirror.close()
+            self.clients.close()
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """What is accrued and owed, and of which connections it is; the weights are the server's."""
-        if self.server.worker == 0 and not self.links.failed:
-            self._tell()  # or what has moved would be lost with this worker
+        """What is accrued and owed, and the topologies it belongs to; the weights are the server's."""
+        if self.server.worker == 0 and not self.clients.failed:
+            self._report_moves()  # or the moves would be lost with this worker
         places = {name: topology.state_dict() for name, topology in self._places.items()}
         accrued = {name: x.clone() for name, x in self.accrued.items()}
         kept = {"accrued": accrued, "compress": self.compress.state_dict()}
         return {"steps": self.steps, "places": places, **kept}
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave, and the server's weights and connections as they are now.
+        """Restore what is accrued and owed, and take the server's present weights and connections.
 
         Raises:
-            ValueError: it is of another model.
+            ValueError: the state is of another model.
         """
         found: dict[str, Tensor] = state["accrued"]
         if any(n not in self.parameters or x.shape != self.parameters[n].shape for n, x in found.items()):
             raise ValueError("this state is of a model with other parameters or shapes: load that of this model")
-        self._leave_answer()
-        self.followed.go_back()
+        self._drop_reply()
+        self.mirror.undo()
         self.accrued = {name: x.to(self.parameters[name].device, copy=True) for name, x in found.items()}
         self.steps = int(state["steps"])
         self.compress.load_state_dict(state["compress"])
-        self._lay({name: Topology.from_state_dict(places) for name, places in state["places"].items()})
-        self._take()
+        self._carry_from({name: Topology.from_state_dict(places) for name, places in state["places"].items()})
+        self._pull()
 
-    def _lay(self, places: Mapping[str, Topology]) -> None:
-        """What is accrued and owed for these places goes to the slots of today's."""
-        for name, layer in self.followed.layers.items():
+    def _carry_from(self, places: Mapping[str, Topology]) -> None:
+        """Move what is accrued and owed from these topologies to the present ones."""
+        for name, layer in self.mirror.layers.items():
             if name in places and places[name] != layer.topology:
                 self._carry(name, Remap.between(places[name].to(layer.topology.device), layer.topology))
 
     def _carry(self, name: str, remap: Remap) -> None:
-        """What is accrued and owed follows its connections; those that are new have not changed since."""
-        self._places[name] = self.followed.layers[name].topology
+        """Move what is accrued and owed with its connections; new connections have not changed since the last push."""
+        self._places[name] = self.mirror.layers[name].topology
         if name in self.accrued:
             self.accrued[name] = remap.apply(self.accrued[name])
         if name in self._since:
             self._since[name] = remap.apply(self._since[name], new=self.parameters[name].detach())
         self.compress.remapped(name, remap, (remap.new_size,))
 
-    def _tell(self) -> None:
-        """Tell the server what has moved here."""
-        elsewhere = self.followed.elsewhere()
-        if elsewhere and self.server.worker != 0:
+    def _report_moves(self) -> None:
+        """Report the moves made here to the server."""
+        moved = self.mirror.moved()
+        if moved and self.server.worker != 0:
             raise ValueError(
-                f"the connections of {', '.join(elsewhere)} have moved at worker {self.server.worker}, and only worker 0 moves "
+                f"the connections of {', '.join(moved)} have moved at worker {self.server.worker}, and only worker 0 moves "
                 "them while all push to one server: leave Rewire out of this worker's session, it follows worker 0's"
             )
-        if elsewhere:
-            moves = self.followed.tell(elsewhere, self.dealt)
-            self.links.move(moves)  # whose answer takes the place of one with weights
+        if moved:
+            self.clients.move(self.mirror.report(moved, self.assigned))  # its reply replaces one with weights
 
     def _facts(self) -> dict[str, str]:
-        """What all workers must have alike."""
-        options = {"shards": len(self.dealt), "bound": self.bound, "warm_start": self.warm_start, "codec": self.codec}
+        """What every worker must have alike, as text by name."""
+        options = {
+            "shards": len(self.assigned),
+            "bound": self.bound,
+            "warm_start": self.warm_start,
+            "codec": self.codec,
+        }
         shapes = {n: f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}" for n, p in self.parameters.items()}
-        return {name: str(fact) for name, fact in options.items()} | shapes | self.followed.facts()
+        return {name: str(fact) for name, fact in options.items()} | shapes | self.mirror.facts()
 
     def _seed(self, names: list[str]) -> tuple[dict[str, Any], list[bytes]]:
-        """The first weights for one shard."""
+        """The header and frames of the initial weights of one shard."""
         weights = {name: self.parameters[name].detach().float() for name in names}
-        matrices, places = self.followed.seed(names)
+        matrices, places = self.mirror.seed(names)
         header = {
             "places": matrices,
             "shapes": {name: list(x.shape) for name, x in weights.items()},
@@ -290,45 +305,44 @@ class PushPull(Method):
         }
         return header, [*(to_bytes(Exact().encode(x)) for x in weights.values()), *places]
 
-    def _give(self, *, pull: bool) -> None:
-        """Push what is accrued; with a bound, go on only when that is allowed."""
-        draws = (self.seed * 0x9E3779B97F4A7C15 + self.steps * 0xBF58476D1CE4E5B9 + self.server.worker) % 2**63
-        generator = torch.Generator().manual_seed(draws)
+    def _push(self, *, pull: bool) -> None:
+        """Push what is accrued; with a bound, wait until this worker may continue."""
+        draws = generator("push", self.seed, self.server.worker, self.steps)
         gradients = [
-            {name: self._encode(name, generator) for name in names if name in self.accrued} for names in self.dealt
+            {name: self._encode(name, draws) for name in names if name in self.accrued} for names in self.assigned
         ]
         self.accrued = {}
-        self.links.push(gradients, pull=pull, versions=self._versions())
+        self.clients.push(gradients, pull=pull, versions=self._versions())
         if self.bound is not None:
-            self.links.wait()
+            self.clients.wait()
 
-    def _encode(self, name: str, generator: torch.Generator) -> bytes:
+    def _encode(self, name: str, draws: torch.Generator) -> bytes:
         sent = self.compress.send(self.accrued[name], name)
-        payload = self.codec.encode(sent, generator)
+        payload = self.codec.encode(sent, draws)
         self.compress.arrived(sent, self.codec.decode(payload), name)
         return to_bytes(payload)
 
-    def _leave_answer(self) -> None:
-        """What comes now is newer."""
+    def _drop_reply(self) -> None:
+        """Drop the reply to the last push: a newer one follows."""
         if self._since:
-            self.links.forget()
+            self.clients.forget()
             self._since = {}
 
     def _versions(self) -> list[dict[str, int]]:
-        """Of the connections here, for each shard."""
-        return [self.followed.versions(names) for names in self.dealt]
+        """The versions of the topologies here, for each shard."""
+        return [self.mirror.versions(names) for names in self.assigned]
 
     @torch.no_grad()
-    def _take(self, *, kept: str = "") -> dict[str, Tensor]:
-        """The server's connections and weights, those that a push has brought or what it has now, and what was done here since.
+    def _pull(self, *, kept: str = "") -> dict[str, Tensor]:
+        """Take the server's connections and weights, from the reply to a push or a new one, and add what was done here since.
 
-        Returns what its optimizer keeps under a key, by parameter.
+        Returns the server optimizer's state under a key, by parameter.
         """
         found: dict[str, Tensor] = {}
-        for names, (header, frames) in zip(self.dealt, self.links.pull(self._versions(), kept=kept), strict=True):
+        for names, (header, frames) in zip(self.assigned, self.clients.pull(self._versions(), kept=kept), strict=True):
             brought = field(header, "kept", list, default=[])
             first, last = len(names), len(frames) - len(brought)
-            self.followed.take(header, frames[first:last])
+            self.mirror.follow(header, frames[first:last])
             for name, frame in zip(names, frames[:first], strict=True):
                 p = self.parameters[name]
                 weights = to_tensor(Exact(), frame, p.shape, name)

@@ -1,4 +1,4 @@
-"""The weights of a shard, the optimizer that moves them, and the connections that those of sparse layers belong to."""
+"""The weights of a shard, the optimizer that updates them, and the topologies of those that are sparse."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,16 +11,16 @@ from noctule.core.errors import ExchangeError
 from noctule.core.finite import all_finite
 from noctule.core.optim import carry_state, check_carry
 from noctule.core.topology import Remap, Topology
-from noctule.parallel.server.moves import Ledger, Move
+from noctule.parallel.server.moves import Move, TopologyLog
 
 
 class Weights:
-    """Parameters by name.
+    """Parameters by name, with their optimizer.
 
     Args:
         optimizer: makes the optimizer of a list of parameters.
-        first: their first numbers.
-        places: of the values of sparse layers.
+        first: the initial values, which are copied.
+        places: the topologies of parameters that are a sparse layer's values.
     """
 
     def __init__(
@@ -29,28 +29,27 @@ class Weights:
         first: Mapping[str, Tensor],
         places: Mapping[str, Topology],
     ) -> None:
-        """Take copies."""
         self.parameters = {name: nn.Parameter(x.detach().clone()) for name, x in first.items()}
         self.optimizer = optimizer(list(self.parameters.values()))
-        self.ledgers = {name: Ledger(topology) for name, topology in places.items()}
+        self.logs = {name: TopologyLog(topology) for name, topology in places.items()}
         self.outdated = 0
-        """How many gradients were of connections so old that nothing is known of them, and were left out."""
+        """How many gradients were left out because the log does not go back to their topology."""
 
-    def laid(self, gradients: Mapping[str, Tensor], versions: Mapping[str, int]) -> dict[str, Tensor]:
-        """The gradients, those of sparse layers on today's slots; by default they are of today's connections."""
+    def remapped(self, gradients: Mapping[str, Tensor], versions: Mapping[str, int]) -> dict[str, Tensor]:
+        """The gradients, moved from the topologies of these versions to the present ones (default: they belong to those)."""
         found = {}
         for name, gradient in gradients.items():
-            ledger = self.ledgers.get(name)
-            laid = gradient if ledger is None else ledger.laid(gradient, versions.get(name, ledger.version))
-            if laid is None:
+            log = self.logs.get(name)
+            moved = gradient if log is None else log.remapped(gradient, versions.get(name, log.version))
+            if moved is None:
                 self.outdated += 1
             else:
-                found[name] = laid
+                found[name] = moved
         return found
 
     @torch.no_grad()
     def step(self, gradients: Iterable[Mapping[str, Tensor]]) -> None:
-        """Go by the mean of several gradients, which the optimizer may change."""
+        """Make a step with the mean of several gradients, which the optimizer may change."""
         several = list(gradients)
         for name, p in self.parameters.items():
             given = [each[name] for each in several if name in each]
@@ -61,12 +60,15 @@ class Weights:
 
     @torch.no_grad()
     def move(self, moves: Mapping[str, tuple[Move, Tensor]]) -> dict[str, Remap]:
-        """Move connections of some layers, given the first values of those that come; the optimizer's state follows.
+        """Move connections of some layers; the optimizer's state follows.
+
+        Args:
+            moves: for each layer the move and the initial values of its new connections.
 
         Raises:
-            ExchangeError: that is no move of the connections there are; nothing is changed.
+            ExchangeError: a move does not fit the present connections; nothing is changed.
         """
-        found = {name: move.of(self.ledgers[name].topology) for name, (move, _) in moves.items()}
+        found = {name: move.of(self.logs[name].topology) for name, (move, _) in moves.items()}
         for name, (_, first) in moves.items():
             check_carry(self.optimizer, self.parameters[name])
             if not all_finite(first):
@@ -76,20 +78,20 @@ class Weights:
             new = p.new_zeros(remap.new_size).masked_scatter_(remap.old_slot < 0, first)
             p.copy_(remap.apply(p.detach(), new=new))
             carry_state(self.optimizer, p, p, remap)
-            self.ledgers[name].note(move, topology, remap)
+            self.logs[name].note(move, topology, remap)
         return {name: remap for name, (_, remap) in found.items()}
 
     def kept(self, key: str) -> dict[str, Tensor]:
-        """What the optimizer keeps under a key for each parameter, such as ``momentum_buffer``; only what is as large as it."""
+        """The optimizer's state under a key such as ``momentum_buffer``, for each parameter whose shape it has."""
         found = {name: self.optimizer.state.get(p, {}).get(key) for name, p in self.parameters.items()}
         return {n: x for n, x in found.items() if isinstance(x, Tensor) and x.shape == self.parameters[n].shape}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as plain data."""
+        """All of the state, as plain data."""
         return {
             "weights": {name: p.detach() for name, p in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
-            "ledgers": {name: ledger.state_dict() for name, ledger in self.ledgers.items()},
+            "logs": {name: log.state_dict() for name, log in self.logs.items()},
             "outdated": self.outdated,
         }
 
@@ -97,9 +99,9 @@ class Weights:
     def from_state_dict(
         cls, optimizer: Callable[[list[nn.Parameter]], Optimizer], state: Mapping[str, Any]
     ) -> "Weights":
-        """What `state_dict` gave."""
+        """Make them from a state."""
         made = cls(optimizer, state["weights"], {})
         made.optimizer.load_state_dict(state["optimizer"])
-        made.ledgers = {name: Ledger.from_state_dict(each) for name, each in state["ledgers"].items()}
+        made.logs = {name: TopologyLog.from_state_dict(each) for name, each in state["logs"].items()}
         made.outdated = state["outdated"]
         return made

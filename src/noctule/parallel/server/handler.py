@@ -1,4 +1,4 @@
-"""Where a shard's messages are read, checked and answered, at once or when the worker's turn has come; without sockets."""
+"""The handler of a shard: reads, checks and answers the requests of workers, at once or when they may run; without sockets."""
 
 import math
 import os
@@ -13,31 +13,29 @@ from noctule.core.exact import Exact
 from noctule.core.topology import MOST_FEATURES, Topology
 from noctule.parallel.server.moves import Move, from_frame, to_frame
 from noctule.parallel.server.shard import Shard
+from noctule.transport.handler import Reply
 from noctule.transport.messages import field, read, to_bytes, to_tensor, write
 
 _RETRY_SECONDS = 5.0
-"""From a snapshot that failed to the next attempt."""
-
-Letter = tuple[bytes, list[bytes]]
-"""The route to a worker, and the frames of an answer to it."""
+"""The time from a snapshot that failed to the next attempt."""
 
 
-class Desk:
-    """Answers messages; whatever one says, the shard stays as it is or makes exactly one step.
+class ShardHandler:
+    """Answers the requests of workers to a shard; a request changes the shard completely or not at all.
 
-    A worker has one request under way; a later one takes its place. A push that was seen already is answered again and not applied
-    again. One that does not follow the last is answered with ``lost``: its sender must join again and send what is missing.
+    A worker has one pending request; a later one replaces it. A push that was applied already is answered and not applied again. A
+    push whose number does not follow the last one is answered with ``lost``: the worker must join again and send what is missing.
 
     Args:
-        shard: what the messages are for.
+        shard: what the requests read and change.
         codec: how gradients are encoded.
-        folder: where snapshots are kept, from which this shard goes on if there is one; None for none.
-        snapshot_every: how many pushes lie between two of them.
-        max_bytes: of the tensors of one message.
+        folder: where snapshots are kept; the shard continues from the newest one. None for no snapshots.
+        snapshot_every: the number of pushes from one snapshot to the next.
+        max_bytes: the largest size of the tensors of a message.
     """
 
-    waiting = False
-    """Whether time alone brings an answer soon; here others' words do."""
+    busy = False
+    """Never in need of more frequent ticks: requests wait for other workers, not for time to pass."""
 
     def __init__(
         self,
@@ -48,27 +46,29 @@ class Desk:
         snapshot_every: int = 100,
         max_bytes: int = 1 << 30,
     ) -> None:
-        """Take up the newest snapshot."""
         if snapshot_every < 1:
             raise ValueError(f"a snapshot is made after at least one push, got snapshot_every={snapshot_every}")
         self.shard, self.codec, self.max_bytes = shard, Exact() if codec is None else codec, max_bytes
         self.snapshot_every = snapshot_every
         self.checkpoints = None if folder is None else Checkpoints(folder)
-        self._waiting: dict[int, tuple[bytes, dict[str, Any], list[bytes]]] = {}
+        self._pending: dict[int, tuple[bytes, dict[str, Any], list[bytes]]] = {}
+        """Requests without a reply, by worker: the route, the header and the tensors."""
         if self.checkpoints is not None and (found := self.checkpoints.latest()) is not None:
             shard.load_state_dict(found[1])
         self._unsaved = 0
-        self._owing: float | None = None  # when to try a snapshot that failed again: who has left sends nothing again
+        self._retry_at: float | None = (
+            None  # of a snapshot that failed: a worker that has left does not send its pushes again
+        )
 
-    def handle(self, worker: int, route: bytes, frames: Sequence[bytes]) -> list[Letter]:
-        """What is to be sent, to this worker and to others whose turn has come."""
+    def handle(self, worker: int, route: bytes, frames: Sequence[bytes]) -> list[Reply]:
+        """Take a request; the replies that can be sent now, to this worker and to others that waited."""
         header: dict[str, Any] = {}
         try:
             header, tensors = read(frames)
             kind, serial = field(header, "kind", str), field(header, "serial", int)
-            self.shard.hears(worker, field(header, "session", str))
+            self.shard.note_message(worker, field(header, "session", str))
             if kind == "ask":
-                return [(route, write({"serial": serial, **self._told(worker, route, header)}))]
+                return [Reply(route, write({"serial": serial, **self._status(worker, route, header)}))]
             if sum(map(len, tensors)) > self.max_bytes:
                 raise ExchangeError(
                     f"a message holds at most {self.max_bytes:,} bytes of tensors, got {sum(map(len, tensors)):,}: use more "
@@ -77,55 +77,55 @@ class Desk:
             if kind not in self._KINDS:
                 raise ExchangeError(f"there is no request {kind!r:.40}: one of {', '.join(self._KINDS)}, ask")
         except Exception as error:  # a message never ends the server
-            return [(route, write({"serial": _number(header), "error": _said(error)}))]
-        self._waiting[worker] = (route, header, tensors)
-        return self._settle()
+            return [Reply(route, write({"serial": _serial(header), "error": _message(error)}))]
+        self._pending[worker] = (route, header, tensors)
+        return self._answer_pending()
 
-    def tick(self) -> list[Letter]:
-        """Time has passed: whoever fell silent is not waited for, and a snapshot that failed is tried again."""
+    def tick(self) -> list[Reply]:
+        """Mark silent workers as gone, and retry a snapshot that failed; the replies that can be sent now."""
         self.shard.forget_silent()
-        if self._owing is not None and self.shard.now() >= self._owing:
+        if self._retry_at is not None and self.shard.now() >= self._retry_at:
             self._save()
-        return self._settle()
+        return self._answer_pending()
 
     def close(self) -> None:
-        """Keep everything."""
-        if self._unsaved or self._owing is not None:
+        """Write a last snapshot, if there is anything new."""
+        if self._unsaved or self._retry_at is not None:
             self._save()
 
-    def _told(self, worker: int, route: bytes, asked: dict[str, Any]) -> dict[str, Any]:
-        """Whether a request is here, and what it waits for; its answer will go where the question came from."""
-        _, header, tensors = self._waiting.get(worker, (b"", {}, []))
+    def _status(self, worker: int, route: bytes, asked: dict[str, Any]) -> dict[str, Any]:
+        """Whether a request is pending, and why; its reply will be sent to the route of this question."""
+        _, header, tensors = self._pending.get(worker, (b"", {}, []))
         if (header.get("session"), header.get("serial")) != (asked["session"], field(asked, "about", int)):
             return {"waiting": False}
-        self._waiting[worker] = (route, header, tensors)
+        self._pending[worker] = (route, header, tensors)
         return {"waiting": True, "why": self.shard.why_not(worker)}
 
-    def _settle(self) -> list[Letter]:
-        """Answer whoever can be answered, until that changes nothing for the others."""
-        letters, moved = [], True
-        while moved:
-            moved = False
-            for worker, (route, header, tensors) in list(self._waiting.items()):
-                version = self._standing()
+    def _answer_pending(self) -> list[Reply]:
+        """Answer all pending requests that can be answered; again, as long as an answer lets other workers run."""
+        replies, changed = [], True
+        while changed:
+            changed = False
+            for worker, (route, header, tensors) in list(self._pending.items()):
+                before = self._progress()
                 try:
                     answer = self._KINDS[header["kind"]](self, worker, header, tensors)
                 except Exception as error:  # nor does what a message asks for
-                    answer = {"error": _said(error)}, []
-                moved = moved or self._standing() != version
+                    answer = {"error": _message(error)}, []
+                changed = changed or self._progress() != before
                 if answer is not None:
-                    del self._waiting[worker]
-                    letters.append((route, write({"serial": header["serial"], **answer[0]}, answer[1])))
+                    del self._pending[worker]
+                    replies.append(Reply(route, write({"serial": header["serial"], **answer[0]}, answer[1])))
         if self._unsaved >= self.snapshot_every:
             self._save()
-        return letters
+        return replies
 
-    def _standing(self) -> tuple[object, ...]:
-        """What others may be waiting for."""
+    def _progress(self) -> tuple[object, ...]:
+        """The part of the shard's state that pending requests may wait for."""
         shard = self.shard
-        return len(shard.parameters), *((n, seat.clock, seat.live) for n, seat in shard.seats.items())
+        return len(shard.parameters), *((n, state.clock, state.live) for n, state in shard.states.items())
 
-    # The requests: a header and frames, or None as long as there is no answer.
+    # Requests: each returns the header and frames of a reply, or None while it has to wait.
 
     def _join(self, worker: int, header: dict[str, Any], tensors: list[bytes]) -> Any:
         facts = field(header, "facts", dict)
@@ -138,7 +138,7 @@ class Desk:
             return {"seed": True, "limit": self.max_bytes}, []
         if not self.shard.join(worker, header["session"], facts):
             return None
-        return {"seed": False, "limit": self.max_bytes, "seen": self.shard.seats[worker].seen}, []
+        return {"seed": False, "limit": self.max_bytes, "seen": self.shard.states[worker].seen}, []
 
     def _seed(self, worker: int, header: dict[str, Any], tensors: list[bytes]) -> Any:
         shapes, facts = field(header, "shapes", dict), field(header, "facts", dict)
@@ -167,28 +167,28 @@ class Desk:
     def _push(self, worker: int, header: dict[str, Any], tensors: list[bytes]) -> Any:
         shard, number = self.shard, field(header, "number", int)
         pull, names, versions = field(header, "pull", bool), field(header, "names", list), self._versions(header)
-        if not shard.knows(worker, header["session"]) or number > shard.seats[worker].seen + 1:
+        if not shard.knows(worker, header["session"]) or number > shard.states[worker].seen + 1:
             return {"lost": True}, []
-        seat = shard.seats[worker]
-        if number > seat.seen:
+        state = shard.states[worker]
+        if number > state.seen:
             if not shard.may_run(worker):
                 return None
             shard.push(worker, number, self._gradients(names, tensors), versions)
             self._unsaved += 1
         if not shard.may_run(worker):
             return None
-        said, weights = self._weights(worker, versions) if pull else ({}, [])
-        return {**said, "version": shard.version, "staleness": seat.staleness, "saved": self._safe(worker)}, weights
+        places, weights = self._weights(worker, versions) if pull else ({}, [])
+        return {**places, "version": shard.version, "staleness": state.staleness, "saved": self._safe(worker)}, weights
 
     def _move(self, worker: int, header: dict[str, Any], tensors: list[bytes]) -> Any:
         shard, number, versions = self.shard, field(header, "number", int), self._versions(header)
         if worker != 0:
             raise ExchangeError(f"connections are moved by worker 0, and this is worker {worker}")
-        if not shard.knows(worker, header["session"]) or number > shard.seats[worker].seen + 1:
+        if not shard.knows(worker, header["session"]) or number > shard.states[worker].seen + 1:
             return {"lost": True}, []
-        if number > shard.seats[worker].seen:
+        if number > shard.states[worker].seen:
             shard.move(worker, number, self._moves(field(header, "names", list), versions, tensors))
-            self._save()  # others will have seen it: a shard that comes back must not be behind them
+            self._save()  # workers will have seen it: a shard that restarts must not be behind them
         return {"saved": self._safe(worker)}, []
 
     def _pull(self, worker: int, header: dict[str, Any], tensors: list[bytes]) -> Any:
@@ -197,22 +197,22 @@ class Desk:
             return {"lost": True}, []
         if not self.shard.may_run(worker):
             return None
-        said, frames = self._weights(worker, versions)
+        places, frames = self._weights(worker, versions)
         assert self.shard.weights is not None
         kept = self.shard.weights.kept(key)
         frames += [to_bytes(Exact().encode(x.float())) for x in kept.values()]
-        return {**said, "kept": list(kept), "version": self.shard.version, "saved": self._safe(worker)}, frames
+        return {**places, "kept": list(kept), "version": self.shard.version, "saved": self._safe(worker)}, frames
 
     def _leave(self, worker: int, header: dict[str, Any], tensors: list[bytes]) -> Any:
         number = field(header, "number", int)
-        if not self.shard.knows(worker, header["session"]) or number > self.shard.seats[worker].seen:
+        if not self.shard.knows(worker, header["session"]) or number > self.shard.states[worker].seen:
             return {"lost": True}, []
         self.shard.leave(worker)
         if self._safe(worker) < number:
             self._save()  # the worker does not keep its pushes any longer
         return {"saved": self._safe(worker)}, []
 
-    _KINDS = {"join": _join, "seed": _seed, "push": _push, "move": _move, "pull": _pull, "leave": _leave}  # noqa: RUF012 nobody changes it
+    _KINDS = {"join": _join, "seed": _seed, "push": _push, "move": _move, "pull": _pull, "leave": _leave}  # noqa: RUF012 it is not changed
 
     # Inside.
 
@@ -221,69 +221,69 @@ class Desk:
         strange = [name for name in names if not isinstance(name, str) or name not in parameters]
         if strange or len(set(names)) != len(names):
             raise ExchangeError(
-                f"this shard keeps {list(parameters)!r:.300}, and a push is of {strange or names!r:.300}: does the worker deal its "
-                "parameters to as many shards?"
+                f"this shard keeps {list(parameters)!r:.300}, and a push is of {strange or names!r:.300}: does the worker assign "
+                "its parameters to as many shards?"
             )
         if len(names) != len(tensors):
-            raise ExchangeError(f"a push of {len(names)} gradients came with {len(tensors)} frames: it is torn")
+            raise ExchangeError(f"a push of {len(names)} gradients came with {len(tensors)} frames: it is incomplete")
         return {n: to_tensor(self.codec, x, parameters[n].shape, n) for n, x in zip(names, tensors, strict=True)}
 
     def _moves(self, names: list[Any], versions: dict[str, int], tensors: list[bytes]) -> dict[str, Any]:
-        """What moves in which layer, and the first values of what comes."""
+        """For each layer its move, and the initial values of the new connections."""
         if len(set(names)) != len(names) or 3 * len(names) != len(tensors):
-            raise ExchangeError(f"a move of {len(names)} layers came with {len(tensors)} frames: it is torn")
+            raise ExchangeError(f"a move of {len(names)} layers came with {len(tensors)} frames: it is incomplete")
         found = {}
         for place, name in enumerate(names):
-            ledger = self.shard.ledgers.get(name)
-            if ledger is None or versions[name] != ledger.version:
+            log = self.shard.logs.get(name)
+            if log is None or versions[name] != log.version:
                 raise ExchangeError(
                     f"worker 0 moves connections of version {versions.get(name)} of {name!r:.100}, where this shard has "
-                    f"{'none' if ledger is None else ledger.version}: begin again from a checkpoint"
+                    f"{'none' if log is None else log.version}: begin again from a checkpoint"
                 )
             dropped, grown, values = tensors[3 * place : 3 * place + 3]
-            move = Move.read([dropped, grown], ledger.topology)
+            move = Move.read([dropped, grown], log.topology)
             found[name] = move, to_tensor(Exact(), values, move.grown.shape, name)
         return found
 
     def _versions(self, header: dict[str, Any]) -> dict[str, int]:
-        """Of the connections that a worker has, for every layer of this shard."""
+        """The version of the topology that a worker has, for every sparse layer of this shard."""
         versions = field(header, "versions", dict, default={})
-        for name in self.shard.ledgers:
+        for name in self.shard.logs:
             if type(versions.get(name)) is not int:
                 raise ExchangeError(f"a message must say which version of the connections of {name!r} its sender has")
         return versions
 
     def _weights(self, worker: int, versions: dict[str, int]) -> tuple[dict[str, Any], list[bytes]]:
-        """The weights, then what their connections are, where the worker does not know it."""
+        """The weights, and the moves or the topologies of the layers whose newest version the worker does not have."""
         frames = [to_bytes(Exact().encode(x)) for x in self.shard.pull(worker).values()]
         places: list[tuple[str, int, int | None]] = []
-        for name, ledger in self.shard.ledgers.items():
-            moves, topology = ledger.missed(versions[name]), ledger.topology
+        for name, log in self.shard.logs.items():
+            moves, topology = log.missed(versions[name]), log.topology
             if moves is None:
                 frames.append(to_frame(topology.keys(), topology.places))
-                places.append((name, ledger.version, None))
+                places.append((name, log.version, None))
             elif moves:
                 frames += [frame for move in moves for frame in move.write(topology)]
-                places.append((name, ledger.version, len(moves)))
+                places.append((name, log.version, len(moves)))
         return {"places": places}, frames
 
     def _safe(self, worker: int) -> int:
-        """The last push of this worker that need not be kept for being sent again."""
-        seat = self.shard.seats[worker]
-        return seat.seen if self.checkpoints is None else seat.saved
+        """The number of the last push that the worker need not keep for a restart of this shard."""
+        state = self.shard.states[worker]
+        return state.seen if self.checkpoints is None else state.saved
 
     def _save(self) -> None:
-        self._unsaved, self._owing = 0, None
+        self._unsaved, self._retry_at = 0, None
         if self.checkpoints is not None:
             try:
                 self.shard.save(self.checkpoints)
             except CheckpointError as error:  # workers keep their pushes until it succeeds
-                self._owing = self.shard.now() + _RETRY_SECONDS
-                warnings.warn(f"{error}; the shard goes on, and tries again in {_RETRY_SECONDS:g} s", stacklevel=2)
+                self._retry_at = self.shard.now() + _RETRY_SECONDS
+                warnings.warn(f"{error}; the shard continues, and tries again in {_RETRY_SECONDS:g} s", stacklevel=2)
 
 
 def _topology(frame: bytes, shape: list[int], weights: Any, name: str) -> Topology:
-    """The first places of a sparse layer's values."""
+    """Read the initial topology of a sparse layer."""
     if len(shape) != 2 or max(shape) > MOST_FEATURES:
         raise ExchangeError(f"{name!r:.100} cannot have the places of a matrix of shape {shape}")
     keys = from_frame(frame, shape[0] * shape[1])
@@ -292,13 +292,13 @@ def _topology(frame: bytes, shape: list[int], weights: Any, name: str) -> Topolo
     return Topology.from_keys((shape[0], shape[1]), keys)
 
 
-def _said(error: Exception) -> str:
-    """What its sender hears; also of an error that nobody foresaw, as of an optimizer: the others are to be served."""
+def _message(error: Exception) -> str:
+    """The text for the worker; unexpected errors, as of an optimizer, have one too, since other workers are still served."""
     if isinstance(error, ExchangeError):
         return str(error)
     return f"the shard failed at this request: {type(error).__name__}: {error}"
 
 
-def _number(header: dict[str, Any]) -> int:
+def _serial(header: dict[str, Any]) -> int:
     serial = header.get("serial")
     return serial if type(serial) is int else -1
