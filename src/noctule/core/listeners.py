@@ -6,7 +6,7 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from noctule.core.topology import Remap
+from noctule.core.remap import Remap
 
 
 class Listener(Protocol):

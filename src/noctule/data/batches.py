@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
-from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
+from noctule.core.random import generator
 from noctule.data.augment import Augment
 from noctule.data.dataset import Dataset
 from noctule.data.text import Windows
@@ -64,7 +64,7 @@ class Batches:
         """The row numbers of one epoch in the order they are used, (samples,) int64."""
         if not self.shuffle:
             return torch.arange(len(self.dataset))
-        return torch.randperm(len(self.dataset), generator=_generator(self.seed, epoch))
+        return torch.randperm(len(self.dataset), generator=generator(self.seed, epoch))
 
     def _gather(self, epoch: int, start: int, k: int, parts: int) -> Iterator[tuple[Tensor, Tensor]]:
         inputs, targets = self.dataset.inputs, self.dataset.targets
@@ -80,14 +80,9 @@ class Batches:
 
     def _augmented(self, augment: Augment, inputs: Tensor, epoch: int, batch: int) -> Tensor:
         samples = inputs if self.dataset.shape is None else inputs.view(-1, *self.dataset.shape)
-        changed = augment(samples, _generator(self.seed, epoch, batch))
+        changed = augment(samples, generator(self.seed, epoch, batch))
         if changed.shape != samples.shape:
             raise ValueError(
                 f"augment made {tuple(changed.shape)} of a batch of shape {tuple(samples.shape)}; it must keep the shape"
             )
         return changed.flatten(1)
-
-
-def _generator(*numbers: int) -> torch.Generator:
-    digest = blake2b(" ".join(map(str, numbers)).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest))

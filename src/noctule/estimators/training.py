@@ -1,5 +1,6 @@
 """The training of an estimator's network: one epoch after another, for as long as the caller asks for them."""
 
+import math
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
@@ -109,7 +110,7 @@ def epochs(
                     optimizer.zero_grad(set_to_none=True)
                     loss = loss_fn(model(inputs), batch.targets, batch.weights)
                     value = float(loss.detach())
-                    if not value - value == 0.0:
+                    if not math.isfinite(value):
                         raise explain(model, inputs, step=progress.step + 1)
                     loss.backward()
                     optimizer.step()

@@ -4,6 +4,7 @@
 piece by piece; an epoch is so many steps, after which connections move.
 """
 
+import math
 import time
 from dataclasses import dataclass, field
 from statistics import median
@@ -119,7 +120,7 @@ class Training:
             with kept_for_backward(self.model) as kept:
                 loss = cross_entropy(self.model(inputs), targets)
             value = float(loss.detach())
-            if not value - value == 0.0:
+            if not math.isfinite(value):
                 raise explain(self.model, inputs, step=self.steps + 1)
             loss.backward()
         self.optimizer.step()

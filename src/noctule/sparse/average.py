@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from noctule.core.method import Method
+from noctule.core.remap import Remap
 from noctule.core.schedule import constant
-from noctule.core.topology import Remap
 from noctule.core.types import Schedule
 from noctule.sparse.follow import move_twin
 from noctule.sparse.layers import SparseLayer

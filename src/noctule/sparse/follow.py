@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from noctule.core.listeners import listeners
-from noctule.core.topology import Remap
+from noctule.core.remap import Remap
 from noctule.sparse.layers import SparseLayer
 from noctule.sparse.layers.sparse_layer import carried
 

@@ -1,6 +1,7 @@
 """The training loop, made of nothing but the public pieces: the first example of how they go together."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from noctule.core.errors import CheckpointError, ExchangeError
 from noctule.core.finite import check_parameters, explain
 from noctule.core.method import Method, attach
 from noctule.core.optim import sparse_layers
-from noctule.core.topology import Remap
+from noctule.core.remap import Remap
 from noctule.data import Batches, Dataset, Windows
 from noctule.measure import Progress
 from noctule.train.interrupt import deferred_interrupt
@@ -195,7 +196,7 @@ def fit(
                     optimizer.zero_grad(set_to_none=True)
                     loss = loss_fn(model(inputs), targets)
                     value = float(loss.detach())
-                    if not value - value == 0.0:
+                    if not math.isfinite(value):
                         raise explain(model, inputs, step=progress.step + 1)
                     done, size = session.steps, len(targets)
                     loss.backward()

@@ -14,7 +14,7 @@ from noctule.compress.prune import shrink
 from noctule.core.convert import convert_
 from noctule.core.method import Method, attach
 from noctule.core.optim import param_groups
-from noctule.core.topology import resize
+from noctule.core.remap import resize
 from noctule.kernels import Epilogue
 from noctule.sparse.layers import AllReLU, FuseEpilogue, SparseConv2d, SparseLayer, SparseLinear, ToSparse
 

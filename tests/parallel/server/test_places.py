@@ -10,7 +10,8 @@ from push_pull_jobs import ADAM, MOMENTUM, PLAIN
 
 from noctule.core.errors import ExchangeError
 from noctule.core.optim import carry_state
-from noctule.core.topology import Remap, Topology
+from noctule.core.remap import Remap
+from noctule.core.topology import Topology
 from noctule.parallel.server.moves import KEPT, Ledger, Move, from_frame, to_frame
 from noctule.parallel.server.protocol import Desk
 from noctule.parallel.server.shard import Shard

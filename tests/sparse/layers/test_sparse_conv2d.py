@@ -11,7 +11,8 @@ from torch import nn
 
 from noctule.core.convert import convert_
 from noctule.core.method import attach
-from noctule.core.topology import Remap, Topology
+from noctule.core.remap import Remap
+from noctule.core.topology import Topology
 from noctule.kernels import Epilogue, Frame, native, reference
 from noctule.measure import measure
 from noctule.sparse.layers import FuseEpilogue, SparseConv2d, SparseLayer, ToDense, ToSparse

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from noctule.core.topology import Remap, Topology, exchange, resize
+from noctule.core.remap import Remap, exchange, resize
+from noctule.core.topology import Topology
 from noctule.kernels import Epilogue
 from noctule.sparse.layers import SparseConv2d, SparseLinear
 

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from noctule.core.convert import convert_
 from noctule.core.method import Method, attach
 from noctule.core.optim import param_groups
-from noctule.core.topology import Remap, Topology
+from noctule.core.remap import Remap
+from noctule.core.topology import Topology
 from noctule.sparse.layers import FuseEpilogue, SparseLinear
 from noctule.sparse.rewire import Rewire, anywhere, gse, guided, rigl, set_, sign_split, steepest
 

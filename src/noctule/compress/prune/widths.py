@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from noctule.core.listeners import Listener, listeners_of
 from noctule.core.optim import carry_state, check_carry
-from noctule.core.topology import Remap, Topology, resize, resize_full
+from noctule.core.remap import Remap, resize, resize_full
+from noctule.core.topology import Topology
 from noctule.sparse.layers import SparseConv2d, SparseLayer
 from noctule.sparse.layers.foreign import note_for_hugging_face
 from noctule.sparse.layers.places import fields_of

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from noctule.core.errors import ExchangeError
-from noctule.core.topology import Remap, Topology, exchange
+from noctule.core.remap import Remap, exchange
+from noctule.core.topology import Topology
 
 KEPT = 4
 """Changes of a layer's connections that are remembered: each takes 4 bytes a weight, and what moved."""

@@ -20,7 +20,8 @@ from noctule.core.errors import NonFiniteError
 from noctule.core.exact import Exact
 from noctule.core.finite import all_finite
 from noctule.core.method import Method
-from noctule.core.topology import Remap, Topology
+from noctule.core.remap import Remap
+from noctule.core.topology import Topology
 from noctule.exchange.compress import Compress
 from noctule.parallel.server.client import Links
 from noctule.parallel.server.deal import deal

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from noctule.core.topology import Remap, Topology, check_weights
+from noctule.core.remap import Remap
+from noctule.core.topology import Topology, check_weights
 from noctule.kernels import IDENTITY, Epilogue
 from noctule.sparse.layers.copies import Kinship
 from noctule.sparse.layers.places import Given, from_tensor, to_tensor

@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from noctule.core.exchange import Exchange
 from noctule.core.keys import in_order, slots_of
 from noctule.core.method import Method
+from noctule.core.remap import Remap
+from noctule.core.remap import exchange as exchanged
 from noctule.core.schedule import constant
-from noctule.core.topology import Remap
-from noctule.core.topology import exchange as exchanged
 from noctule.core.types import Schedule
 from noctule.sparse.layers import SparseLayer
 from noctule.sparse.rewire.drop import Drop, smallest
