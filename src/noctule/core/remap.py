@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from noctule.core.keys import in_order, merged, slots_of
 from noctule.core.topology import Topology
@@ -157,6 +157,15 @@ def merge(topologies: Sequence[Topology], values: Sequence[Tensor]) -> tuple[Top
         0, slot, torch.cat(list(values))
     )
     return Topology.from_keys(topologies[0].shape, keys), total / torch.bincount(slot, minlength=keys.numel())
+
+
+def carried(old: nn.Parameter, moved: Tensor, remap: Remap) -> nn.Parameter:
+    """The parameter with these numbers: the same object where the shape stays, else a new one; its gradient moves too."""
+    gradient = None if old.grad is None else remap.apply(old.grad.flatten()).view(moved.shape)
+    new = old if moved.shape == old.shape else nn.Parameter(moved, requires_grad=old.requires_grad)
+    new.copy_(moved)
+    new.grad = gradient
+    return new
 
 
 def _lines(kept: Tensor | None, size: int) -> Remap | None:

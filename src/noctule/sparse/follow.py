@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from noctule.core.listeners import listeners
-from noctule.core.remap import Remap
+from noctule.core.remap import Remap, carried
 from noctule.sparse.layers import SparseLayer
-from noctule.sparse.layers.sparse_layer import carried
 
 
 def follow(kept: nn.Module | MutableMapping[str, Tensor], model: nn.Module) -> "Follower":

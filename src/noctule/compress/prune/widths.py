@@ -16,12 +16,11 @@ from torch.optim import Optimizer
 
 from noctule.core.listeners import Listener, listeners_of
 from noctule.core.optim import carry_state, check_carry
-from noctule.core.remap import Remap, resize, resize_full
+from noctule.core.remap import Remap, carried, resize, resize_full
 from noctule.core.topology import Topology
 from noctule.sparse.layers import SparseConv2d, SparseLayer
 from noctule.sparse.layers.foreign import note_for_hugging_face
 from noctule.sparse.layers.places import fields_of
-from noctule.sparse.layers.sparse_layer import carried
 
 MATRICES = (SparseLayer, nn.Linear, nn.Conv2d)
 """Kinds with rows and columns."""

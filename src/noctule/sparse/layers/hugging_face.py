@@ -11,7 +11,6 @@ unknown quantization type and lists the weights that it does not find.
 import sys
 import warnings
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import nn
@@ -146,14 +145,12 @@ class SparseLayers(HfQuantizer):
         """See that all places have come, and have the model be a plain one again."""
         for name, layer in model.named_modules():
             if isinstance(layer, SparseLayer):
-                if layer._taken is None or layer.values.shape != (
-                    layer.weights,
-                ):  # not by set_extra_state, from the file
+                if layer.loading.taken is None or layer.values.shape != (layer.weights,):  # not from the file
                     raise ValueError(
                         f"the places of {name} did not come with its values: load without an offload to disk, "
                         "and from a folder that save_pretrained wrote"
                     )
-                layer._awaits_values, layer._taken = False, None
+                layer.loading.complete()
                 layer.topology = layer.topology.to(layer.values.device)
         for part in model.modules():
             if isinstance(part, _pretrained()):
@@ -198,6 +195,6 @@ def _empty(layer: SparseLayer, shape: tuple[int, int], weights: int) -> None:
     layer._take_shape(topology)
     layer.topology = topology
     layer.values = nn.Parameter(layer.values.new_empty(weights))
-    layer._paired = ref(layer.values)
+    layer.loading.pair(layer.values)
     if layer.bias is not None:
         layer.bias = nn.Parameter(layer.bias.new_empty(shape[0]))

@@ -14,9 +14,10 @@ from noctule.sparse.layers.convolution import Framed, Geometry, Pair, shifted, s
 from noctule.sparse.layers.dense_twin import dense_convolution, dense_epilogue, twin_of
 from noctule.sparse.layers.derivatives import epilogue_on
 from noctule.sparse.layers.operators import places_now
-from noctule.sparse.layers.sparse_layer import SparseLayer, places_of
+from noctule.sparse.layers.sparse_layer import SparseLayer
 from noctule.sparse.layers.stand_in import StandIn
 from noctule.sparse.layers.surroundings import eager, transformed, written_down
+from noctule.sparse.pattern import chosen_places, kept_places
 
 
 class SparseConv2d(SparseLayer):
@@ -61,19 +62,10 @@ class SparseConv2d(SparseLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Draw the places and the values in O(N)."""
-        self_geometry = _geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
-        super().__init__(
-            self_geometry.shape,
-            density=density,
-            weights=weights,
-            topology=topology,
-            bias=bias,
-            generator=generator,
-            device=device,
-            dtype=dtype,
-        )
-        self.geometry, self.padding = self_geometry, padding
+        geometry = _geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        topology, device = chosen_places(geometry.shape, density, weights, topology, generator=generator, device=device)
+        super().__init__(topology, bias=bias, generator=generator, device=device, dtype=dtype)
+        self.geometry, self.padding = geometry, padding
 
     @property
     def in_channels(self) -> int:
@@ -173,7 +165,7 @@ class SparseConv2d(SparseLayer):
             dense.padding,  # type: ignore[arg-type]
             _pair(dense.dilation),
             dense.groups,
-            topology=places_of(weight.flatten(1), density, weights, topology),
+            topology=kept_places(weight.flatten(1), density, weights, topology),
             bias=dense.bias is not None,
             device=weight.device,
             dtype=weight.dtype,

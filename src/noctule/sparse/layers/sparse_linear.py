@@ -14,9 +14,10 @@ from noctule.sparse.layers.dense_twin import dense_epilogue, dense_weight, twin_
 from noctule.sparse.layers.derivatives import any_order
 from noctule.sparse.layers.operators import compiled_product, places_now
 from noctule.sparse.layers.product import sparse_product
-from noctule.sparse.layers.sparse_layer import SparseLayer, places_of
+from noctule.sparse.layers.sparse_layer import SparseLayer
 from noctule.sparse.layers.stand_in import StandIn
 from noctule.sparse.layers.surroundings import eager, transformed, written_down
+from noctule.sparse.pattern import chosen_places, kept_places
 
 
 class SparseLinear(SparseLayer):
@@ -54,17 +55,10 @@ class SparseLinear(SparseLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Draw the places and the values in O(N)."""
-        super().__init__(
-            (out_features, in_features),
-            density=density,
-            weights=weights,
-            topology=topology,
-            bias=bias,
-            generator=generator,
-            device=device,
-            dtype=dtype,
+        topology, device = chosen_places(
+            (out_features, in_features), density, weights, topology, generator=generator, device=device
         )
+        super().__init__(topology, bias=bias, generator=generator, device=device, dtype=dtype)
         self.in_features, self.out_features = in_features, out_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,7 +137,7 @@ class SparseLinear(SparseLayer):
         layer = cls(
             dense.in_features,
             dense.out_features,
-            topology=places_of(weight, density, weights, topology),
+            topology=kept_places(weight, density, weights, topology),
             bias=dense.bias is not None,
             device=weight.device,
             dtype=weight.dtype,
