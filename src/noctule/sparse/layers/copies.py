@@ -37,7 +37,6 @@ class Kinship:
     """What a sparse layer knows of its copies and of the layer that it is a copy of."""
 
     def __init__(self) -> None:
-        """No copies, and no copy."""
         self.copies: WeakSet[Any] = WeakSet()
         self.origin: ref[Any] | None = None
         self.written: Written | None = None

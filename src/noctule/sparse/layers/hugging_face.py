@@ -17,6 +17,7 @@ from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+from typing_extensions import override
 
 from noctule.core.convert import convert_
 from noctule.core.topology import Topology
@@ -77,7 +78,6 @@ class SparseConfig(QuantizationConfigMixin):
     def __init__(
         self, layers: dict[str, list[list[int]]], epilogues: dict[str, list[float]] | None = None, **_: Any
     ) -> None:
-        """Take it over."""
         self.quant_method = METHOD  # type: ignore[assignment]
         self.layers, self.epilogues = layers, epilogues or {}
 
@@ -88,6 +88,7 @@ class SparseLayers(HfQuantizer):
 
     quantization_config: Any
 
+    @override
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         """Put empty sparse layers in, whose places come with their values."""
         shapes = self._in_this_model(model)
@@ -141,6 +142,7 @@ class SparseLayers(HfQuantizer):
                     f"{name} had {epilogue} folded into it when it was saved; in this model it would be {have}"
                 )
 
+    @override
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         """See that all places have come, and have the model be a plain one again."""
         for name, layer in model.named_modules():
@@ -160,13 +162,13 @@ class SparseLayers(HfQuantizer):
         vars(model.config).pop("quantization_config", None)
         note_sparse_layers(model)
 
+    @override
     def is_serializable(self) -> bool:
-        """It is."""
         return True
 
     @property
+    @override
     def is_trainable(self) -> bool:
-        """It is."""
         return True
 
 

@@ -23,6 +23,7 @@ from noctule.sparse.layers.loading import Loading
 from noctule.sparse.layers.places import from_tensor, to_tensor
 from noctule.sparse.layers.product import Watch
 from noctule.sparse.layers.stand_in import StandIn
+from noctule.sparse.pattern import kept_places
 
 
 class SparseLayer(nn.Module):
@@ -126,6 +127,18 @@ class SparseLayer(nn.Module):
 
     @classmethod
     @abstractmethod
+    def _like(cls, dense: Any, topology: Topology) -> Self:
+        """A layer of the widths of a dense one, at these places, with values of its own."""
+
+    @abstractmethod
+    def to_dense(self) -> nn.Module:
+        """A dense layer with the same function (without the epilogue), zeros included."""
+
+    @abstractmethod
+    def _take_shape(self, topology: Topology) -> None:
+        """Note the widths of a new topology, or raise ValueError, having noted nothing, where they cannot be had."""
+
+    @classmethod
     def from_dense(
         cls,
         dense: Any,
@@ -135,14 +148,8 @@ class SparseLayer(nn.Module):
         topology: Topology | None = None,
     ) -> Self:
         """The weights of a dense layer that are largest, or lie in ``topology``, or (with none given) are not zero."""
-
-    @abstractmethod
-    def to_dense(self) -> nn.Module:
-        """A dense layer with the same function (without the epilogue), zeros included."""
-
-    @abstractmethod
-    def _take_shape(self, topology: Topology) -> None:
-        """Note the widths of a new topology, or raise ValueError, having noted nothing, where they cannot be had."""
+        places = kept_places(dense.weight.detach().flatten(1), density, weights, topology)
+        return cls._like(dense, places)._take_weights(dense)
 
     # -- changing places ------------------------------------------------------------------------------------------
 

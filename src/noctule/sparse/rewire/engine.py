@@ -170,7 +170,6 @@ class Rewire(Method):
 
     @override
     def after_step(self) -> None:
-        """Count the step; on the due ones, move connections."""
         self.steps += 1
         for name in list(self._captures):
             capture = self._captures.pop(name)
