@@ -1,14 +1,13 @@
 """Noctule: train, shrink and ship neural networks on the hardware people have.
 
-The public names, each loaded on first use. Importing the package itself imports nothing else; it only sees to it that torch finds
-our operators when an exported program asks for them, and that transformers loads sparse layers and peft adapts them.
+The public names, each loaded on first use. Importing the package imports nothing else: hooks on the imports of torch, transformers
+and peft register our operators, sparse layers and adapters there.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from noctule.core.on_import import on_import
-from noctule.core.registration import offer
+from noctule.core.on_import import offer_operators, on_import
 
 __version__ = "0.1.0"
 
@@ -24,7 +23,7 @@ _HOME = {
     "ImportancePruning": "compress.prune",
     "KeepLayout": "sparse.layers",
     "Method": "core.method",
-    "Remap": "core.topology",
+    "Remap": "core.remap",
     "Rewire": "sparse.rewire",
     "RunFolder": "report",
     "Session": "core.method",
@@ -46,10 +45,10 @@ _HOME = {
     "gse": "sparse.rewire",
     "keep_freed_memory": "measure.allocator",
     "load_model": "checkpoint",
-    "merge": "core.topology",
+    "merge": "core.remap",
     "mlp": "models",
     "param_groups": "core.optim",
-    "resize": "core.topology",
+    "resize": "core.remap",
     "rigl": "sparse.rewire",
     "save_model": "checkpoint",
     "set_": "sparse.rewire",
@@ -66,7 +65,8 @@ if TYPE_CHECKING:
     from noctule.core.convert import Conversion, convert_
     from noctule.core.method import Method, Session, attach
     from noctule.core.optim import param_groups
-    from noctule.core.topology import Remap, Topology, merge, resize
+    from noctule.core.remap import Remap, merge, resize
+    from noctule.core.topology import Topology
     from noctule.data import Batches, Dataset
     from noctule.estimators import SparseMLPClassifier, SparseMLPRegressor
     from noctule.measure import footprint
@@ -82,7 +82,7 @@ if TYPE_CHECKING:
     from noctule.train.fit import evaluate, fit
 
 
-offer()
+on_import("torch", offer_operators)
 on_import("peft", lambda: import_module("noctule.sparse.layers.lora"))
 on_import("transformers.quantizers.auto", lambda: import_module("noctule.sparse.layers.hugging_face"))
 

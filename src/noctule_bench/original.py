@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from noctule.core.convert import convert_
 from noctule.core.method import Method, attach
-from noctule.core.topology import Remap
+from noctule.core.remap import Remap
 from noctule.data import Batches, Dataset, load, standardize
 from noctule.measure import Progress
 from noctule.measure.paired import interval

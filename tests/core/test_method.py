@@ -17,7 +17,8 @@ from noctule import checkpoint
 from noctule.core.listeners import listeners_of
 from noctule.core.method import Method, attach
 from noctule.core.optim import param_groups
-from noctule.core.topology import Remap, Topology, resize, resize_full
+from noctule.core.remap import Remap, resize, resize_full
+from noctule.core.topology import Topology
 from noctule.sparse.layers.sparse_linear import SparseLinear
 
 
@@ -619,14 +620,14 @@ def test_an_end_that_fails_keeps_nobody_from_ending():
 # ---- what is kept
 
 
-def test_who_comes_after_one_that_failed_hears_of_the_step_before_the_next_forward_pass(model, tmp_path):
+def test_methods_after_one_that_raised_are_called_before_the_next_forward_pass(model, tmp_path):
     optimizer, log = SGD(model.parameters(), lr=0.1), []
     methods = [Log(str(place), log) for place in range(3)]
     methods[1].fails_in = "after"
     with attach(model, optimizer, *methods) as session:
 
         def step(raises: bool) -> list[str]:
-            """What is heard in it."""
+            """The calls in it."""
             log.clear()
             backward(model)
             with pytest.raises(ArithmeticError, match="no after") if raises else nullcontext():
@@ -654,13 +655,16 @@ def test_who_comes_after_one_that_failed_hears_of_the_step_before_the_next_forwa
     again = [Log(str(place)) for place in range(3)]
     with attach(model, optimizer, *again) as session:
         state = checkpoint.load(tmp_path / "session")
-        with pytest.raises(ValueError, match=r"3 methods, of which \[3\]"):
-            session.load_state_dict({**state, "waiting": [3]})
+        with pytest.raises(ValueError, match=r"3 methods, but \[3\] are pending"):
+            session.load_state_dict({**state, "pending": [3]})
         session.load_state_dict(state)
         counts = [method.log.count(f"after{place}") for place, method in enumerate(again)]
         model(torch.ones(1, 3))
         assert [method.log.count(f"after{place}") for place, method in enumerate(again)] == [counts[0] + 1, *counts[1:]]
-        session.load_state_dict({name: part for name, part in state.items() if name != "waiting"})
+        without = {name: part for name, part in state.items() if name != "pending"}
+        session.load_state_dict({**without, "waiting": [0]})  # the older name
+        assert model._forward_pre_hooks
+        session.load_state_dict(without)
         assert not model._forward_pre_hooks
 
 

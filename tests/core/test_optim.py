@@ -24,7 +24,8 @@ from torch.optim import (
 )
 
 from noctule.core.optim import carry_state, check_carry, param_groups, sparse_layers
-from noctule.core.topology import Remap, Topology, resize_full
+from noctule.core.remap import Remap, resize_full
+from noctule.core.topology import Topology
 
 RECIPES = {
     "sgd": (SGD, {"momentum": 0.9, "weight_decay": 0.01}),

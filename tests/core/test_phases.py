@@ -13,7 +13,7 @@ from noctule.core.errors import ExchangeError, LostWorkerError
 from noctule.core.exchange import Channel
 from noctule.core.method import Method, attach
 from noctule.core.phases import Phases
-from noctule.core.topology import exchange
+from noctule.core.remap import exchange
 from noctule.data import Dataset
 from noctule.exchange import Local
 from noctule.parallel import DiLoCo, PushPull

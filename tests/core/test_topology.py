@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from noctule.core.topology import Remap, Topology, exchange, merge, named, resize, resize_full
+from noctule.core.remap import Remap, exchange, merge, resize, resize_full
+from noctule.core.topology import Topology, named
 
 laws = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -11,7 +11,7 @@ from noctule.codecs import Cast, NaturalCompression, RandomK, TopK
 from noctule.core.aggregate import krum, mean, median, trimmed_mean
 from noctule.core.errors import ExchangeError
 from noctule.core.exchange import Channel, Stage
-from noctule.core.topology import Remap
+from noctule.core.remap import Remap
 from noctule.exchange import Clip, Compress, Weigh
 from noctule.exchange.messages import Format
 

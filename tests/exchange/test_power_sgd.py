@@ -6,7 +6,7 @@ import torch
 from exchange_cases import together
 from noctule.codecs import Cast
 from noctule.core.exchange import Channel
-from noctule.core.topology import Remap
+from noctule.core.remap import Remap
 from noctule.exchange import Compress, PowerSGD
 
 KEYS = ["w", "conv", "bias", "small"]

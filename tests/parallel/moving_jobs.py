@@ -11,7 +11,8 @@ from torch import nn
 from noctule import SparseLinear
 from noctule.core.method import Method
 from noctule.core.optim import sparse_layers
-from noctule.core.topology import Topology, exchange
+from noctule.core.remap import exchange
+from noctule.core.topology import Topology
 from noctule.parallel.server.listen import serve
 
 

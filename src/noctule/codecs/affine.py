@@ -37,7 +37,6 @@ class Affine:
     stochastic: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses other bits and impossible groups."""
         if self.bits not in (4, 8):
             raise ValueError(f"Affine has 4 or 8 bits, got {self.bits}")
         check_bucket(self.group, "group")

@@ -23,7 +23,6 @@ class Cast:
     unbiased: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuses dtypes that are not floating, and those in which an infinite number becomes a finite one."""
         if not self.dtype.is_floating_point:
             raise ValueError(f"Cast needs a floating dtype such as torch.bfloat16, got {self.dtype}")
         beyond = torch.tensor([math.inf, -math.inf, 0.0]).to(self.dtype).float()

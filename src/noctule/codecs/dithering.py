@@ -40,7 +40,6 @@ class NaturalDithering:
     unbiased: bool = field(default=True, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuses impossible levels, norms and buckets."""
         check_levels(self.levels, 127)
         if not self.p >= 1.0:
             raise ValueError(f"p must be at least 1, got {self.p}")

@@ -89,7 +89,7 @@ def check_levels(levels: int, most: int) -> None:
 
 
 def bits_of(levels: int) -> int:
-    """Bits that tell the levels from -levels to levels apart."""
+    """Bits that the levels from -levels to levels need."""
     return (2 * levels).bit_length()
 
 

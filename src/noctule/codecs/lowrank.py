@@ -40,7 +40,6 @@ class LowRank:
     unbiased: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuses ranks and iterations below one."""
         if self.rank < 1 or self.iterations < 1:
             raise ValueError(f"rank and iterations must be at least 1, got {self.rank} and {self.iterations}")
 

@@ -11,7 +11,7 @@ PARALLEL_FROM = 1 << 17
 
 
 def natural_encode(x_N: Tensor, bucket: int, seed: int) -> tuple[Tensor, Tensor]:
-    """See `noctule.codecs.reference.natural_encode`."""
+    """Codes (N,) of sign and 7 bits, and the floor of each bucket: the magnitude is 2^(floor + code - 127), or zero."""
     n = _check(x_N, torch.float32)
     codes, floors = _bytes(n), _bytes(-(-n // bucket))
     _native.natural_encode(x_N.data_ptr(), n, bucket, seed, codes.data_ptr(), floors.data_ptr(), _threads(n))
@@ -19,7 +19,7 @@ def natural_encode(x_N: Tensor, bucket: int, seed: int) -> tuple[Tensor, Tensor]
 
 
 def natural_decode(codes_N: Tensor, floors: Tensor, bucket: int) -> Tensor:
-    """See `noctule.codecs.reference.natural_decode`."""
+    """float32 (N,); NaN in buckets whose floor is 255."""
     n = _check(codes_N, torch.uint8)
     _check(floors, torch.uint8, -(-n // bucket))
     x_N = torch.empty(n, dtype=torch.float32, device="cpu")
@@ -28,14 +28,14 @@ def natural_decode(codes_N: Tensor, floors: Tensor, bucket: int) -> Tensor:
 
 
 def uniforms(seed: int, n: int, bucket: int, device: torch.device) -> Tensor:
-    """See `noctule.codecs.reference.uniforms`."""
+    """Numbers (N,) in [0, 1), of 24 bits each."""
     u_N = torch.empty(n, dtype=torch.float32, device=device)
     _native.uniforms(seed, n, bucket, u_N.data_ptr(), _threads(n))
     return u_N
 
 
 def pack_bits(codes_N: Tensor, bits: int) -> Tensor:
-    """See `noctule.codecs.reference.pack_bits`."""
+    """Codes below 2^bits side by side in ceil(N * bits / 8) bytes, the first in the lowest bits."""
     n = _check(codes_N, torch.uint8)
     packed = _bytes(nbytes(n, bits))
     _native.pack_bits(codes_N.data_ptr(), n, bits, packed.data_ptr(), _threads(n))
@@ -43,7 +43,7 @@ def pack_bits(codes_N: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, n: int, bits: int) -> Tensor:
-    """See `noctule.codecs.reference.unpack_bits`."""
+    """The codes (N,) again."""
     _check(packed, torch.uint8, nbytes(n, bits))
     codes_N = _bytes(n)
     _native.unpack_bits(packed.data_ptr(), n, bits, codes_N.data_ptr(), _threads(n))
@@ -51,7 +51,7 @@ def unpack_bits(packed: Tensor, n: int, bits: int) -> Tensor:
 
 
 def largest(x_N: Tensor, k: int) -> Tensor:
-    """See `noctule.codecs.reference.largest`."""
+    """The positions (K,) of the largest magnitudes (NaN above inf), of equal ones the first; in ascending order."""
     n = _check(x_N, torch.float32)
     if not 0 <= k <= n:
         raise ValueError(f"there are no {k} largest of {n} elements")

@@ -43,7 +43,6 @@ class NaturalCompression:
     unbiased: bool = field(default=True, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuses an impossible bucket."""
         check_bucket(self.bucket)
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
@@ -65,9 +64,9 @@ class NaturalCompression:
 
 
 def _deflate(codes: Tensor) -> Tensor:
-    """A byte that says whether what follows is deflated, and the shorter of both.
+    """One byte for whether the rest is deflated, then the shorter of both.
 
-    Codes hardly repeat in any order but runs of zeros, so only those are looked for: faster than zlib's own search and shorter.
+    Codes hardly repeat in any order but runs of zeros, so only these are looked for: faster than zlib's own search and shorter.
     """
     plain = codes.cpu().numpy().tobytes()
     deflater = zlib.compressobj(1, strategy=zlib.Z_RLE)

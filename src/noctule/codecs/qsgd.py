@@ -39,7 +39,6 @@ class QSGD:
     unbiased: bool = field(default=True, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuses impossible levels and buckets."""
         check_levels(self.levels, 127)
         check_bucket(self.bucket)
 

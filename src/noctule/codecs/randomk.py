@@ -1,4 +1,4 @@
-"""Elements chosen by chance, their positions told by a seed.
+"""Elements chosen by chance, their positions known from a seed.
 
 Wangni, Wang, Liu, Zhang: Gradient Sparsification for Communication-Efficient Distributed Optimization, 2018 (arXiv 1710.09854);
 Stich, Cordonnier, Jaggi: Sparsified SGD with Memory, 2018 (arXiv 1809.07599).
@@ -41,7 +41,6 @@ class RandomK:
     values: Codec | None = None
 
     def __post_init__(self) -> None:
-        """Refuses a fraction outside (0, 1]."""
         check_fraction(self.fraction)
 
     @property

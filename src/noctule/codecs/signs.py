@@ -34,7 +34,6 @@ class SignSGD:
     unbiased: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuses an impossible bucket."""
         check_bucket(self.bucket)
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:

@@ -35,7 +35,6 @@ class TernGrad:
     unbiased: bool = field(default=True, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuses an impossible bucket."""
         check_bucket(self.bucket)
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:

@@ -42,7 +42,6 @@ class TopK:
     unbiased: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuses a fraction outside (0, 1], and less than one element."""
         check_fraction(self.fraction)
         if self.at_least < 1:
             raise ValueError(f"at least one element of a tensor is kept, got at_least={self.at_least}")

@@ -1,4 +1,4 @@
-"""Change the modules of a model by a `Rule`, and say what was changed, what was left, and why.
+"""Change the modules of a model by a `Rule`, and report what was changed, what was left, and why.
 
 Convert first, then build the optimizer: a converted layer has new parameters.
 """
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 Rule = Callable[[nn.Module], nn.Module | None]
-"""A module -> what takes its place, or None if the rule has nothing to say about it."""
+"""A module -> what takes its place, or None if it is not of the rule's kind."""
 
 Where = Callable[[str, nn.Module], bool]
 """Name and module -> whether the rule may look at it."""
@@ -25,7 +25,7 @@ class Leave(Exception):
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether someone listens to this module, who would hear nothing more if it were replaced or folded away."""
+    """Whether a module has hooks, which would be lost if it were replaced or folded away."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -42,7 +42,7 @@ class Planning(Protocol):
 
 @runtime_checkable
 class Explaining(Protocol):
-    """A rule that says why the large parameters stay that no layer of its kind holds."""
+    """A rule that explains why large parameters stay which no layer of its kind holds."""
 
     def why_dense(self, module: nn.Module) -> str | None:
         """Why the parameters that this module holds itself stay, or None where that is not worth a word."""
@@ -51,10 +51,10 @@ class Explaining(Protocol):
 
 @runtime_checkable
 class Finishing(Protocol):
-    """A rule that has something to say of the model when all modules are replaced."""
+    """A rule with a last step on the whole model, when all modules are replaced."""
 
     def finish(self, model: nn.Module) -> None:
-        """Write down what must be known of the model as it is now, such as in its config."""
+        """Note what must be known of the converted model, such as in its config."""
         ...
 
 
@@ -78,7 +78,7 @@ class Conversion:
     """
 
     def __str__(self) -> str:
-        """One line for each module that was changed, and for the largest of those that stayed."""
+        """One line for each module that was changed, and for the largest that stayed."""
         lines = [f"changed {name or '(model)'}: {text}" for name, text in self.changed.items()]
         lines += [f"left {name or '(model)'}: {why}" for name, why in islice(self.left.items(), SHOWN)]
         if len(self.left) > SHOWN:
@@ -161,7 +161,7 @@ def _apply(rule: Rule, module: nn.Module, name: str, tied: dict[nn.Module, str],
 def _name_what_stays(
     result: Conversion, rule: Explaining, allowed: Mapping[str, nn.Module], tied: Mapping[nn.Module, str]
 ) -> None:
-    """Say of each module that was left what share of the model it holds, and name what else is large."""
+    """Add to each module that was left its share of the model, and name what else is large."""
     total = sum(map(_size, result.model.parameters()))
     sizes, reasons, large = Counter[str](), dict[str, str](), set[str]()
     counted: set[nn.Parameter] = set()

@@ -15,7 +15,7 @@ from noctule.core.aggregate import Aggregate, mean
 from noctule.core.codec import Codec
 from noctule.core.errors import ExchangeError
 from noctule.core.finite import all_finite
-from noctule.core.topology import Remap
+from noctule.core.remap import Remap
 
 
 @dataclass(frozen=True)

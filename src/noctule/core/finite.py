@@ -7,7 +7,7 @@ from noctule.core.errors import NonFiniteError
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether nothing is inf or NaN; the sum tells it in a quarter of the time, unless it overflows.
+    """Whether no number is inf or NaN: by the sum, which takes a quarter of the time, unless it overflows.
 
     >>> all_finite(torch.tensor([3e38, 3e38])), all_finite(torch.tensor([torch.inf, -torch.inf]))
     (True, False)

@@ -1,4 +1,4 @@
-"""What is told when the weights of a model change places or widths: open sessions, and what `follow` made."""
+"""The objects that follow the weights of a model when these change places or widths: open sessions and `Follower`."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -6,11 +6,11 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from noctule.core.topology import Remap
+from noctule.core.remap import Remap
 
 
 class Listener(Protocol):
-    """What is asked before and told after the weights of a module of its model change places or widths."""
+    """Follows the weights of its model: called before and after those of a module change places or widths."""
 
     model: nn.Module
 
@@ -19,7 +19,7 @@ class Listener(Protocol):
         ...
 
     def remapped(self, module: nn.Module, old: Mapping[str, Tensor], remap: Remap) -> None:
-        """They did; ``old`` are the module's parameters of before, by name."""
+        """Follow a change that was made; ``old`` are the module's parameters of before, by name."""
         ...
 
 
@@ -28,5 +28,5 @@ listeners: WeakSet[Any] = WeakSet()
 
 
 def listeners_of(module: nn.Module) -> list[Listener]:
-    """Those of models that this module is part of."""
+    """The listeners of the models that this module is part of."""
     return [listener for listener in listeners if any(m is module for m in listener.model.modules())]

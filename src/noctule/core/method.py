@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
+from noctule.core.delivery import StepDelivery
 from noctule.core.listeners import listeners
 from noctule.core.optim import (
     RunningSteps,
@@ -22,7 +22,7 @@ from noctule.core.optim import (
     will_skip,
 )
 from noctule.core.ranks import check_places_of_ranks
-from noctule.core.topology import Remap
+from noctule.core.remap import Remap
 
 _attached: WeakSet[Any] = WeakSet()
 """Optimizers and sparse layers that an open session dispatches for: moving their state twice would scramble it."""
@@ -41,10 +41,10 @@ class Method:
         """Weights have moved; gradients may be there still."""
 
     def remapped(self, layer: nn.Module, remap: Remap) -> None:
-        """The places of a layer's weights changed, or the width of a module (whoever changed them): move what you keep for it."""
+        """The places of a layer's weights changed, or the width of a module: move what you keep for it."""
 
     def observe(self, **metrics: float) -> None:
-        """Somebody measured something, such as a validation loss, and says so."""
+        """Something was measured, such as a validation loss."""
 
     def settle(self) -> None:
         """The weights are about to be judged or shipped: finish what is under way, such as a meeting with other workers."""
@@ -57,95 +57,23 @@ class Method:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-
-
-class Turns:
-    """Tells methods of each step, in reverse; who comes after one that failed hears of it later.
-
-    One that could not finish, as where another worker was lost, can so make up for it first, in a forward pre-hook or when it is
-    asked to settle: the others are told right before the next forward pass in training mode, at the latest before the next step.
-
-    Args:
-        model: whose forward passes these are.
-        methods: in the order of `attach`.
-    """
-
-    def __init__(self, model: nn.Module, methods: Sequence[Method]) -> None:
-        """All have heard of all steps."""
-        self.waiting: list[int] = []
-        """The places, among the methods, of those that have not heard of a step, in the order in which they will."""
-        self.failed: list[int] = []
-        """That of the one that failed when they were last told, if any."""
-        self._model, self._methods = model, methods
-        self._hook: RemovableHandle | None = None
-
-    def step(self) -> None:
-        """A step was done."""
-        self.waiting += reversed(range(len(self._methods)))
-        self.go_on()
-
-    def go_on(self) -> None:
-        """Tell those who wait, up to one that fails."""
-        try:
-            while self.waiting:
-                self.failed = [self.waiting.pop(0)]  # until it has not
-                self._methods[self.failed[0]].after_step()
-            self.failed = []
-        finally:
-            self._listen()
-
-    def make_up(self) -> None:
-        """Who failed is asked to settle, then those who wait are told."""
-        for place in self.failed:
-            self._methods[place].settle()
-        self.go_on()
-
-    def wait(self, waiting: Iterable[int], failed: Iterable[int] = ()) -> None:
-        """These are the ones who wait, and who failed.
-
-        Raises:
-            ValueError: there are not so many methods.
-        """
-        places, failures = list(waiting), list(failed)
-        if not {*places, *failures} <= {*range(len(self._methods))}:
-            raise ValueError(
-                f"there are {len(self._methods)} methods, of which {places} wait to hear of a step that {failures} failed in"
-            )
-        self.waiting, self.failed = places, failures
-        self._listen()
-
-    def close(self) -> None:
-        """Who has not heard will not."""
-        self.wait(())
-
-    def _listen(self) -> None:
-        """Have a hook on the model only while somebody waits: last in line, behind those of the methods."""
-        if self.waiting and self._hook is None:
-            hook: Any = torch.compiler.disable(self._before_forward)
-            self._hook = before_forward(self._model, hook)
-        elif not self.waiting and self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-    def _before_forward(self, model: nn.Module, args: Any) -> None:
-        if model.training:
-            self.go_on()
+        """Restore what `state_dict` returned."""
 
 
 def attach(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer], *methods: Method) -> "Session":
     """Call `methods` round the steps of one or several optimizers, in your own loop, until the session is closed.
 
     `before_step` runs in the order of `methods`, `after_step` and `end` in reverse. With several optimizers a *round*
-    is one step of each: `before_step` comes before its first step, `after_step` after its last; if one raises there, the methods
-    whose turn comes later hear of the step before the next forward pass. An optimizer that steps
-    again before the others have (as in adversarial training) closes the round first and opens the next; so does leaving
-    the session. Steps that a GradScaler skips for an overflow do not count, nor do micro-batches.
+    is one step of each: `before_step` comes before its first step, `after_step` after its last. If one `after_step` raises, the
+    rest are called before the next forward pass (see `StepDelivery`). An optimizer that steps again before the others have (as in
+    adversarial training) closes the round first and opens the next; so does leaving the session. Steps that a GradScaler skips
+    for an overflow do not count, nor do micro-batches.
 
-    When a sparse layer changes its places, or any module its width, the optimizers' state follows, then every method is told.
-    An optimizer may hold another one inside (Lookahead, SAM, ZeroRedundancyOptimizer, what accelerate or Lightning prepared): it
-    is one of the round, whichever of the two steps, and the state of both follows. Model, optimizers and session may load their
-    states in any order: where places come with a model, what was loaded before since the last step is of these places already.
+    When a sparse layer changes its places, or any module its width, the optimizers' state follows, then every method's `remapped`
+    is called. An optimizer may hold another one inside (Lookahead, SAM, ZeroRedundancyOptimizer, what accelerate or Lightning
+    prepared): it is one of the round, whichever of the two steps, and the state of both follows. Model, optimizers and session may
+    load their states in any order: where places come with a model, what was loaded before since the last step is of these places
+    already.
 
     Raises:
         ValueError: a trainable parameter is in none of the optimizers (looked at again at the first step), or the ranks of
@@ -173,31 +101,13 @@ def attach(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer], *metho
     return Session(model, several, methods)
 
 
-def before_forward(model: nn.Module, hook: Callable[[nn.Module, Any], None]) -> RemovableHandle:
-    """Register a forward pre-hook that stays with this model: in a copy of the model it does nothing."""
-    return model.register_forward_pre_hook(_OwnHook(hook))
-
-
-class _OwnHook:
-    def __init__(self, hook: Callable[[nn.Module, Any], None] | None) -> None:
-        self._hook = hook
-
-    def __call__(self, model: nn.Module, args: Any) -> None:
-        if self._hook is not None:
-            self._hook(model, args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_OwnHook":
-        return _OwnHook(None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _OwnHook, (None,)
-
-
 class Session:
-    """What `attach` returns: a context manager that undoes everything on exit; `close()` does the same."""
+    """What `attach` returns: a context manager that undoes everything on exit; `close()` does the same.
+
+    Use `attach` to make one: it checks what it is given.
+    """
 
     def __init__(self, model: nn.Module, optimizers: tuple[Optimizer, ...], methods: tuple[Method, ...]) -> None:
-        """Open a session; use `attach`, which checks what it is given."""
         self.model, self.optimizers, self.methods = model, tuple(unwrapped(given)[0] for given in optimizers), methods
         self._places = {inner: place for place, given in enumerate(self.optimizers) for inner in unwrapped(given)}
         """All optimizers, those inside others too, and which of the given ones each belongs to."""
@@ -208,8 +118,8 @@ class Session:
         self._begun: list[Method] = []
         self._layers: set[nn.Module] = set()
         self._checked = False
-        self._round: dict[int, bool] = {}  # place of each optimizer that had its turn -> did it really step?
-        self._moving = False  # the step in progress is a real one, and the methods know of it
+        self._round: dict[int, bool] = {}  # place of each optimizer that was called -> did it really step?
+        self._moving = False  # the step in progress is a real one, and before_step was called
         self._running = RunningSteps()
         self._undo = ExitStack()
         self._hooks = self._undo.enter_context(ExitStack())
@@ -220,7 +130,7 @@ class Session:
                 self._claim(optimizer, type(optimizer).__name__)
                 if "_optimizer_step_pre_hooks" in vars(
                     optimizer
-                ):  # not so in a wrapper that never called super().__init__()
+                ):  # else a wrapper that never called super().__init__()
                     self._hooks.callback(optimizer.register_step_pre_hook(before).remove)
                     self._hooks.callback(optimizer.register_step_post_hook(after).remove)
                     self._hooks.callback(optimizer.register_load_state_dict_post_hook(self._restored.add).remove)
@@ -230,7 +140,7 @@ class Session:
                 method.begin(model, self.optimizers)
                 self._begun.append(method)
                 self._undo.callback(lambda: self._begun.pop().end())
-            self._turns = self._undo.enter_context(closing(Turns(model, methods)))
+            self._delivery = self._undo.enter_context(closing(StepDelivery(model, methods)))
             self._undo.callback(self._finish_round)
             listeners.add(self)
             self._hooks.callback(listeners.discard, self)
@@ -239,7 +149,7 @@ class Session:
             raise
 
     def observe(self, **metrics: float) -> None:
-        """Tell every method what was measured, such as `validation_loss=0.3`."""
+        """Pass to every method what was measured, such as `validation_loss=0.3`."""
         for method in self.methods:
             method.observe(**metrics)
 
@@ -247,25 +157,27 @@ class Session:
         """Have every method finish what is under way, before the weights are judged or shipped; in reverse, as after a step."""
         for method in reversed(self.methods):
             method.settle()
-        self._turns.go_on()
+        self._delivery.deliver()
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of finished rounds, who has not heard of the last one yet, and every method's state, as plain data."""
+        """The number of finished rounds, the methods still pending after the last one, and every method's state, as plain data."""
         entries = [{"name": type(method).__name__, "state": method.state_dict()} for method in self.methods]
-        return {"steps": self.steps, "waiting": list(self._turns.waiting), "methods": entries}
+        return {"steps": self.steps, "pending": list(self._delivery.pending), "methods": entries}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave; raises ValueError, with no method touched, if it is of other methods."""
+        """Restore what `state_dict` returned; raises ValueError, with no method touched, if it is of other methods."""
         try:
             steps, names = int(state["steps"]), [entry["name"] for entry in state["methods"]]
             parts = [entry["state"] for entry in state["methods"]]
-            waiting = [int(place) for place in state.get("waiting", ())]  # which older states lack
+            pending = [
+                int(place) for place in state.get("pending", state.get("waiting", ()))
+            ]  # the name in older states
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"this is not what Session.state_dict() gave: {error!r}") from error
         have = [type(method).__name__ for method in self.methods]
         if names != have:
             raise ValueError(f"this state belongs to the methods {names}, the session has {have}: attach the same ones")
-        self._turns.wait(waiting)
+        self._delivery.restore(pending)
         for method, part in zip(self.methods, parts, strict=True):
             method.load_state_dict(part)
         self._restored.update(self.methods)
@@ -310,10 +222,10 @@ class Session:
                 self._hooks.callback(layer.register_remap_check(self.check_remap).remove)
                 self._hooks.callback(layer.register_remap_hook(self.remapped).remove)
 
-    # What the layers call, and whoever changes the width of another module.
+    # Called by the layers, and by what changes the width of another module.
 
     def check_remap(self, module: nn.Module, remap: Remap) -> None:
-        """Refuse, before anything moved, a change of a module's weights that somebody here cannot follow."""
+        """Refuse, before anything moved, a change of a module's weights that an optimizer here cannot follow."""
         for name, parameter in module.named_parameters(recurse=False):
             part = remap.of(name)
             if part is None:
@@ -328,7 +240,7 @@ class Session:
                 )
 
     def remapped(self, module: nn.Module, old: Mapping[str, Tensor], remap: Remap) -> None:
-        """A module's weights changed: move the optimizers' state of its parameters, `old` by name, and tell the methods."""
+        """A module's weights changed: move the optimizers' state of its parameters, `old` by name, and call the methods."""
         for name, before in old.items():
             if (part := remap.of(name)) is not None:
                 new = getattr(module, name)
@@ -342,7 +254,7 @@ class Session:
         """The optimizers whose state is of the places before."""
         return [o for o in self._places if not (remap.loaded and o in self._restored)]
 
-    # What the optimizers call.
+    # Called by the optimizers' hooks.
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if not self._running.enter(optimizer):  # super().step(), or an optimizer inside another
@@ -377,7 +289,7 @@ class Session:
     def _announce(self) -> None:
         self._moving = True
         if not any(self._round.values()):
-            self._turns.go_on()
+            self._delivery.deliver()
             for method in self.methods:
                 method.before_step()
 
@@ -394,4 +306,4 @@ class Session:
         moved, self._round = any(self._round.values()), {}
         if moved:
             self.steps += 1
-            self._turns.step()
+            self._delivery.step()

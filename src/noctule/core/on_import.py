@@ -1,12 +1,22 @@
-"""Does something as soon as another library's module has been imported, which is not imported for it."""
+"""Calls a function as soon as another library is imported, which is not imported for it; offers torch our operators in this way."""
 
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
+
+OPERATORS = {
+    "multiply_adds": "noctule.kernels.flops",
+    "sparse_linear": "noctule.sparse.layers.operators",
+    "sparse_linear_backward": "noctule.sparse.layers.operators",
+    "sparse_conv2d": "noctule.sparse.layers.compiled_convolution",
+    "sparse_conv2d_backward": "noctule.sparse.layers.compiled_convolution",
+}
+"""Operator -> the module that registers it."""
 
 
 def on_import(name: str, then: Callable[[], Any]) -> None:
@@ -15,11 +25,27 @@ def on_import(name: str, then: Callable[[], Any]) -> None:
     if module is not None and not getattr(module.__spec__, "_initializing", False):
         then()
     else:
-        sys.meta_path.insert(0, _Waiting(name, then))
+        sys.meta_path.insert(0, _Awaited(name, then))
 
 
-class _Waiting(MetaPathFinder):
-    """Finds nothing itself; what finds the module is made to say when it has executed it."""
+def offer_operators() -> None:
+    """Have ``torch.ops.noctule`` load an operator when it is first asked for, as by an exported program; needs torch."""
+    torch: Any = sys.modules["torch"]
+
+    class Operators(type(torch.ops.aten)):
+        __module__ = type(torch.ops.aten).__module__  # programs name their operators after it
+
+        def __getattr__(self, name: str) -> Any:
+            home = OPERATORS.get(name)
+            if home is not None and home not in sys.modules:  # one that is there is just registering it
+                import_module(home)
+            return super().__getattr__(name)
+
+    torch.ops.noctule = Operators("noctule")
+
+
+class _Awaited(MetaPathFinder):
+    """A finder that finds nothing itself, but wraps the loader of the awaited module to call ``then`` after it has run."""
 
     def __init__(self, name: str, then: Callable[[], Any]) -> None:
         self.name, self.then = name, then
@@ -38,13 +64,11 @@ class _Waiting(MetaPathFinder):
             return spec
         execute = spec.loader.exec_module
 
-        def execute_and_tell(
-            module: ModuleType,
-        ) -> None:  # a spec may be asked for without an import, to see what is installed
+        def execute_and_call(module: ModuleType) -> None:
             execute(module)
-            if self in sys.meta_path:
+            if self in sys.meta_path:  # a spec may be asked for without an import, to see what is installed
                 sys.meta_path.remove(self)
                 self.then()
 
-        spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
         return spec

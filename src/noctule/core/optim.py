@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from noctule.core.topology import Remap
+from noctule.core.remap import Remap
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _SIGNED = frozenset(
@@ -60,7 +60,7 @@ def param_groups(model: nn.Module, *, weight_decay: float | None = None) -> list
 
 
 def unwrapped(optimizer: Any) -> list[Optimizer]:
-    """An optimizer, if it is one, and those inside it, as Lookahead, SAM, ZeroRedundancyOptimizer or accelerate's hold them."""
+    """An optimizer and the optimizers inside it, as Lookahead, SAM, ZeroRedundancyOptimizer or accelerate's hold them."""
     found: list[Optimizer] = []
     seen: set[int] = set()
 
@@ -176,10 +176,9 @@ def will_skip(optimizer: Optimizer) -> bool:
 
 
 class RunningSteps:
-    """The steps in progress, told by torch's step hooks; a step that raised is noticed, though no post-hook comes."""
+    """The steps in progress, by torch's step hooks; a step that raised is noticed, though its post-hook is not called."""
 
     def __init__(self) -> None:
-        """No step is running."""
         self._steps: list[tuple[FrameType, Optimizer]] = []
 
     def enter(self, optimizer: Optimizer) -> bool:

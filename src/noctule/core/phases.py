@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from noctule.core.method import Method, Turns, before_forward
-from noctule.core.topology import Remap
+from noctule.core.delivery import StepDelivery, before_forward
+from noctule.core.method import Method
+from noctule.core.remap import Remap
 
 
 class Phases(Method):
@@ -55,7 +56,7 @@ class Phases(Method):
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Wait for the first forward pass."""
         self.model, self.optimizers = model, optimizers
-        self._turns = Turns(model, self._running)
+        self._delivery = StepDelivery(model, self._running)
         hook: Any = torch.compiler.disable(self._forward)
         self._undo.callback(before_forward(model, hook).remove)
 
@@ -68,7 +69,7 @@ class Phases(Method):
     def after_step(self) -> None:
         """That of the phase; if this was its last step, and none failed, the next one begins."""
         self.steps += 1
-        self._turns.step()
+        self._delivery.step()
         self._ensure()
 
     def remapped(self, layer: nn.Module, remap: Remap) -> None:
@@ -87,7 +88,7 @@ class Phases(Method):
             self._ensure()
         for method in reversed(self._running):
             method.settle()
-        self._turns.go_on()
+        self._delivery.deliver()
 
     def end(self) -> None:
         """That of the phase."""
@@ -103,8 +104,8 @@ class Phases(Method):
         states = [{"name": type(method).__name__, "state": method.state_dict()} for method in self._running]
         return {
             "steps": self.steps,
-            "failed": list(self._turns.failed),
-            "waiting": list(self._turns.waiting),
+            "failed": list(self._delivery.failed),
+            "waiting": list(self._delivery.pending),
             "methods": states,
         }
 
@@ -146,9 +147,9 @@ class Phases(Method):
         """Begin the phase, unless it has begun; the one before ends first."""
         if self._begun is None:
             self._begin(self.phase if self._loaded is None else self._last(self._loaded))
-            self._turns.make_up()  # hooks that began in a forward pass are no part of it
+            self._delivery.resume()  # hooks that began in a forward pass are no part of it
         if self._begun != self.phase:
-            self._turns.make_up()
+            self._delivery.resume()
             self._stop()
             self._begin(self.phase)
 
@@ -168,13 +169,13 @@ class Phases(Method):
         if (state := self._loaded) is not None:
             for method, entry in zip(self._running, state["methods"] or (), strict=False):
                 method.load_state_dict(entry["state"])
-            self._turns.wait(state["waiting"], state["failed"])
+            self._delivery.restore(state["waiting"], state["failed"])
             self._loaded = None  # no sooner: a server that is away now may be there at the next forward pass
 
     def _stop(self) -> None:
         """End the methods that run, in reverse, each whatever the others do."""
         self._begun = None
-        self._turns.wait(())
+        self._delivery.restore(())
         with ExitStack() as stack:
             for _ in self._running:
                 stack.callback(lambda: self._running.pop().end())

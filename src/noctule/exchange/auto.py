@@ -11,7 +11,7 @@ from torch import Tensor
 
 from noctule.core.exchange import Exchange, Work
 from noctule.core.finite import all_finite
-from noctule.core.topology import Remap
+from noctule.core.remap import Remap
 from noctule.exchange.probe import LinkEstimate, agreed
 
 _TURN = 3

@@ -8,7 +8,7 @@ from torch import Tensor
 from noctule.codecs import Codec, RandomK
 from noctule.core.exchange import Stage
 from noctule.core.finite import all_finite
-from noctule.core.topology import Remap
+from noctule.core.remap import Remap
 
 
 class Compress(Stage):

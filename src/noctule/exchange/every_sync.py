@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from noctule.core.exchange import Exchange
 from noctule.core.method import Method
-from noctule.core.topology import Remap
+from noctule.core.remap import Remap
 from noctule.exchange.handshake import agree, agree_on_places
 
 

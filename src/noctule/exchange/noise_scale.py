@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from noctule.core.exchange import Exchange, Work
-from noctule.core.topology import Remap
+from noctule.core.remap import Remap
 
 
 class NoiseScale(Exchange):

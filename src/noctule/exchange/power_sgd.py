@@ -17,7 +17,7 @@ from torch import Tensor
 
 from noctule.core.exchange import Exchange, Work
 from noctule.core.finite import all_finite
-from noctule.core.topology import Remap
+from noctule.core.remap import Remap
 
 
 class PowerSGD(Exchange):

@@ -1,7 +1,7 @@
 """The sparse products, each call sent to the fastest code that can do it.
 
 Shapes: B batch, I in, O out, N non-zeros. Activations are feature-major: (I, B), the batch contiguous within a feature. Where a
-product is a convolution (see `noctule.kernels.image`) they have lines: (I, L, B), and results are (O, L, B).
+product is a convolution (see `noctule.kernels.frame`) they have lines: (I, L, B), and results are (O, L, B).
 
 =========== ===================================================
 ``spmm``      Y = W X, then bias, activation and dropout
@@ -21,7 +21,7 @@ from torch import Tensor
 from noctule.core.topology import Places
 from noctule.kernels import native, reference
 from noctule.kernels.epilogue import IDENTITY, Epilogue, Kept
-from noctule.kernels.flops import modes, tell
+from noctule.kernels.flops import modes, report
 from noctule.kernels.frame import Frame
 from noctule.measure.operations import count
 
@@ -94,7 +94,7 @@ def place(x_BCHW: Tensor, frame: Frame) -> Tensor:
 def _count(multiply_adds: int) -> None:
     count(multiply_adds)
     if modes():
-        tell(multiply_adds)
+        report(multiply_adds)
 
 
 def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,6 @@ class Epilogue:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuses a dropout outside [0, 1)."""
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
 

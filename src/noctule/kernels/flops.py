@@ -1,7 +1,7 @@
-"""What torch's counters of operations hear of the sparse products.
+"""The sparse products in torch's counters of operations.
 
-A ``FlopCounterMode`` hears of operators only, and a product called from a function of autograd is none. Where such a mode is
-active, each product calls an operator that does nothing but say how much was multiplied.
+A ``FlopCounterMode`` counts operators only, and a product called from a function of autograd is none. Where such a mode is
+active, each product calls an operator that does nothing but report how much was multiplied.
 """
 
 from typing import Any
@@ -14,11 +14,11 @@ modes = torch._C._len_torch_dispatch_stack
 
 
 @torch.library.custom_op("noctule::multiply_adds", mutates_args=())
-def tell(number: int) -> None:
-    """Say that a kernel executed so many multiply-adds."""
+def report(number: int) -> None:
+    """Count multiply-adds that a kernel executed."""
 
 
-@tell.register_fake
+@report.register_fake
 def _(number: int) -> None:
     pass
 

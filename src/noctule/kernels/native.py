@@ -58,7 +58,7 @@ def instruction_set() -> str:
 def spmm(
     topology: Places, values: Tensor, x_IB: Tensor, bias: Tensor | None, epilogue: Epilogue, keep: bool
 ) -> tuple[Tensor, Kept]:
-    """See `noctule.kernels.spmm`."""
+    """Y (O, B) = W X + bias through the epilogue, and what its backward needs."""
     positive = kept = None
     bits = topology.shape[0], *x_IB.shape[1:-1], (x_IB.shape[-1] + 7) // 8
     if keep and epilogue.slope != 1.0:
@@ -71,19 +71,19 @@ def spmm(
 
 
 def spmm_t(topology: Places, values: Tensor, dy_OB: Tensor) -> Tensor:
-    """See `noctule.kernels.spmm_t`."""
+    """dX (I, B) = Wᵀ dY."""
     back = topology.transposed
     index = (back.row_ptr, back.columns, back.slots)
     return _spmm(topology, index, back.sources, values, dy_OB, None, IDENTITY, None, None)
 
 
 def sddmm(topology: Places, dy_OB: Tensor, x_IB: Tensor) -> Tensor:
-    """See `noctule.kernels.sddmm`."""
+    """dW (N,) = the places of dY Xᵀ."""
     return gradients(topology, dy_OB, x_IB, False)[0]
 
 
 def gradients(topology: Places, dy_OB: Tensor, x_IB: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
-    """See `noctule.kernels.gradients`."""
+    """dW (N,) and, with ``bias``, that of the bias (O,)."""
     columns_of_line = x_IB.shape[1:]
     _check("the gradient", dy_OB, topology.shape[0], columns_of_line)
     _check("the input", x_IB, topology.shape[1], columns_of_line)
@@ -101,7 +101,7 @@ def gradients(topology: Places, dy_OB: Tensor, x_IB: Tensor, bias: bool) -> tupl
 
 
 def epilogue_backward(dy_OB: Tensor, kept: Kept, bias: bool) -> tuple[Tensor, Tensor | None]:
-    """See `noctule.kernels.epilogue_backward`."""
+    """The gradient before the epilogue (O, B) and, with ``bias``, that of the bias (O,)."""
     if dy_OB.dim() == 3:  # a line at a time
         dz, dbias = epilogue_backward(dy_OB.flatten(0, 1), _flat(kept), False)
         dz = dz.view(dy_OB.shape)
@@ -133,7 +133,7 @@ def transpose(x_BI: Tensor) -> Tensor:
 
 
 def place(x_BCHW: Tensor, frame: Frame) -> Tensor:
-    """See `noctule.kernels.place`."""
+    """An image with zeros round it, (rows of the frame, B)."""
     batch, channels, rows, columns = x_BCHW.shape
     y = x_BCHW.new_empty(channels * frame.rows, batch)
     strides = [0 if size == 1 else stride for size, stride in zip(x_BCHW.shape, x_BCHW.stride(), strict=True)]

@@ -23,7 +23,7 @@ _LONG = (1 << 64) - 1
 def spmm(
     topology: Places, values: Tensor, x_IB: Tensor, bias: Tensor | None, epilogue: Epilogue, keep: bool
 ) -> tuple[Tensor, Kept]:
-    """See `noctule.kernels.spmm`."""
+    """Y (O, B) = W X + bias through the epilogue, and what its backward needs."""
     z_OB = _accumulate(topology.shape[0], _rows(topology), topology.columns.to(torch.int64), values, x_IB)
     if bias is not None:
         z_OB += _beside(bias.to(z_OB.dtype), z_OB)
@@ -41,7 +41,7 @@ def spmm(
 
 
 def spmm_t(topology: Places, values: Tensor, dy_OB: Tensor) -> Tensor:
-    """See `noctule.kernels.spmm_t`."""
+    """dX (I, B) = Wᵀ dY."""
     back = topology.transposed
     order = back.slots.to(torch.int64)
     dx_IB = _accumulate(back.row_ptr.numel() - 1, _rows(back), back.columns.to(torch.int64), values[order], dy_OB)
@@ -49,12 +49,12 @@ def spmm_t(topology: Places, values: Tensor, dy_OB: Tensor) -> Tensor:
 
 
 def sddmm(topology: Places, dy_OB: Tensor, x_IB: Tensor) -> Tensor:
-    """See `noctule.kernels.sddmm`."""
+    """dW (N,) = the places of dY Xᵀ."""
     return gradients(topology, dy_OB, x_IB, False)[0]
 
 
 def gradients(topology: Places, dy_OB: Tensor, x_IB: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
-    """See `noctule.kernels.gradients`."""
+    """dW (N,) and, with ``bias``, that of the bias (O,)."""
     rows, columns = _rows(topology), topology.columns.to(torch.int64)
     dy, over = dy_OB.to(_sum_dtype(dy_OB)), tuple(range(1, dy_OB.dim()))
     dvalues = torch.empty(topology.size, dtype=dy.dtype, device=dy.device)
@@ -64,7 +64,7 @@ def gradients(topology: Places, dy_OB: Tensor, x_IB: Tensor, bias: bool) -> tupl
 
 
 def epilogue_backward(dy_OB: Tensor, kept: Kept, bias: bool) -> tuple[Tensor, Tensor | None]:
-    """See `noctule.kernels.epilogue_backward`."""
+    """The gradient before the epilogue (O, B) and, with ``bias``, that of the bias (O,)."""
     batch, dz_OB = dy_OB.shape[-1], dy_OB.to(_sum_dtype(dy_OB))
     if kept.positive is not None:
         dz_OB = torch.where(_unpack(kept.positive, batch), dz_OB, dz_OB * kept.epilogue.slope)
@@ -79,7 +79,7 @@ def transpose(x_BI: Tensor) -> Tensor:
 
 
 def place(x_BCHW: Tensor, frame: Frame) -> Tensor:
-    """See `noctule.kernels.place`."""
+    """An image with zeros round it, (rows of the frame, B)."""
     batch, channels = x_BCHW.shape[:2]
     (ph, pw), high, wide = frame.phases, frame.high, frame.wide
     y = x_BCHW.new_zeros(channels, frame.rows, batch)

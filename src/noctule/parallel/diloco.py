@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from noctule.core.delivery import before_forward
 from noctule.core.exchange import Exchange
-from noctule.core.method import Method, before_forward
+from noctule.core.method import Method
 from noctule.core.optim import carry_state
-from noctule.core.topology import Remap
+from noctule.core.remap import Remap
 from noctule.exchange.handshake import agree, agree_on_places
 from noctule.parallel.flights import Flight, Flights, check_own_group
 from noctule.parallel.fragments import cut, last_turn

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from noctule.core.exchange import Exchange
-from noctule.core.topology import Remap
+from noctule.core.remap import Remap
 from noctule.exchange.ddp import process_groups
 
 

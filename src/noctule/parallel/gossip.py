@@ -19,7 +19,7 @@ from noctule.codecs import Codec
 from noctule.core.errors import ExchangeError
 from noctule.core.exchange import Channel
 from noctule.core.method import Method
-from noctule.core.topology import Remap
+from noctule.core.remap import Remap
 from noctule.exchange.all_reduce import AllReduce
 from noctule.exchange.group import Group
 from noctule.exchange.handshake import agree, agree_on_places

@@ -19,7 +19,8 @@ from noctule.core.errors import ExchangeError
 from noctule.core.exchange import Exchange
 from noctule.core.method import Method
 from noctule.core.optim import sparse_layers
-from noctule.core.topology import Remap, Topology, merge
+from noctule.core.remap import Remap, merge
+from noctule.core.topology import Topology
 
 
 @torch.no_grad()

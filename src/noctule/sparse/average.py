@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from noctule.core.method import Method
+from noctule.core.remap import Remap
 from noctule.core.schedule import constant
-from noctule.core.topology import Remap
 from noctule.core.types import Schedule
 from noctule.sparse.follow import move_twin
 from noctule.sparse.layers import SparseLayer
@@ -44,7 +45,6 @@ class ExponentialAverage(Method):
     """
 
     def __init__(self, decay: float | Schedule = 0.999, *, every: int = 1) -> None:
-        """Check the options; the copy is made by `begin`."""
         if isinstance(decay, int | float) and not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay must lie in [0, 1], got {decay}")
         if every < 1:
@@ -56,8 +56,8 @@ class ExponentialAverage(Method):
         """The average, from `begin` on, and still after `end`."""
         self._trained: Any = None
 
+    @override
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Copy the model, the first time."""
         self._trained = model.module if isinstance(model, DistributedDataParallel) else model
         if self.model is None:
             self.model = copy.deepcopy(self._trained).eval().requires_grad_(False)
@@ -70,8 +70,8 @@ class ExponentialAverage(Method):
                     move_twin(self.model.get_submodule(name), layer, Remap.between(layer.topology, layer.topology))
 
     @torch.no_grad()
+    @override
     def after_step(self) -> None:
-        """Update the average, when it is time."""
         self.steps += 1
         if self.steps % self.every:
             return
@@ -87,20 +87,21 @@ class ExponentialAverage(Method):
         for name, buffer in self.model.named_buffers():
             buffer.copy_(buffers[name])
 
+    @override
     def remapped(self, layer: nn.Module, remap: Remap) -> None:
-        """Move the average of a layer's weights."""
         name = next(name for name, module in self._trained.named_modules() if module is layer)
         move_twin(self.model.get_submodule(name), layer, remap)
 
+    @override
     def end(self) -> None:
-        """Keep the average, forget the model."""
         self._trained = None
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """The steps done and the average's own state dict."""
         return {"steps": self.steps, "model": self.model.state_dict()}
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
         self.steps = int(state["steps"])
         self.model.load_state_dict(state["model"])

@@ -8,6 +8,28 @@ Budget = Callable[[Sequence[Shape], int], list[int]]
 """Shapes of the layers' weights, (O, I) or (O, C, KH, KW), and the total number of weights -> weights of each layer."""
 
 
+def check_density(density: float) -> None:
+    """Refuse what is no share of the places."""
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density must lie in (0, 1], got {density}")
+
+
+def check_said_once(**ways: object) -> None:
+    """Refuse none or several of the ways to say how sparse something is, of which one is needed."""
+    given = [f"{name}=" for name, value in ways.items() if value is not None]
+    if len(given) != 1:
+        *names, last = (f"{name}=" for name in ways)
+        raise ValueError(
+            f"say how sparse it is by one of {', '.join(names)} or {last}, got {' and '.join(given) or 'none'}"
+        )
+
+
+def weights_at(density: float, shape: Shape) -> int:
+    """How many weights a layer of this shape and density has: at least one where it has places."""
+    check_density(density)
+    return max(1, round(density * prod(shape))) if prod(shape) else 0
+
+
 def uniform(shapes: Sequence[Shape], weights: int) -> list[int]:
     """The same density everywhere.
 

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from noctule.core.listeners import listeners
-from noctule.core.topology import Remap
+from noctule.core.remap import Remap, carried
 from noctule.sparse.layers import SparseLayer
-from noctule.sparse.layers.sparse_layer import carried
 
 
 def follow(kept: nn.Module | MutableMapping[str, Tensor], model: nn.Module) -> "Follower":
@@ -42,7 +41,6 @@ class Follower:
     """The `Listener` behind `follow`: moves a model's twin, or tensors by name, when the model moves."""
 
     def __init__(self, kept: nn.Module | MutableMapping[str, Tensor], model: nn.Module) -> None:
-        """Check that the two belong together, and mark what follows."""
         self.model, self.kept = model, kept
         layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
         for name, layer in layers.items():
@@ -75,7 +73,7 @@ class Follower:
         listeners.discard(self)
 
     def check_remap(self, module: nn.Module, remap: Remap) -> None:
-        """Ask the twin's own listeners."""
+        """Refuse what the twin cannot follow."""
         twin = self._twin(module)
         if isinstance(twin, SparseLayer) and remap.rows is None is remap.columns:
             twin.check_remap(twin.topology, Remap.between(twin.topology, twin.topology))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from noctule.core.errors import LostWorkerError
 from noctule.core.exchange import Exchange, Work
-from noctule.core.topology import Remap
+from noctule.core.remap import Remap
 
 
 class Grouped(Protocol):

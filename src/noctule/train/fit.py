@@ -19,7 +19,7 @@ from noctule.core.errors import CheckpointError, ExchangeError
 from noctule.core.finite import check_parameters, explain
 from noctule.core.method import Method, attach
 from noctule.core.optim import sparse_layers
-from noctule.core.topology import Remap
+from noctule.core.remap import Remap
 from noctule.data import Batches, Dataset, Windows
 from noctule.measure import Progress
 from noctule.train.interrupt import deferred_interrupt

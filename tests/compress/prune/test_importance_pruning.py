@@ -15,7 +15,8 @@ from noctule.core.convert import convert_
 from noctule.core.errors import CheckpointError
 from noctule.core.method import Method, attach
 from noctule.core.optim import param_groups
-from noctule.core.topology import Remap, Topology
+from noctule.core.remap import Remap
+from noctule.core.topology import Topology
 from noctule.data import Batches, Dataset
 from noctule.report import Journal, RunFolder
 from noctule.sparse.layers import FuseEpilogue, SparseLayer, SparseLinear, ToSparse

@@ -14,7 +14,7 @@ from noctule.compress.prune import shrink
 from noctule.core.convert import convert_
 from noctule.core.method import Method, attach
 from noctule.core.optim import param_groups
-from noctule.core.topology import resize
+from noctule.core.remap import resize
 from noctule.kernels import Epilogue
 from noctule.sparse.layers import AllReLU, FuseEpilogue, SparseConv2d, SparseLayer, SparseLinear, ToSparse
 
@@ -472,7 +472,7 @@ def test_paths_say_what_a_forward_does(name, path):
     torch.manual_seed(0)
     model, x = lively(Custom()), torch.randn(5, 9, dtype=torch.float64)
     with pytest.raises(
-        ValueError, match=f"{name} cannot lose neurons: what follows it is decided in somebody's forward"
+        ValueError, match=f"{name} cannot lose neurons: what follows it is decided in a forward of its own"
     ):
         shrink(model, {name: torch.tensor([1])})
     removed = torch.arange(model.get_submodule(name).out_features) % 2 == 0

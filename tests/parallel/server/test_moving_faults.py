@@ -14,7 +14,7 @@ from push_pull_jobs import MOMENTUM, PLAIN, batch, together, train
 from noctule import set_
 from noctule.core.errors import ExchangeError
 from noctule.core.method import attach
-from noctule.core.topology import exchange
+from noctule.core.remap import exchange
 from noctule.parallel import PushPull, Ticket
 from noctule.parallel.server.listen import serve
 from noctule.parallel.server.mirror import LayerMirror

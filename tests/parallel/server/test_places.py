@@ -10,7 +10,8 @@ from push_pull_jobs import ADAM, MOMENTUM, PLAIN
 
 from noctule.core.errors import ExchangeError
 from noctule.core.optim import carry_state
-from noctule.core.topology import Remap, Topology
+from noctule.core.remap import Remap
+from noctule.core.topology import Topology
 from noctule.parallel.server.handler import ShardHandler
 from noctule.parallel.server.moves import KEPT, Move, TopologyLog, from_frame, to_frame
 from noctule.parallel.server.shard import Shard

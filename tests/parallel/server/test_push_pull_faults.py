@@ -18,7 +18,8 @@ from noctule import RunFolder, set_
 from noctule.codecs import TopK
 from noctule.core.errors import ExchangeError
 from noctule.core.method import attach
-from noctule.core.topology import Remap, Topology
+from noctule.core.remap import Remap
+from noctule.core.topology import Topology
 from noctule.data import Batches, Dataset
 from noctule.parallel import PushPull, Ticket
 from noctule.parallel.server.listen import ShardSockets, serve

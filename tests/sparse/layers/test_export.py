@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from noctule.core.convert import convert_
-from noctule.core.topology import exchange
+from noctule.core.remap import exchange
 from noctule.sparse.layers import (
     AllReLU,
     FuseEpilogue,

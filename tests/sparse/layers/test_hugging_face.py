@@ -14,7 +14,8 @@ from torch import nn
 
 from noctule import FuseEpilogue, SparseConv2d, SparseLinear, ToDense, ToSparse, convert_, set_, shrink
 from noctule.core.method import attach
-from noctule.core.topology import Remap, Topology
+from noctule.core.remap import Remap
+from noctule.core.topology import Topology
 from noctule.kernels import IDENTITY
 from noctule.sparse.layers import SparseLayer
 from noctule.sparse.layers.hugging_face import note_sparse_layers

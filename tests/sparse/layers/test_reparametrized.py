@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from noctule.core.topology import exchange
+from noctule.core.remap import exchange
 from noctule.sparse.layers import SparseLinear
 
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from noctule.core.convert import convert_
 from noctule.core.method import attach
-from noctule.core.topology import Remap, Topology
+from noctule.core.remap import Remap
+from noctule.core.topology import Topology
 from noctule.kernels import Epilogue, Frame, native, reference
 from noctule.measure import measure
 from noctule.sparse.layers import FuseEpilogue, SparseConv2d, SparseLayer, ToDense, ToSparse
@@ -248,14 +249,14 @@ def test_connections_move_and_adam_follows(method):
 def test_rigl_grows_where_the_dense_gradient_is_steepest():
     torch.manual_seed(1)
     layer = SparseConv2d(3, 6, 3, padding=1, density=0.3)
-    sight = rigl(until=10, every=1).grow(layer, torch.Generator())
-    layer.watch = sight
+    capture = rigl(until=10, every=1).grow(layer, torch.Generator())
+    layer.watch = capture
     x, dy = torch.randn(4, 3, 5, 5), torch.randn(4, 6, 5, 5)
     _step(layer, x, dy)
     gradient = _step(layer.to_dense(), x, dy)[2].abs().flatten()
     keys = layer.topology.keys()
     gradient[keys] = -1
-    assert set(sight.choose(7, keys, keys[:0]).tolist()) == set(gradient.topk(7).indices.tolist())
+    assert set(capture.choose(7, keys, keys[:0]).tolist()) == set(gradient.topk(7).indices.tolist())
 
 
 def test_state_dict_brings_the_places_along():

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from noctule.core.topology import Remap, Topology, exchange, resize
+from noctule.core.remap import Remap, exchange, resize
+from noctule.core.topology import Topology
 from noctule.kernels import Epilogue
 from noctule.sparse.layers import SparseConv2d, SparseLinear
 
@@ -276,7 +277,7 @@ def test_a_state_dict_is_the_layers_own_tensors_places_too():
     assert again.values.any()
     del state, before
     ours(X)
-    assert not ours.doubtful
+    assert not ours.unverified
 
 
 def test_a_functional_call_with_the_state_of_other_places_is_refused():
@@ -382,11 +383,11 @@ def test_a_copy_that_is_gone_asks_for_nothing():
     snapshot = copy.deepcopy(ours)
     moved(ours)
     ours(X)
-    assert ours.doubtful
+    assert ours.unverified
     del snapshot
     gc.collect()
     ours(X)
-    assert not ours.doubtful
+    assert not ours.unverified
 
 
 def test_loading_casts_to_the_dtype_of_the_layer():

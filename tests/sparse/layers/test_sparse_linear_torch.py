@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from noctule.core.convert import convert_
 from noctule.core.method import attach
-from noctule.core.topology import exchange
+from noctule.core.remap import exchange
 from noctule.kernels import Epilogue
 from noctule.sparse.layers import FuseEpilogue, SparseLinear
 from noctule.sparse.layers.operators import compiled_product

@@ -22,9 +22,9 @@ def layer(weights: int = 30, dtype: torch.dtype = torch.float32) -> SparseLinear
     return SparseLinear(12, 10, weights=weights, generator=seeded(), dtype=dtype)
 
 
-def see(sight, sparse: SparseLinear, parts) -> torch.Tensor:
-    """Show some backward passes to a sight; the dense gradient over all of them, flat."""
-    sparse.watch = sight
+def see(capture, sparse: SparseLinear, parts) -> torch.Tensor:
+    """Show some backward passes to it; the dense gradient over all of them, flat."""
+    sparse.watch = capture
     weight = sparse.to_dense().weight.detach().requires_grad_()
     for x in parts:
         sparse(x).pow(3).sum().backward()
@@ -92,15 +92,15 @@ def test_what_is_not_a_number_does_not_look_small():
 @pytest.mark.parametrize("count", [0, 1, 9, 30])
 def test_guided_takes_the_steepest_of_its_candidates(count, dtype):
     sparse = layer(dtype=dtype)
-    sight = guided(sparse, seeded(1))
+    capture = guided(sparse, seeded(1))
     taken = sparse.topology.keys()
-    assert sight.keys.numel() == sparse.weights
-    assert not set(sight.keys.tolist()) & set(taken.tolist())
-    gradient = see(sight, sparse, micro_batches(dtype)).abs().double()
-    chosen = sight.choose(count, taken, taken[:0])
+    assert capture.keys.numel() == sparse.weights
+    assert not set(capture.keys.tolist()) & set(taken.tolist())
+    gradient = see(capture, sparse, micro_batches(dtype)).abs().double()
+    chosen = capture.choose(count, taken, taken[:0])
     assert chosen.unique().numel() == chosen.numel() == count
-    assert set(chosen.tolist()) <= set(sight.keys.tolist())
-    rest = sorted(set(sight.keys.tolist()) - set(chosen.tolist()))
+    assert set(chosen.tolist()) <= set(capture.keys.tolist())
+    rest = sorted(set(capture.keys.tolist()) - set(chosen.tolist()))
     if count and rest:
         slack = 0.05 if dtype == torch.bfloat16 else 1e-5
         assert gradient[chosen].min() >= (1 - slack) * gradient[rest].max() - slack
@@ -122,11 +122,11 @@ def test_steepest_takes_the_steepest_of_all_whatever_the_tiles(tile, count, monk
         sys.modules["noctule.sparse.rewire.rigl"], "TILE_PLACES", tile
     )  # the name itself is the function
     sparse = layer()
-    sight = steepest(sparse, seeded())
+    capture = steepest(sparse, seeded())
     taken = sparse.topology.keys()
-    gradient = see(sight, sparse, micro_batches()).abs()
+    gradient = see(capture, sparse, micro_batches()).abs()
     gradient[taken] = -1.0
-    chosen = sight.choose(count, taken, taken[:0])
+    chosen = capture.choose(count, taken, taken[:0])
     assert sorted(chosen.tolist()) == sorted(gradient.topk(count).indices.tolist())
 
 
@@ -154,12 +154,12 @@ def test_anywhere_is_uniform_over_the_missing_places():
 @pytest.mark.parametrize("weights", [0, 1, 60, 115, 120])
 def test_sparse_and_full_layers(grow, weights):
     sparse = layer(weights)
-    sight = grow(sparse, seeded())
+    capture = grow(sparse, seeded())
     taken = sparse.topology.keys()
-    if callable(sight):
-        see(sight, sparse, micro_batches())
+    if callable(capture):
+        see(capture, sparse, micro_batches())
     absent = 120 - weights
-    chosen = sight.choose(min(9, absent), taken, taken[:0])
+    chosen = capture.choose(min(9, absent), taken, taken[:0])
     assert chosen.numel() == min(9, absent, weights if grow is guided else absent)
     Topology.from_places((10, 12), torch.cat([taken, chosen]) // 12, torch.cat([taken, chosen]) % 12)
 

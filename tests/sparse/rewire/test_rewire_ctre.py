@@ -62,13 +62,13 @@ def cosines(layer: SparseLinear, x: torch.Tensor, activation=torch.relu) -> torc
 
 
 def looked(grow: MostAlike, layer: SparseLinear, *parts: torch.Tensor, seed: int = 1):
-    """The sight after the backward passes of some micro-batches."""
-    sight = grow(layer, seeded(seed))
-    layer.watch = sight if callable(sight) else None
+    """The capture after the backward passes of some micro-batches."""
+    capture = grow(layer, seeded(seed))
+    layer.watch = capture if callable(capture) else None
     for x in parts:
         layer(x).sum().backward()
     layer.watch = None
-    return sight
+    return capture
 
 
 def split(layer: SparseLinear, gone: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -91,15 +91,15 @@ def keys(x: torch.Tensor) -> set[int]:
 @pytest.mark.parametrize("count", [0, 1, 9])
 def test_the_most_alike_of_what_is_looked_at_are_chosen(form, dtype, count):
     layer, parts = hidden(dtype=dtype), batch(12, dtype=dtype).split([4, 7, 1])
-    sight = looked(MostAlike(**form), layer, *parts)
+    capture = looked(MostAlike(**form), layer, *parts)
     alike = cosines(layer, torch.cat(parts))
     taken, dropped, stays = split(layer, 9)
-    chosen = sight.choose(count, taken, dropped)
+    chosen = capture.choose(count, taken, dropped)
     assert len(keys(chosen)) == count
     assert not keys(chosen) & keys(stays)
     others = set(range(120)) - keys(stays) - keys(chosen)
     if form["exact"] is False:
-        seen = keys(sight.places.keys)
+        seen = keys(capture.places.keys)
         assert keys(taken) <= seen
         assert len(seen) == (60 if form["candidates"] == 1.0 else 120)
         assert keys(chosen) <= seen
@@ -121,8 +121,8 @@ def test_tiles_do_not_matter(mode, tile, monkeypatch):
 def chosen_by(mode: str, **options) -> list[int]:
     layer = hidden(dtype=torch.float64)
     taken, dropped, _ = split(layer, 9)
-    sight = looked(MostAlike(mode=mode, **options), layer, *batch(12, dtype=torch.float64).split([4, 8]))
-    return sorted(sight.choose(9, taken, dropped).tolist())
+    capture = looked(MostAlike(mode=mode, **options), layer, *batch(12, dtype=torch.float64).split([4, 8]))
+    return sorted(capture.choose(9, taken, dropped).tolist())
 
 
 @modes
@@ -152,14 +152,14 @@ def test_with_all_places_as_candidates_the_two_forms_are_the_same(mode, rows, co
 
 def test_layers_larger_than_the_threshold_are_sampled_and_nothing_dense_is_made(monkeypatch):
     layer = SparseLinear(100_000, 100_000, weights=1000, generator=seeded())
-    sight = looked(MostAlike(), layer, torch.randn(3, 100_000, generator=seeded()))
+    capture = looked(MostAlike(), layer, torch.randn(3, 100_000, generator=seeded()))
     taken, dropped, _ = split(layer, 100)
-    assert sight.places.keys.numel() == 257_000
+    assert capture.places.keys.numel() == 257_000
     monkeypatch.setattr(sys.modules["noctule.sparse.rewire.ctre"], "CANDIDATES", 5000)
     assert MostAlike()(layer, seeded()).places.keys.numel() == 6000
     monkeypatch.setattr(sys.modules["noctule.sparse.rewire.ctre"], "CANDIDATES", 10)
     assert MostAlike()(layer, seeded()).places.keys.numel() == 2000
-    assert len(keys(sight.choose(100, taken, dropped))) == 100
+    assert len(keys(capture.choose(100, taken, dropped))) == 100
     small = hidden()
     assert not hasattr(MostAlike()(small, seeded()).places, "keys")
     assert hasattr(MostAlike(exact=False)(small, seeded()).places, "keys")
@@ -176,11 +176,11 @@ def test_silent_neurons_are_not_chosen_while_others_are_there(mode, form):
     silent = cosines(layer, x) == 0
     assert {0, 12, 3} <= keys(silent.nonzero()[:, 0])
     options = form if form["exact"] else {**form, "candidates": 3.0}
-    sight = looked(MostAlike(mode="seq", **options), layer, x)
-    assert not silent[sight.choose(12, taken, dropped)].any()
+    capture = looked(MostAlike(mode="seq", **options), layer, x)
+    assert not silent[capture.choose(12, taken, dropped)].any()
     if mode == "sim":  # but what is drawn at random may be silent
-        sight = looked(MostAlike(mode="sim", **options), layer, x)
-        chosen, alike = sight.choose(12, taken, dropped), cosines(layer, x)
+        capture = looked(MostAlike(mode="sim", **options), layer, x)
+        chosen, alike = capture.choose(12, taken, dropped), cosines(layer, x)
         alike[taken] = -1.0
         alike[dropped] = cosines(layer, x)[dropped]
         best = keys(alike.topk(12).indices)
@@ -399,7 +399,7 @@ def test_the_session_tells_and_random_growth_does_not_look():
             step(network, optimizer, x)
             session.observe(validation_accuracy=0.5)
         moved = session.methods[0].moved
-    assert watched == [True, True, True, True, False, False]  # the fourth sight began to look before the third score
+    assert watched == [True, True, True, True, False, False]  # the fourth capture began to look before the third score
     assert moved["0"] > 3 * int(0.2 * 72) - 1
 
 
@@ -408,10 +408,10 @@ def test_random_growth_is_uniform_even_if_the_sight_was_looking():
     taken, dropped, _ = split(layer, 9)
     for seed in range(300):
         grow = MostAlike(patience=1)
-        sight = looked(grow, layer, batch(8), seed=seed)
+        capture = looked(grow, layer, batch(8), seed=seed)
         for _ in range(2):
             grow.observe(validation_accuracy=0.0)
-        counts[sight.choose(9, taken, dropped)] += 1
+        counts[capture.choose(9, taken, dropped)] += 1
     free = torch.ones(120, dtype=torch.bool)
     free[taken] = False
     assert counts[taken].sum() == 0
@@ -422,7 +422,7 @@ def test_random_growth_is_uniform_even_if_the_sight_was_looking():
 
 
 SCORES = [0.1, 0.3, 0.2, 0.4, 0.3, 0.1, 0.4, 0.3, 0.9, 1.0, 1.0, 1.0]
-"""*seq* becomes random at the seventh, while the sight of the eighth step is looking already."""
+"""*seq* becomes random at the seventh, while the capture of the eighth step is looking already."""
 
 
 def train(options, *, stop_at: int | None = None, seed: int = 3):

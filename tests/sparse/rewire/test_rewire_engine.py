@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from noctule.core.convert import convert_
 from noctule.core.method import Method, attach
 from noctule.core.optim import param_groups
-from noctule.core.topology import Remap, Topology
+from noctule.core.remap import Remap
+from noctule.core.topology import Topology
 from noctule.sparse.layers import FuseEpilogue, SparseLinear
 from noctule.sparse.rewire import Rewire, anywhere, gse, guided, rigl, set_, sign_split, steepest
 
@@ -84,6 +85,50 @@ def test_the_number_stays_survivors_keep_their_values_and_new_ones_are_zero(kind
     assert method.moved["0"] == sum(remap.grown for remap in peek.remaps)
     if kind is not KINDS["rigl"]:
         assert method.moved == {"0": 4 * 18, "2": 4 * 4}
+
+
+@kinds
+def test_where_few_places_are_missing_the_smallest_of_all_go(kind):
+    layer = SparseLinear(20, 20, density=0.97)
+    peek = Peek(layer)
+    with attach(layer, optimizer := sgd(layer), kind(every=1, fraction=0.3), peek):
+        step(layer, optimizer, torch.randn(16, 20))
+    gone = ~torch.isin(peek.topology.keys(), layer.topology.keys())
+    assert int(gone.sum()) == 12
+    assert peek.values[gone].abs().max() <= peek.values[~gone].abs().min()
+
+
+class Twins(nn.Module):
+    """Two layers of one topology and the same values, with the same input and the same gradient of the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = SparseLinear(20, 20, density=0.1)
+        self.other = SparseLinear(20, 20, topology=self.one.topology)
+        self.other.load_state_dict(self.one.state_dict())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.one(x) + self.other(x)
+
+
+@pytest.mark.parametrize("kind", [set_, gse])
+def test_each_layer_each_move_and_each_seed_grow_other_places(kind):
+    network, x, grown = Twins(), torch.randn(16, 20), []
+    before, first = [p.detach().clone() for p in network.parameters()], network.one.topology
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    for seed in (0, 0, 1):
+        with attach(network, optimizer, kind(every=1, seed=seed)):
+            for _ in range(2):
+                step(network, optimizer, x)
+                for layer in (network.one, network.other):
+                    grown.append(frozenset(layer.topology.keys().tolist()) - frozenset(first.keys().tolist()))
+                    layer.remap_(first, Remap.between(layer.topology, first))
+                with torch.no_grad():
+                    for parameter, old in zip(network.parameters(), before):
+                        parameter.copy_(old)
+    assert {len(each) for each in grown} == {12}
+    assert grown[:4] == grown[4:8]
+    assert len(set(grown)) == 8  # of two seeds, two moves and two layers
 
 
 def test_sign_split_drops_from_both_sides():
@@ -161,7 +206,8 @@ def test_moments_follow_their_weights(optimizer_of):
 # -- when ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_until_and_the_schedule():
+@pytest.mark.parametrize(("until", "due"), [(10, [3, 6, 9]), (9, [3, 6])])
+def test_every_until_and_the_schedule(until, due):
     network = model()
     optimizer, asked = sgd(network), []
 
@@ -169,15 +215,15 @@ def test_every_until_and_the_schedule():
         asked.append(number)
         return 0.1 * (number // 3)
 
-    method, changes = Rewire(grow=anywhere, fraction=fraction, every=3, until=10, skip=["2"]), []
+    method, changes = Rewire(grow=anywhere, fraction=fraction, every=3, until=until, skip=["2"]), []
     with attach(network, optimizer, method):
         for number, x in enumerate(data(14), start=1):
             before, moved = places(network), dict(method.moved)
             step(network, optimizer, x)
             if places(network) != before:
                 changes.append((number, method.moved["0"] - moved["0"]))
-    assert asked == [3, 6, 9]
-    assert changes == [(3, int(0.1 * 72)), (6, int(0.2 * 72)), (9, int(0.3 * 72))]
+    assert asked == due
+    assert changes == [(number, int(0.1 * (number // 3) * 72)) for number in due]
     assert set(method.moved) == {"0"}
 
 

@@ -1,6 +1,6 @@
-"""What a neuron without incoming weights still says, and where that goes when the neuron is removed.
+"""The constant output of a neuron without incoming weights, folded into the next layer when the neuron is removed.
 
-Such a neuron says the same to every sample: its bias, through whatever follows. Its reader multiplies that by a weight and adds
+Such a neuron gives the same for every sample: its bias, through whatever follows. Its reader multiplies that by a weight and adds
 it up, which is what a bias is for.
 
 Shapes: O neurons, I columns of the reader, R its rows.
@@ -40,25 +40,25 @@ def constants(producer: nn.Module, reader: Reader) -> Tensor:
 
 @torch.no_grad()
 def fold_(producer: nn.Module, reader: Reader, removed: Tensor) -> Callable[[], object]:
-    """Let the reader say itself what it is told by these neurons (a mask, (O,)), as if they had no incoming weights.
+    """Add what these neurons (a mask, (O,)) give without incoming weights to the reader's own bias.
 
     Returns a function that undoes it.
 
     Raises:
         ValueError: the reader has no bias, nor a batch norm right behind it.
     """
-    said = constants(producer, reader).double()
-    told = _product(reader.layer, torch.where(removed.to(said.device).repeat_interleave(reader.columns), said, 0.0))
+    given = constants(producer, reader).double()
+    added = _product(reader.layer, torch.where(removed.to(given.device).repeat_interleave(reader.columns), given, 0.0))
     target = _target(reader)
-    if not told.any():
+    if not added.any():
         return lambda: None
     if target is None:
         raise ValueError(
-            f"{reader.name} would have to add what the removed neurons say without their weights, but has no bias, nor a "
+            f"{reader.name} would have to add what the removed neurons give without their weights, but has no bias, nor a "
             "batch norm with running statistics right behind it: give it one"
         )
     before = target.tensor.clone()
-    target.tensor.copy_(target.tensor.double() + target.sign * told)
+    target.tensor.copy_(target.tensor.double() + target.sign * added)
     return lambda: target.tensor.data.copy_(before)
 
 
@@ -75,7 +75,7 @@ class _Target(NamedTuple):
 
 
 def _target(reader: Reader) -> _Target | None:
-    """What is added to all that the reader says: its bias, or (the other way round) the mean that a norm takes off."""
+    """What is added to all outputs of the reader: its bias, or (with the other sign) the mean that a norm subtracts."""
     layer, behind = reader.layer, reader.behind
     if layer.bias is not None:
         return _Target(layer.bias, 1)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ Curci, Mocanu, Pechenizkiy 2021, "Truly Sparse Neural Networks at Scale", arXiv 
 its absolute incoming weights; every so many epochs (10, after 200) the neurons of each hidden layer up to a percentile (20) are
 pruned. Differs from the authors' code: there the incoming weights are zeroed, and the neuron, its outgoing weights and the width
 stay, to be connected again by chance; here both sides and the neuron itself are removed, and the constant that it would go on
-saying becomes part of the next layer's bias. There all neurons as important as the last one of the percentile go too; here exactly
+giving becomes part of the next layer's bias. There all neurons as important as the last one of the percentile go too; here exactly
 so many go. Dense layers and convolutions, whose neurons are channels, are pruned in the same way.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from noctule.compress.prune.constants import can_take
 from noctule.compress.prune.readers import Paths, Reader, find_readers
@@ -26,7 +27,7 @@ from noctule.sparse.layers import SparseLayer
 class ImportancePruning(Method):
     """Every so many steps, really removes the neurons of each hidden layer that have the least incoming weight.
 
-    The output layer keeps its neurons; so does a layer of which it is not known who reads it, and `left` says why. With a
+    The output layer keeps its neurons; so does a layer whose reader is not known, and `left` says why. With a
     `Rewire` in the same session, name this method first: what acts before a step in some order acts after it in reverse, and
     connections should move before the layers that are looked at change their widths, or they do not move in that step.
 
@@ -39,7 +40,7 @@ class ImportancePruning(Method):
         until: no removal from this step on (None: to the end).
         least: so many neurons stay in every layer.
         skip: names of layers that are left alone.
-        paths: who reads whom where that is decided in a forward; see `shrink`.
+        paths: which layer reads which, where that is decided in a forward; see `shrink`.
     """
 
     def __init__(
@@ -53,7 +54,6 @@ class ImportancePruning(Method):
         skip: Sequence[str] = (),
         paths: Paths | None = None,
     ) -> None:
-        """Check the options; nothing starts before `begin`."""
         if every < 1 or start < 1 or least < 1:
             raise ValueError(f"every, start and least must be at least 1, got {every}, {start} and {least}")
         if not 0.0 < percentile < 100.0:
@@ -67,6 +67,7 @@ class ImportancePruning(Method):
         """Why other layers keep theirs."""
         self._model: nn.Module | None = None
 
+    @override
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Find the hidden layers, and find out now whether all that is kept for them can follow."""
         readers, self.left = find_readers(model, self.paths)
@@ -89,8 +90,8 @@ class ImportancePruning(Method):
         self._model = model
         self.removed = {name: self.removed.get(name, 0) for name in hidden}
 
+    @override
     def after_step(self) -> None:
-        """Count the step; on the due ones, remove neurons."""
         self.steps += 1
         if self.steps < self.start or (self.steps - self.start) % self.every:
             return
@@ -101,16 +102,17 @@ class ImportancePruning(Method):
         for name, count in shrink(self._model, keep, paths=self.paths).items():
             self.removed[name] += count
 
+    @override
     def end(self) -> None:
-        """Forget the model."""
         self._model = None
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """Steps done and neurons removed; how many are there is the model's own state."""
         return {"steps": self.steps, "removed": dict(self.removed)}
 
+    @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
         self.steps, self.removed = int(state["steps"]), {**dict.fromkeys(self.removed, 0), **state["removed"]}
 
     def _most_important(self, layer: nn.Module) -> Tensor:
@@ -134,10 +136,10 @@ def importance(layer: nn.Module) -> Tensor:
 
 
 def _obstacle(model: nn.Module, name: str, reader: Reader, optimizers: Sequence[Optimizer]) -> str | None:
-    """Why a layer cannot lose neurons though it is known who reads it."""
+    """Why a layer cannot lose neurons though its reader is known."""
     layer = model.get_submodule(name)
     if not can_take(layer, reader):
-        return f"{reader.name}, which reads it, has no bias to take what a removed neuron would say without its weights"
+        return f"{reader.name}, which reads it, has no bias to take what a removed neuron gives without its weights"
     try:
         planned(model, lines_of({name: torch.arange(shape_of(layer)[0]) > 0}, {name: reader}), optimizers=optimizers)
     except ValueError as error:

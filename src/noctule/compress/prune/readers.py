@@ -24,7 +24,7 @@ _ELEMENTWISE = (
 _MIXING = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.Softmax, nn.LogSoftmax, nn.GLU)
 
 _END = "no layer follows: its neurons are the outputs of the model"
-_UNKNOWN = "is decided in somebody's forward: say it with paths="
+_UNKNOWN = "is decided in a forward of its own: name it with paths="
 
 
 class Passage(NamedTuple):
@@ -54,8 +54,8 @@ class Reader:
 def find_readers(model: nn.Module, paths: Paths | None = None) -> tuple[dict[str, Reader], dict[str, str]]:
     """The readers of a model's layers by their names, and why others have none: (readers, left).
 
-    Followed are the modules of an `nn.Sequential`, nested ones too; whatever is decided in a forward of somebody else's, such as
-    adding a residual, is known only where ``paths`` says so.
+    Followed are the modules of an `nn.Sequential`, nested ones too; what another module decides in its own forward, such as
+    adding a residual, is known only from ``paths``.
     """
     after: dict[str, list[Passage]] = {}
     ends: dict[str, str] = {}
@@ -80,7 +80,7 @@ def find_readers(model: nn.Module, paths: Paths | None = None) -> tuple[dict[str
 
 
 def _given(model: nn.Module, paths: Paths) -> dict[str, list[Passage]]:
-    """The paths that somebody says."""
+    """The paths that the caller gives, checked."""
     modules = dict(model.named_modules())
     names = {module: name for name, module in modules.items()}
     given = {}

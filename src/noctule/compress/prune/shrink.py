@@ -1,4 +1,4 @@
-"""Remove neurons and channels for good: the widths shrink, and everything that keeps something for them follows."""
+"""Remove neurons and channels for good: the widths shrink, and whatever is kept for them follows."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -19,19 +19,19 @@ def shrink(
     """Keep only some neurons (or channels) of the named layers, and remove the others with both sides of their weights.
 
     Rows go from the layer, columns from the layer that reads it, and their part of every batch norm and PReLU between the two.
-    What a removed neuron would say if it had no incoming weights is its bias through what follows, the same for every sample: the
+    What a removed neuron gives without incoming weights is its bias through what follows, the same for every sample: the
     reader takes that into its own bias, or into the running mean of a batch norm right behind it. So removing a neuron without
     incoming weights leaves the function in evaluation mode as it is, and removing any other does what setting those to zero would.
     Only at the border of an image that the reader pads with zeros is the constant added where it was not before. Several layers
     are taken one after the other, from the front.
 
-    Layers are `SparseLinear`, `SparseConv2d`, ``nn.Linear`` and ``nn.Conv2d`` without groups. Who reads whom is known inside
+    Layers are `SparseLinear`, `SparseConv2d`, ``nn.Linear`` and ``nn.Conv2d`` without groups. The reader of a layer is known inside
     `nn.Sequential`. In an open session the optimizers' state and the methods follow. Nothing is changed where anything is refused.
 
     Args:
         model: changed in place.
         keep: name of a layer -> which neurons stay, as a list of numbers or a mask (O,); they stay in their order.
-        optimizers: those that train the model, where no open session does.
+        optimizers: the ones that train the model, where no open session does.
         paths: for what is decided in a forward: name of a layer -> the name of the one that reads it, or what its outputs pass,
             in order, as names and modules, that layer last. A module of an unknown kind among them is taken as elementwise.
 
@@ -39,7 +39,7 @@ def shrink(
         How many neurons each layer lost.
 
     Raises:
-        ValueError: it is not known who reads a layer, or somebody cannot follow; the text says why.
+        ValueError: a layer's reader is not known, or something that is kept for its weights cannot follow; the text says why.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> shrink(model, {"0": torch.tensor([0, 2, 3])})

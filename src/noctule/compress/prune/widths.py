@@ -1,4 +1,4 @@
-"""Give the modules of a model other widths: whoever keeps something for their weights is asked before and told after.
+"""Other widths for the modules of a model; what is kept for their weights is checked before and follows after.
 
 Shapes: O rows and I columns of a weight as a matrix; a convolution's columns are its input channels x kernel height x width.
 """
@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 
 from noctule.core.listeners import Listener, listeners_of
 from noctule.core.optim import carry_state, check_carry
-from noctule.core.topology import Remap, Topology, resize, resize_full
+from noctule.core.remap import Remap, carried, resize, resize_full
+from noctule.core.topology import Topology
 from noctule.sparse.layers import SparseConv2d, SparseLayer
 from noctule.sparse.layers.foreign import note_for_hugging_face
 from noctule.sparse.layers.places import fields_of
-from noctule.sparse.layers.sparse_layer import carried
 
 MATRICES = (SparseLayer, nn.Linear, nn.Conv2d)
 """Kinds with rows and columns."""
@@ -68,7 +68,7 @@ def planned(model: nn.Module, lines: Mapping[str, Lines], *, optimizers: Iterabl
     Optimizers and methods of an open session on the model follow; ``optimizers`` are those that follow without one.
 
     Raises:
-        ValueError: a weight is tied, or somebody who keeps something for it cannot follow.
+        ValueError: a weight is tied, or something that is kept for it cannot follow.
     """
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(
@@ -104,7 +104,7 @@ def resize_to(model: nn.Module, state: Mapping[str, Any], *, optimizers: Iterabl
     Args:
         model: of the same layers, of any widths.
         state: what ``model.state_dict()`` gave.
-        optimizers: those that train the model, where no open session does.
+        optimizers: the ones that train the model, where no open session does.
 
     >>> model, smaller = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)), nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     >>> resize_to(model, smaller.state_dict())
@@ -161,10 +161,10 @@ class Change:
     """The new places of a sparse layer."""
     listeners: list[Listener]
     optimizers: tuple[Optimizer, ...]
-    """Those that follow without a session; one that is in a session too has followed already, and finds nothing to do."""
+    """The ones that follow without a session; one that is in a session too has followed already, and finds nothing to do."""
 
     def check(self) -> None:
-        """Raise ValueError where somebody cannot follow."""
+        """Raise ValueError where something that is kept for the weights cannot follow."""
         for parameter_name, parameter in self.module.named_parameters(recurse=False):
             if self.remap.of(parameter_name) is not None:
                 check_carry(self.optimizers, parameter)
@@ -177,11 +177,11 @@ class Change:
 
     @torch.no_grad()
     def make_(self) -> None:
-        """Do it, and tell everybody."""
+        """Change the module; optimizers, methods and whatever else follows it move along."""
         old = dict(self.module.named_parameters(recurse=False))
         if isinstance(self.module, SparseLayer):
             assert self.topology is not None
-            self.module.remap_(self.topology, self.remap)  # which tells the sessions
+            self.module.remap_(self.topology, self.remap)  # which calls the sessions
         else:
             self._move_dense(old)
             for listener in self.listeners:

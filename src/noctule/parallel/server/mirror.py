@@ -10,7 +10,8 @@ from torch import nn
 from noctule.core.errors import ExchangeError
 from noctule.core.exact import Exact
 from noctule.core.optim import sparse_layers
-from noctule.core.topology import Remap, Topology
+from noctule.core.remap import Remap
+from noctule.core.topology import Topology
 from noctule.parallel.server.moves import UNKNOWN, Move, from_frame, to_frame
 from noctule.transport.messages import field, to_bytes
 

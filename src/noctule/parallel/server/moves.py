@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from noctule.core.errors import ExchangeError
-from noctule.core.topology import Remap, Topology, exchange
+from noctule.core.remap import Remap, exchange
+from noctule.core.topology import Topology
 
 KEPT = 4
 """How many moves of a layer are kept: each takes 4 bytes a weight, and the move itself."""

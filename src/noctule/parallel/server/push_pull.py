@@ -22,7 +22,8 @@ from noctule.core.exact import Exact
 from noctule.core.finite import all_finite
 from noctule.core.method import Method
 from noctule.core.random import generator
-from noctule.core.topology import Remap, Topology
+from noctule.core.remap import Remap
+from noctule.core.topology import Topology
 from noctule.exchange.compress import Compress
 from noctule.parallel.server.assign import assign
 from noctule.parallel.server.client import ShardClients

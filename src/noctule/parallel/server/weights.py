@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from noctule.core.errors import ExchangeError
 from noctule.core.finite import all_finite
 from noctule.core.optim import carry_state, check_carry
-from noctule.core.topology import Remap, Topology
+from noctule.core.remap import Remap
+from noctule.core.topology import Topology
 from noctule.parallel.server.moves import Move, TopologyLog
 
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 
 class AllReLU(nn.Module):
@@ -19,16 +20,15 @@ class AllReLU(nn.Module):
     """
 
     def __init__(self, slope: float, *, layer: int) -> None:
-        """Fix the sign from the layer's number."""
         super().__init__()
         if layer < 1:
             raise ValueError(f"hidden layers are counted from 1, got {layer}")
         self.negative_slope = -slope if layer % 2 else slope
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
-        """Elementwise."""
         return torch.nn.functional.leaky_relu(x, self.negative_slope)
 
+    @override
     def extra_repr(self) -> str:
-        """What ``print`` shows."""
         return f"negative_slope={self.negative_slope:g}"

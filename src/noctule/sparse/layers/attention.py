@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from typing_extensions import override
 
 from noctule.core.convert import Leave
 from noctule.sparse.layers.foreign import linear_on, part_of
@@ -50,7 +51,6 @@ class SparseAttention(nn.Module):
         dropout: float = 0.0,
         batch_first: bool = False,
     ) -> None:
-        """Take the layers over."""
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = q_proj, k_proj, v_proj, out_proj
         self.embed_dim, self.kdim, self.vdim = q_proj.in_features, k_proj.in_features, v_proj.in_features
@@ -76,6 +76,7 @@ class SparseAttention(nn.Module):
         held = [layer.values if isinstance(layer, SparseLinear) else layer.weight for layer in layers]
         return StandIn(held, (3 * self.embed_dim, self.embed_dim))
 
+    @override
     def forward(
         self,
         query: Tensor,
@@ -197,8 +198,8 @@ class SparseAttention(nn.Module):
         """What ``torch.jit.script`` takes instead, which can hold torch's own modules only."""
         return self.to_dense()
 
+    @override
     def extra_repr(self) -> str:
-        """What ``print`` shows."""
         return f"num_heads={self.num_heads}, dropout={self.dropout:g}, batch_first={self.batch_first}"
 
 

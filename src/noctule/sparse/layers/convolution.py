@@ -79,7 +79,6 @@ class Shifted(Places):
     """The places of a convolution as `Places`, over the frame of images of one size."""
 
     def __init__(self, topology: Topology, geometry: Geometry, image: Pair, frames: "_Frames") -> None:
-        """The way forward, in O(N); the way back is made when it is first asked for."""
         self.geometry, self.image, self.output = geometry, image, geometry.output_size(image)
         self.frame, self.back = frames.frame, frames.back
         self._frames, self._topology = frames, ref(topology)
@@ -255,7 +254,7 @@ class SparseConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_BOHW: Tensor | None, dframe: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """The three gradients; whoever watches is shown what they are made of."""
+        """The three gradients; ``watch`` is shown what they are made of."""
         frame, values, positive, kept = ctx.saved_tensors
         needs_x, needs_values, needs_bias, *_ = ctx.needs_input_grad
         needs, state = (needs_x, needs_values, needs_bias and ctx.has_bias), Kept(ctx.epilogue, positive, kept)

@@ -37,7 +37,6 @@ class Kinship:
     """What a sparse layer knows of its copies and of the layer that it is a copy of."""
 
     def __init__(self) -> None:
-        """No copies, and no copy."""
         self.copies: WeakSet[Any] = WeakSet()
         self.origin: ref[Any] | None = None
         self.written: Written | None = None
@@ -64,7 +63,7 @@ class Kinship:
         origin = self.origin and self.origin()
         self.written = None
         if origin is not None and origin.topology != layer.topology and not layer.values.is_meta:
-            self.written, layer.doubtful = Written.since(layer.values.detach()), True
+            self.written, layer.unverified = Written.since(layer.values.detach()), True
 
     def moved(self, layer: Any) -> bool:
         """The layer's places changed; whether there are copies that do not have these."""
@@ -73,7 +72,7 @@ class Kinship:
                 copy.kinship.written = None
             elif copy.kinship.written is None and not copy.values.is_meta:
                 copy.kinship.written = Written.since(copy.values.detach())
-                copy.doubtful = True
+                copy.unverified = True
         return any(copy.kinship.written is not None for copy in self.copies)
 
     def check(self, layer: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from noctule.core.convert import Leave
 from noctule.sparse.layers.foreign import linear_on, part_of
@@ -33,12 +34,12 @@ class SparseExperts(nn.Module):
     down: nn.ModuleList
 
     def __init__(self, up: Sequence[Projection], down: Sequence[Projection], *, like: nn.Module) -> None:
-        """Take the layers over, and what else the dense module has."""
         super().__init__()
         self.origin, self.order = type(like), tuple(like._parameters)
         self.up, self.down = nn.ModuleList(up), nn.ModuleList(down)
         _take_over(self, like, but=_weights_of(like))
 
+    @override
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, H) -> (T, H).
 
@@ -91,8 +92,8 @@ class SparseExperts(nn.Module):
         _take_over(dense, self, but={"up", "down", "origin", "order", *self.order})
         return dense.train(self.training)
 
+    @override
     def extra_repr(self) -> str:
-        """What ``print`` shows."""
         return f"experts={len(self.up)}, from={self.origin.__name__}"
 
 

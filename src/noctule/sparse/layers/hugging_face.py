@@ -11,13 +11,13 @@ unknown quantization type and lists the weights that it does not find.
 import sys
 import warnings
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+from typing_extensions import override
 
 from noctule.core.convert import convert_
 from noctule.core.topology import Topology
@@ -78,7 +78,6 @@ class SparseConfig(QuantizationConfigMixin):
     def __init__(
         self, layers: dict[str, list[list[int]]], epilogues: dict[str, list[float]] | None = None, **_: Any
     ) -> None:
-        """Take it over."""
         self.quant_method = METHOD  # type: ignore[assignment]
         self.layers, self.epilogues = layers, epilogues or {}
 
@@ -89,6 +88,7 @@ class SparseLayers(HfQuantizer):
 
     quantization_config: Any
 
+    @override
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         """Put empty sparse layers in, whose places come with their values."""
         shapes = self._in_this_model(model)
@@ -142,18 +142,17 @@ class SparseLayers(HfQuantizer):
                     f"{name} had {epilogue} folded into it when it was saved; in this model it would be {have}"
                 )
 
+    @override
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         """See that all places have come, and have the model be a plain one again."""
         for name, layer in model.named_modules():
             if isinstance(layer, SparseLayer):
-                if layer._taken is None or layer.values.shape != (
-                    layer.weights,
-                ):  # not by set_extra_state, from the file
+                if layer.loading.taken is None or layer.values.shape != (layer.weights,):  # not from the file
                     raise ValueError(
                         f"the places of {name} did not come with its values: load without an offload to disk, "
                         "and from a folder that save_pretrained wrote"
                     )
-                layer._awaits_values, layer._taken = False, None
+                layer.loading.complete()
                 layer.topology = layer.topology.to(layer.values.device)
         for part in model.modules():
             if isinstance(part, _pretrained()):
@@ -163,13 +162,13 @@ class SparseLayers(HfQuantizer):
         vars(model.config).pop("quantization_config", None)
         note_sparse_layers(model)
 
+    @override
     def is_serializable(self) -> bool:
-        """It is."""
         return True
 
     @property
+    @override
     def is_trainable(self) -> bool:
-        """It is."""
         return True
 
 
@@ -198,6 +197,6 @@ def _empty(layer: SparseLayer, shape: tuple[int, int], weights: int) -> None:
     layer._take_shape(topology)
     layer.topology = topology
     layer.values = nn.Parameter(layer.values.new_empty(weights))
-    layer._paired = ref(layer.values)
+    layer.loading.pair(layer.values)
     if layer.bias is not None:
         layer.bias = nn.Parameter(layer.bias.new_empty(shape[0]))

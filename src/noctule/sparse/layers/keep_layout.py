@@ -66,7 +66,7 @@ class _AvgPool2d(_Kept, nn.AvgPool2d):
 
 class _BatchNorm2d(_Kept, nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):  # whose dimensions nobody may look at
+        if isinstance(input, Proxy):  # whose dimensions may not be looked at
             known = (self.running_mean, self.running_var, self.weight, self.bias)
             return F.batch_norm(
                 input, *known, self.training or self.running_mean is None, self.momentum or 0.0, self.eps

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 try:
     from peft import LoraConfig  # pyright: ignore[reportMissingImports] it is optional
@@ -48,7 +49,6 @@ class LoraSparseLinear(Linear):
     """
 
     def __init__(self, base_layer: SparseLinear, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
-        """Wrap a layer, as peft does."""
         if base_layer.epilogue != IDENTITY:
             raise ValueError(
                 "an adapter is added before the activation, which FuseEpilogue has put into this layer: call get_peft_model on "
@@ -73,6 +73,7 @@ class LoraSparseLinear(Linear):
         return module.in_features, module.out_features
 
     @torch.no_grad()
+    @override
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to the layer, which becomes dense by that."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
@@ -101,6 +102,7 @@ class LoraSparseLinear(Linear):
         if isinstance(base, SparseLinear):
             self._unmerged, self.base_layer = [base], dense
 
+    @override
     def unmerge(self) -> None:
         """Bring back the sparse layer, as it was."""
         if not self.merged:

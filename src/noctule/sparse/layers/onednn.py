@@ -5,16 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from typing_extensions import override
 
 
 class OneDnnLinear(nn.Module):
     """`nn.Linear` with its three products done by oneDNN, which torch uses for float32 only where it compiles for inference."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        """Take over the parameters."""
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         y_BO = _OneDnnProduct.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias)

@@ -2,7 +2,7 @@
 
 Tools clone a state dict's tensors, cast them to half precision, cut them into shards, and average those of several workers or
 epochs: all of them, or those of floating point only. What happens to the values happens so to their places, which are digits from
-0 to 2047: exact in float16, in sums and weighted means of equal ones. Means over other places are told by a checksum. How many
+0 to 2047: exact in float16, in sums and weighted means of equal ones. Means over other places are found by a checksum. How many
 digits there are depends on the shape and the number of weights only.
 """
 
@@ -85,7 +85,6 @@ class Given:
     """The places in state dicts of a layer that are still around: like the values there they are the layer's own, not copies."""
 
     def __init__(self) -> None:
-        """None were given."""
         self._kept: list[tuple[ref[Tensor], int]] = []
 
     def add(self, places: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class SparseProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_BO: Tensor | None, dx_IB: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """The three gradients; whoever watches is shown what they are made of."""
+        """The three gradients; ``watch`` is shown what they are made of."""
         x, values, positive, kept_bits = ctx.saved_tensors
         if dy_BO is None:
             return None if dx_IB is None else dx_IB.t(), None, None, None, None, None

@@ -3,6 +3,7 @@
 from typing import Any, Self
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from noctule.sparse.layers.sparse_conv2d import SparseConv2d
 from noctule.sparse.layers.stand_in import StandIn
@@ -18,7 +19,6 @@ class SparseConv1d(nn.Module):
     padding_mode = "zeros"
 
     def __init__(self, conv2d: nn.Conv2d | SparseConv2d) -> None:
-        """Take the layer over."""
         super().__init__()
         self.conv2d = conv2d
         dense = conv2d if isinstance(conv2d, nn.Conv2d) else conv2d.geometry
@@ -26,6 +26,7 @@ class SparseConv1d(nn.Module):
         self.padding = conv2d.padding if isinstance(conv2d.padding, str) else conv2d.padding[1:]  # type: ignore[index]
         self.in_channels, self.out_channels, self.groups = dense.in_channels, dense.out_channels, dense.groups
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, L) -> (B, O, L'), or the same without a batch."""
         return self.conv2d(x.unsqueeze(-2)).squeeze(-2)

@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from noctule import kernels
 from noctule.core.topology import Topology
@@ -14,9 +15,10 @@ from noctule.sparse.layers.convolution import Framed, Geometry, Pair, shifted, s
 from noctule.sparse.layers.dense_twin import dense_convolution, dense_epilogue, twin_of
 from noctule.sparse.layers.derivatives import epilogue_on
 from noctule.sparse.layers.operators import places_now
-from noctule.sparse.layers.sparse_layer import SparseLayer, places_of
+from noctule.sparse.layers.sparse_layer import SparseLayer
 from noctule.sparse.layers.stand_in import StandIn
 from noctule.sparse.layers.surroundings import eager, transformed, written_down
+from noctule.sparse.pattern import chosen_places
 
 
 class SparseConv2d(SparseLayer):
@@ -61,19 +63,10 @@ class SparseConv2d(SparseLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Draw the places and the values in O(N)."""
-        self_geometry = _geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
-        super().__init__(
-            self_geometry.shape,
-            density=density,
-            weights=weights,
-            topology=topology,
-            bias=bias,
-            generator=generator,
-            device=device,
-            dtype=dtype,
-        )
-        self.geometry, self.padding = self_geometry, padding
+        geometry = _geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        topology, device = chosen_places(geometry.shape, density, weights, topology, generator=generator, device=device)
+        super().__init__(topology, bias=bias, generator=generator, device=device, dtype=dtype)
+        self.geometry, self.padding = geometry, padding
 
     @property
     def in_channels(self) -> int:
@@ -85,6 +78,7 @@ class SparseConv2d(SparseLayer):
         """O."""
         return self.geometry.out_channels
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, O, H', W'), or the same without a batch."""
         if not eager(x):
@@ -116,6 +110,7 @@ class SparseConv2d(SparseLayer):
             y_BOHW = sparse_convolution(x_BCHW, values, self.bias, self.topology, self.geometry, epilogue, self.watch)
         return y_BOHW if x.dim() == 4 else y_BOHW[0]
 
+    @override
     def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) or (C, H, W) -> (B, C, H, W) and the values (N,)."""
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
@@ -135,16 +130,19 @@ class SparseConv2d(SparseLayer):
         return StandIn(self.values, (g.out_channels, g.in_channels // g.groups, *g.kernel_size))
 
     @torch.no_grad()
+    @override
     def respond(self, x: Framed) -> Tensor:
         """A framed input -> (O, L, W' B), through the activation, without dropout."""
         places = shifted(self.topology, self.geometry, x.image, x.data.shape[1])
         return kernels.spmm(places, self.values, places.rows_of(x.data), self.bias, Epilogue(self.epilogue.slope))[0]
 
+    @override
     def gradient_at(self, topology: Topology, dy: Tensor, x: Framed) -> Tensor:
         """The gradient at any places, of dy (O, L, W' B) and a framed input."""
         places = shifted(topology, self.geometry, x.image, x.data.shape[1])
         return kernels.sddmm(places, dy, places.rows_of(x.data))
 
+    @override
     def gradient_rows(self, start: int, stop: int, dy: Tensor, x: Framed) -> Tensor:
         """Rows of the dense gradient, of dy (O, L, W' B) and a framed input."""
         whole = Topology.from_keys(
@@ -153,19 +151,11 @@ class SparseConv2d(SparseLayer):
         return self.gradient_at(whole.to(dy.device), dy, x).view(stop - start, -1)
 
     @classmethod
-    def from_dense(
-        cls,
-        dense: nn.Conv2d,
-        *,
-        density: float | None = None,
-        weights: int | None = None,
-        topology: Topology | None = None,
-    ) -> Self:
-        """The weights of a dense layer that are largest, or lie in ``topology``, or (with none given) are not zero."""
-        weight = dense.weight.detach()
+    @override
+    def _like(cls, dense: nn.Conv2d, topology: Topology) -> Self:
         if dense.padding_mode != "zeros":
             raise ValueError(f"only padding with zeros is supported, got padding_mode={dense.padding_mode!r}")
-        layer = cls(
+        return cls(
             dense.in_channels,
             dense.out_channels,
             _pair(dense.kernel_size),
@@ -173,13 +163,13 @@ class SparseConv2d(SparseLayer):
             dense.padding,  # type: ignore[arg-type]
             _pair(dense.dilation),
             dense.groups,
-            topology=places_of(weight.flatten(1), density, weights, topology),
+            topology=topology,
             bias=dense.bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
+            device=dense.weight.device,
+            dtype=dense.weight.dtype,
         )
-        return layer._take_weights(dense)
 
+    @override
     def to_dense(self) -> nn.Conv2d:
         """An ``nn.Conv2d`` with the same function (without the epilogue), zeros included."""
         g = self.geometry
@@ -197,6 +187,7 @@ class SparseConv2d(SparseLayer):
         )
         return self._give_weights(dense)
 
+    @override
     def _take_shape(self, topology: Topology) -> None:
         g, (out_channels, columns) = self.geometry, topology.shape
         if topology.shape == g.shape:
@@ -209,8 +200,8 @@ class SparseConv2d(SparseLayer):
             )
         self.geometry = replace(g, in_channels=columns // places, out_channels=out_channels)
 
+    @override
     def extra_repr(self) -> str:
-        """What ``print`` shows."""
         g = self.geometry
         text = (
             f"{g.in_channels}, {g.out_channels}, kernel_size={g.kernel_size}, stride={g.stride}, padding={self.padding}"

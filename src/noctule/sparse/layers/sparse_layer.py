@@ -4,24 +4,26 @@ Shapes: O rows and I columns of the weight as a matrix, N stored weights.
 """
 
 import copy
-import warnings
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Self
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
-from noctule.core.topology import Remap, Topology, check_weights
+from noctule.core.remap import Remap, carried
+from noctule.core.topology import Topology
 from noctule.kernels import IDENTITY, Epilogue
 from noctule.sparse.layers.copies import Kinship
-from noctule.sparse.layers.places import Given, from_tensor, to_tensor
+from noctule.sparse.layers.loading import Loading
+from noctule.sparse.layers.places import from_tensor, to_tensor
 from noctule.sparse.layers.product import Watch
 from noctule.sparse.layers.stand_in import StandIn
+from noctule.sparse.pattern import kept_places
 
 
 class SparseLayer(nn.Module):
@@ -31,61 +33,40 @@ class SparseLayer(nn.Module):
     comes from and goes to its dense twin, and what the gradient would be at places that it does not have.
 
     Args:
-        shape: of the weight as a matrix, (O, I).
-        density: the share of the places that is stored, in (0, 1]; give this, or ``weights``, or ``topology``.
-        weights: how many weights are stored.
         topology: which places are stored.
         bias: whether there is one.
-        generator: where the random places and values come from.
+        generator: where the first values come from.
+        device: of the parameters, and of the topology unless it is ``meta``.
+        dtype: of the parameters.
     """
 
     values: nn.Parameter
     bias: nn.Parameter | None
     kinship: Kinship
-    doubtful: bool
-    """Whether the numbers may belong to other places than these: looked at in every use."""
+    loading: Loading
+    unverified: bool
+    """Whether the numbers may belong to other places than these, so that the next use has to `verify` them."""
     origin: type[nn.Module] | None = None
     """The class of the dense layer that it was made from, where that is not the one of its kind (see `layers.foreign`)."""
 
     def __init__(
         self,
-        shape: tuple[int, int],
+        topology: Topology,
         *,
-        density: float | None,
-        weights: int | None,
-        topology: Topology | None,
         bias: bool,
         generator: torch.Generator | None,
-        device: torch.device | str | None,
+        device: torch.device | str,
         dtype: torch.dtype | None,
     ) -> None:
-        """Draw the places and the values in O(N)."""
         super().__init__()
-        if sum(given is not None for given in (density, weights, topology)) != 1:
-            raise ValueError("say how sparse the layer is: one of density=, weights= or topology=")
-        if density is not None:
-            weights = weights_at(density, shape)
-        if topology is None:
-            assert weights is not None
-            check_weights(weights, shape)
-            topology = Topology.random(shape, weights, generator=generator)
-            device = torch.get_default_device() if device is None else device
-        elif topology.shape != shape:
-            raise ValueError(f"the topology has shape {topology.shape}, the layer {shape} (out, in)")
         self.epilogue = IDENTITY
-        self.kinship, self.doubtful = Kinship(), False
-        self._held: Tensor | None = None
-        self._awaits_values = False
-        self._given = Given()
-        self._taken: Any = None
-        self._paired: Any = None
-        """A reference to the values that are of these places, unless others were put in as an attribute."""
+        self.kinship, self.loading, self.unverified = Kinship(), Loading(), False
         self.watch: Watch | None = None
-        self.topology = topology.to(device) if device is not None else topology
-        factory: dict[str, Any] = {"device": self.topology.device if device is None else device, "dtype": dtype}
+        self.topology = topology.to(device)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.values = nn.Parameter(torch.empty(topology.size, **factory))
-        self._paired = ref(self.values)
-        self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], **factory)) if bias else None)
+        self.loading.pair(self.values)
+        self.register_parameter("bias", nn.Parameter(torch.empty(topology.shape[0], **factory)) if bias else None)
         self._remap_checks: OrderedDict[int, Callable[[SparseLayer, Remap], None]] = OrderedDict()
         self._remap_hooks: OrderedDict[int, Callable[[SparseLayer, dict[str, nn.Parameter], Remap], None]] = (
             OrderedDict()
@@ -117,8 +98,8 @@ class SparseLayer(nn.Module):
         """Stored weights over the places of a dense layer."""
         return self.topology.density
 
+    @override
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in every module, but for a dense weight."""
         if name == "weight" or isinstance(param, StandIn):
             raise TypeError(
                 f"{type(self).__name__} has no dense weight that could be set, pruned or reparametrized: do it to the parameter "
@@ -130,7 +111,7 @@ class SparseLayer(nn.Module):
         """As in every module; the container of ``torch.nn.utils.parametrize`` gets room for a tensor named "values"."""
         super().__setattr__(name, _Parametrizations() if name == "parametrizations" else value)
 
-    # -- what a kind says -----------------------------------------------------------------------------------------
+    # -- what a kind adds -----------------------------------------------------------------------------------------
 
     @abstractmethod
     def respond(self, x: Tensor) -> Tensor:
@@ -146,15 +127,8 @@ class SparseLayer(nn.Module):
 
     @classmethod
     @abstractmethod
-    def from_dense(
-        cls,
-        dense: Any,
-        *,
-        density: float | None = None,
-        weights: int | None = None,
-        topology: Topology | None = None,
-    ) -> Self:
-        """The weights of a dense layer that are largest, or lie in ``topology``, or (with none given) are not zero."""
+    def _like(cls, dense: Any, topology: Topology) -> Self:
+        """A layer of the widths of a dense one, at these places, with values of its own."""
 
     @abstractmethod
     def to_dense(self) -> nn.Module:
@@ -164,10 +138,23 @@ class SparseLayer(nn.Module):
     def _take_shape(self, topology: Topology) -> None:
         """Note the widths of a new topology, or raise ValueError, having noted nothing, where they cannot be had."""
 
+    @classmethod
+    def from_dense(
+        cls,
+        dense: Any,
+        *,
+        density: float | None = None,
+        weights: int | None = None,
+        topology: Topology | None = None,
+    ) -> Self:
+        """The weights of a dense layer that are largest, or lie in ``topology``, or (with none given) are not zero."""
+        places = kept_places(dense.weight.detach().flatten(1), density, weights, topology)
+        return cls._like(dense, places)._take_weights(dense)
+
     # -- changing places ------------------------------------------------------------------------------------------
 
     def remap_(self, topology: Topology, remap: Remap, new: float | Tensor = 0.0) -> None:
-        """Move to another topology: values, bias and their gradients follow ``remap``; whoever keeps state is told.
+        """Move to another topology: values, bias and their gradients follow ``remap``, then the remap hooks are called.
 
         A parameter with as many numbers as before stays the same object; otherwise a new one takes its place. Checks that
         refuse the change do so before anything moved.
@@ -187,15 +174,14 @@ class SparseLayer(nn.Module):
             self.topology = topology
             for name, part in parts.items():
                 setattr(self, name, carried(old[name], moved[name], part))
-        self._told(old, remap)
+        self._has_moved(old, remap)
 
-    def _told(self, old: dict[str, nn.Parameter], remap: Remap) -> None:
-        """Tell of a change of places, and note which copies have not made it."""
-        self._awaits_values, self._paired = False, ref(self.values)
+    def _has_moved(self, old: dict[str, nn.Parameter], remap: Remap) -> None:
+        """Note which copies have not made a change of places, and call the hooks."""
+        self.loading.moved(self)
         if not remap.loaded:
             self.kinship.leave()
-        self._given.moved(self.topology)
-        self.doubtful = self.kinship.moved(self) or self.doubtful
+        self.unverified = self.kinship.moved(self) or self.unverified
         for hook in tuple(self._remap_hooks.values()):
             hook(self, old, remap)
 
@@ -203,7 +189,7 @@ class SparseLayer(nn.Module):
         """Refuse, without moving anything, what `remap_` would refuse.
 
         Raises:
-            ValueError: the remap does not lead from here to this topology, or somebody who keeps state cannot follow.
+            ValueError: the remap does not lead from here to this topology, or something that is kept per weight cannot follow.
         """
         if "values" not in self._parameters:
             raise ValueError(
@@ -220,12 +206,6 @@ class SparseLayer(nn.Module):
             raise ValueError(
                 f"this remap does not say how a layer of shape {self.topology.shape} becomes one of {topology.shape}: "
                 "take that of resize, which names the rows and columns that stay"
-            )
-        if "values" not in self._parameters:
-            raise ValueError(
-                "the values of this layer are computed from others (a parametrization, weight_norm or pruning of torch), which "
-                "cannot follow a change of places: remove that first, as by torch.nn.utils.parametrize.remove_parametrizations"
-                "(layer, 'values'), or leave the layer's connections where they are"
             )
         if hasattr(self.values, "placements") and not (remap.loaded and remap.new_size == remap.old_size):
             raise ValueError(
@@ -259,8 +239,8 @@ class SparseLayer(nn.Module):
 
     def _give_weights(self, dense: Any) -> Any:
         """The same, the other way."""
-        if self.doubtful:
-            self.check_doubts()
+        if self.unverified:
+            self.verify()
         with torch.no_grad():
             dense.weight.zero_().view(-1)[self.topology.keys()] = self.values
             if self.bias is not None:
@@ -271,8 +251,8 @@ class SparseLayer(nn.Module):
 
     def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The input and the values in the dtype of the product: that of the values, or bfloat16 where autocast says so."""
-        if self.doubtful and not torch.compiler.is_compiling():
-            self.check_doubts()
+        if self.unverified and not torch.compiler.is_compiling():
+            self.verify()
         values = self.values  # once: it may be computed, by a parametrization
         dtype = values.dtype
         if torch.is_autocast_enabled(x.device.type):
@@ -306,28 +286,23 @@ class SparseLayer(nn.Module):
             text += f", slope={self.epilogue.slope:g}"
         return text + (f", dropout={self.epilogue.dropout:g}" if self.epilogue.dropout else "")
 
-    # -- nn.Module's manners --------------------------------------------------------------------------------------
+    # -- as an nn.Module --------------------------------------------------------------------------------------
 
+    @override
     def get_extra_state(self) -> Tensor:
         """The places, which travel in ``state_dict`` beside the values, as a tensor (see `noctule.sparse.layers.places`)."""
-        if self.doubtful:
-            self.check_doubts()
-        self.doubtful = True
-        return self._given.add(to_tensor(self.topology))
+        if self.unverified:
+            self.verify()
+        self.unverified = True
+        return self.loading.given.add(to_tensor(self.topology))
 
+    @override
     def set_extra_state(self, state: Any) -> None:
         """Move to the places of a state that comes without values, by a tool that loads piece by piece; these are to follow.
 
         In `load_state_dict`, `_load_from_state_dict` has done so before the values.
         """
-        if state is not self._taken:
-            old, put = dict(self.named_parameters(recurse=False)), self._paired() is not self.values
-            remap = self._take_places(
-                state, self.values if put else None
-            )  # values that were put in before are of these places
-            if remap is not None:
-                self._told(old, remap)
-            self._taken, self._paired = state, ref(self.values)
+        self.loading.take(self, state)
 
     @property
     def _extra_state(self) -> Tensor:
@@ -342,106 +317,25 @@ class SparseLayer(nn.Module):
                 "or call a model that has these places"
             )
 
-    def check_doubts(self) -> None:
-        """Raise RuntimeError where the numbers that the layer has, or a copy of it, belong to other places."""
-        if self._held is not None:
-            raise RuntimeError(
-                f"{self._held.numel()} values of a {type(self).__name__} were loaded without their places, and wait for them: "
-                "load '_extra_state' of the same state dict too"
-            )
-        self.doubtful = self.kinship.check(self) | self._given.check(self.topology)
+    def verify(self) -> None:
+        """Raise RuntimeError where the numbers of the layer, or of a copy of it, belong to other places."""
+        around = self.loading.check(self)
+        self.unverified = self.kinship.check(self) | around
 
+    @override
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        places, values = state_dict.get(prefix + "_extra_state"), state_dict.get(prefix + "values")
-        own = values is not None and _same_memory(values, self.values)
-        if type(places).__name__ == "_EXTRA_STATE":  # from torch's set_model_state_dict, for what a shard does not hold
-            places = None
-            state_dict = {key: value for key, value in state_dict.items() if key != prefix + "_extra_state"}
-            values = None if own else values
-        elif own and self._held is not None:
-            state_dict, values = {**state_dict, prefix + "values": self._held}, self._held
-        whole = values is None or places is not None or self._awaits_values  # values are never taken for other places
-        old, remap = dict(self.named_parameters(recurse=False)), None
         try:
-            if places is not None:
-                remap = self._take_places(places, self._held if values is None else values)
-            elif values is not None and not whole:
-                self._hold(values, prefix)
+            load = self.loading.begin(self, state_dict, prefix)
         except ValueError as error:
             error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
             return
-        if not whole:
-            state_dict = {key: value for key, value in state_dict.items() if key != prefix + "values"}
-        self._taken = places
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            load.state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._taken = None
-        if not whole:
-            missing_keys[:] = [key for key in missing_keys if key != prefix + "values"]
-        elif values is not None:
-            self._awaits_values, self._paired = False, ref(self.values)
-        if remap is not None:
-            self._told(old, remap)
-        if whole and places is not None:
-            self.kinship.loaded(self)
-
-    def _take_places(self, places: Any, values: Tensor | None) -> Remap | None:
-        """Move to the places of a state dict, with its values or (None) by place with those there are.
-
-        Returns:
-            What is to be told, where values are still to be loaded.
-
-        Raises:
-            ValueError: they are not places of this layer, or do not fit the values; nothing was changed.
-        """
-        # a dict is how versions before 0.1 kept it
-        topology = Topology.from_state_dict(places) if isinstance(places, dict) else from_tensor(_tensor(places))
-        if topology.shape != self.topology.shape:
-            raise ValueError(
-                f"a layer of shape {topology.shape} does not fit {self.topology.shape}: "
-                "where neurons were removed in training, call resize_to(model, state) before"
-            )
-        if values is not None and values.shape != (topology.size,):
-            raise ValueError(f"{tuple(values.shape)} values do not match {topology.size} places")
-        told = None
-        if topology != self.topology:
-            topology = topology.to(self.topology.device)
-            remap = Remap.between(self.topology, topology)
-            if values is None:
-                self.remap_(topology, remap)
-            else:
-                told = self._make_room(topology, replace(remap, loaded=True))
-        self._awaits_values = values is None
-        if values is not None and values is self._held:
-            with torch.no_grad():
-                self.values.copy_(values)
-            self._held, self._awaits_values = None, False
-        elif values is not None:
-            self._held = None
-        return told
-
-    def _make_room(self, topology: Topology, remap: Remap) -> Remap:
-        """Take other places; the values that belong to them are still to come, perhaps from this very memory."""
-        self.check_remap(topology, remap)
-        with torch.no_grad():
-            if topology.size != self.weights:
-                self.values = carried(self.values, remap.apply(self.values), remap)
-            elif self.values.grad is not None:
-                self.values.grad = remap.apply(self.values.grad)
-        self.topology = topology
-        return remap
-
-    def _hold(self, values: Tensor, prefix: str) -> None:
-        """Keep values that came without their places until these come too."""
-        self._held, self.doubtful = values.detach(), True
-        warnings.warn(
-            f"{prefix}values came without {prefix}_extra_state, their places: nothing was loaded from them, and the layer cannot "
-            "be used until the places are loaded too. To set the numbers at the places that are: layer.values.copy_(...)",
-            stacklevel=2,
-        )
+        missing_keys[:] = [key for key in missing_keys if key != load.kept_aside]
+        self.loading.end(self, load)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -452,38 +346,22 @@ class SparseLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle gets: remap hooks and the watch stay with the original."""
-        kept = {
-            "_remap_checks": OrderedDict(),
-            "_remap_hooks": OrderedDict(),
-            "watch": None,
-            "kinship": None,
-            "_given": None,
-            "_paired": None,
-        }
+        kept = {"_remap_checks": OrderedDict(), "_remap_hooks": OrderedDict(), "watch": None, "kinship": None}
         return {**self.__dict__, **kept}
 
+    @override
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take what `__getstate__` gave."""
-        fresh = {"kinship": Kinship(), "_given": Given()}
-        super().__setstate__(
-            {"doubtful": False, "_held": None, "_awaits_values": False, "_taken": None, **state, **fresh}
-        )
-        self._paired = ref(self.values)
+        super().__setstate__({**state, "kinship": Kinship()})
+        self.loading.pair(self.values)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A copy, which is known of as long as its numbers may be updated from this layer's (see `layers.copies`)."""
-        if self.doubtful:
-            self.check_doubts()
+        """A copy, which is kept track of as long as its numbers may be updated from this layer's (see `layers.copies`)."""
+        if self.unverified:
+            self.verify()
         new = memo[id(self)] = type(self).__new__(type(self))
         new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         self.kinship.copied(self, new)
         return new
-
-
-def _tensor(places: Any) -> Tensor:
-    if not isinstance(places, Tensor):
-        raise ValueError(f"not a topology: expected the tensor that a sparse layer gave, got {places!r:.200}")
-    return places
 
 
 class _Parametrizations(nn.ModuleDict):
@@ -491,43 +369,6 @@ class _Parametrizations(nn.ModuleDict):
 
     def add_module(self, name: str, module: Any) -> None:
         self._modules[name] = module
-
-
-def _same_memory(a: Any, b: Tensor) -> bool:
-    return isinstance(a, Tensor) and not a.is_meta and a.shape == b.shape and a.data_ptr() == b.data_ptr()
-
-
-def weights_at(density: float, shape: tuple[int, int]) -> int:
-    """How many weights a layer of this shape and density has: at least one where it has places."""
-    if not 0.0 < density <= 1.0:
-        raise ValueError(f"density must lie in (0, 1], got {density}")
-    places = shape[0] * shape[1]
-    return max(1, round(density * places)) if places else 0
-
-
-def places_of(weight_OI: Tensor, density: float | None, weights: int | None, topology: Topology | None) -> Topology:
-    """Which places of a dense weight stay: the largest, those of ``topology``, or (with nothing given) the non-zeros."""
-    shape = (weight_OI.shape[0], weight_OI.shape[1])
-    if sum(given is not None for given in (density, weights, topology)) > 1:
-        raise ValueError("say once how sparse the layer is: one of density=, weights= or topology=")
-    if topology is not None:
-        return topology
-    if density is not None:
-        weights = weights_at(density, shape)
-    flat = weight_OI.flatten()
-    if weights is None:
-        return Topology.from_keys(shape, flat.nonzero()[:, 0])
-    check_weights(weights, shape)
-    return Topology.from_keys(shape, flat.abs().topk(weights).indices.sort().values)
-
-
-def carried(old: nn.Parameter, moved: Tensor, remap: Remap) -> nn.Parameter:
-    """The parameter with these numbers: the same object where the shape stays, else a new one; its gradient moves too."""
-    gradient = None if old.grad is None else remap.apply(old.grad.flatten()).view(moved.shape)
-    new = old if moved.shape == old.shape else nn.Parameter(moved, requires_grad=old.requires_grad)
-    new.copy_(moved)
-    new.grad = gradient
-    return new
 
 
 def _register(hooks: OrderedDict[int, Any], hook: Any) -> RemovableHandle:

@@ -6,6 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from noctule import kernels
 from noctule.core.topology import Topology
@@ -14,9 +15,10 @@ from noctule.sparse.layers.dense_twin import dense_epilogue, dense_weight, twin_
 from noctule.sparse.layers.derivatives import any_order
 from noctule.sparse.layers.operators import compiled_product, places_now
 from noctule.sparse.layers.product import sparse_product
-from noctule.sparse.layers.sparse_layer import SparseLayer, places_of
+from noctule.sparse.layers.sparse_layer import SparseLayer
 from noctule.sparse.layers.stand_in import StandIn
 from noctule.sparse.layers.surroundings import eager, transformed, written_down
+from noctule.sparse.pattern import chosen_places
 
 
 class SparseLinear(SparseLayer):
@@ -54,19 +56,13 @@ class SparseLinear(SparseLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Draw the places and the values in O(N)."""
-        super().__init__(
-            (out_features, in_features),
-            density=density,
-            weights=weights,
-            topology=topology,
-            bias=bias,
-            generator=generator,
-            device=device,
-            dtype=dtype,
+        topology, device = chosen_places(
+            (out_features, in_features), density, weights, topology, generator=generator, device=device
         )
+        super().__init__(topology, bias=bias, generator=generator, device=device, dtype=dtype)
         self.in_features, self.out_features = in_features, out_features
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         if not eager(x):
@@ -96,6 +92,7 @@ class SparseLinear(SparseLayer):
             y_BO = sparse_product(x_BI, values, bias, self.topology, self._epilogue_now(epilogue), self.watch)
         return y_BO if x.dim() == 2 else y_BO.reshape(*x.shape[:-1], self.out_features)
 
+    @override
     def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., I) -> (B, I) and the values (N,)."""
         if x.shape[-1:] != (self.in_features,):
@@ -117,39 +114,34 @@ class SparseLinear(SparseLayer):
         return y_BO.reshape(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
+    @override
     def respond(self, x: Tensor) -> Tensor:
         """(I, B) -> (O, B), through the activation, without dropout."""
         return kernels.spmm(self.topology, self.values, x, self.bias, Epilogue(self.epilogue.slope))[0]
 
+    @override
     def gradient_at(self, topology: Topology, dy: Tensor, x: Tensor) -> Tensor:
         """The gradient at any places, of dy (O, B) and x (I, B)."""
         return kernels.sddmm(topology, dy, x)
 
+    @override
     def gradient_rows(self, start: int, stop: int, dy: Tensor, x: Tensor) -> Tensor:
         """Rows of the dense gradient, of dy (O, B) and x (I, B)."""
         return dy[start:stop] @ x.t()
 
     @classmethod
-    def from_dense(
-        cls,
-        dense: nn.Linear,
-        *,
-        density: float | None = None,
-        weights: int | None = None,
-        topology: Topology | None = None,
-    ) -> Self:
-        """The weights of a dense layer that are largest, or lie in ``topology``, or (with none given) are not zero."""
-        weight = dense.weight.detach()
-        layer = cls(
+    @override
+    def _like(cls, dense: nn.Linear, topology: Topology) -> Self:
+        return cls(
             dense.in_features,
             dense.out_features,
-            topology=places_of(weight, density, weights, topology),
+            topology=topology,
             bias=dense.bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
+            device=dense.weight.device,
+            dtype=dense.weight.dtype,
         )
-        return layer._take_weights(dense)
 
+    @override
     def to_dense(self) -> nn.Linear:
         """An ``nn.Linear`` with the same function (without the epilogue): O x I weights, zeros included."""
         linear = nn.Linear(
@@ -165,9 +157,10 @@ class SparseLinear(SparseLayer):
         """What ``torch.jit.script`` takes instead, which can hold torch's own modules only."""
         return twin_of(self)
 
+    @override
     def _take_shape(self, topology: Topology) -> None:
         self.out_features, self.in_features = topology.shape
 
+    @override
     def extra_repr(self) -> str:
-        """What ``print`` shows."""
         return f"{self.in_features}, {self.out_features}, {self._text()}"

@@ -1,4 +1,4 @@
-"""What other people's code finds where it reads the ``weight`` of a layer that has become sparse."""
+"""What code written for dense layers finds where it reads the ``weight`` of a layer that has become sparse."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -17,7 +17,7 @@ class StandIn(Tensor):
     Code that asks a weight for its dtype before it calls the layer, or hands it to ``F.linear``, works as before. What draws or
     scales all elements in place, such as most of ``nn.init``, does so to the stored ones, and ``requires_grad`` is theirs. Torch
     takes any tensor with a behaviour of its own out of its fused paths, such as that of ``nn.TransformerEncoderLayer`` in
-    evaluation, which read weights past the layer's forward. Whoever needs the numbers is told what to do instead.
+    evaluation, which read weights past the layer's forward. Code that needs the numbers gets an error that says what to do instead.
 
     Args:
         values: the stored numbers (N,); of several layers where their weights stand here as one.

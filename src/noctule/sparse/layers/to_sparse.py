@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from noctule.core.convert import Leave, Rule, hooked
 from noctule.measure.timing import interleave
-from noctule.sparse.budget import Budget, erdos_renyi
+from noctule.sparse.budget import Budget, check_density, check_said_once, erdos_renyi
 from noctule.sparse.layers.attention import SparseAttention, projections_of
 from noctule.sparse.layers.dense_twin import twin_of
 from noctule.sparse.layers.experts import SparseExperts, expert_layers, is_experts
@@ -63,11 +63,9 @@ class ToSparse:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        """Refuses a rule that does not say how sparse, or says it twice."""
-        if sum(given is not None for given in (self.density, self.weights, self.epsilon)) != 1:
-            raise ValueError("say how sparse the model becomes: one of density=, weights= or epsilon=")
-        if self.density is not None and not 0.0 < self.density <= 1.0:
-            raise ValueError(f"density must lie in (0, 1], got {self.density}")
+        check_said_once(density=self.density, weights=self.weights, epsilon=self.epsilon)
+        if self.density is not None:
+            check_density(self.density)
         if self.epsilon is not None and self.epsilon <= 0.0:
             raise ValueError(f"epsilon must be above 0, got {self.epsilon}")
 

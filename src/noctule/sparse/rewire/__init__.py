@@ -2,18 +2,19 @@
 
 from noctule.sparse.rewire.ctre import MostAlike, ctre
 from noctule.sparse.rewire.drop import Drop, sign_split, smallest
-from noctule.sparse.rewire.engine import Grow, Listener, Rewire, Sight
+from noctule.sparse.rewire.engine import Capture, Grow, Rewire, SharedCapture, StatefulGrow
 from noctule.sparse.rewire.gse import gse, guided
 from noctule.sparse.rewire.rigl import rigl, steepest
 from noctule.sparse.rewire.set import anywhere, set_
 
 __all__ = [
+    "Capture",
     "Drop",
     "Grow",
-    "Listener",
     "MostAlike",
     "Rewire",
-    "Sight",
+    "SharedCapture",
+    "StatefulGrow",
     "anywhere",
     "ctre",
     "gse",

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from noctule.core.topology import Topology
 from noctule.sparse.layers import SparseLayer, SparseLinear
-from noctule.sparse.rewire.engine import Rewire, Seeing, Sight
+from noctule.sparse.rewire.engine import Capture, Rewire, SharedCapture
 from noctule.sparse.rewire.rigl import largest
 from noctule.sparse.rewire.set import anywhere
 
 EXACT_PLACES = 1 << 24
-"""Layers of at most so many places (4096 x 4096) are looked at as a whole, unless told otherwise."""
+"""Layers of at most so many places (4096 x 4096) are looked at as a whole by default."""
 
 CANDIDATES = 1 << 22
-"""Of a layer that is too large to be looked at as a whole."""
+"""The most random candidates of a layer that is too large to be looked at as a whole."""
 
 Mode = Literal["seq", "sim"]
 Activation = Callable[[SparseLayer, Tensor], Tensor]
@@ -39,8 +39,8 @@ class MostAlike:
     compete with the missing ones:
 
     * *seq*: one that is among the most alike stays. Once the validation score has not risen ``patience`` times in a row,
-      growth is random for good. ``session.observe(validation_accuracy=...)`` or ``validation_loss`` tells the score, as `fit`
-      does after every epoch; where both are told the accuracy counts.
+      growth is random for good. The score is what ``session.observe(validation_accuracy=...)`` or ``validation_loss``
+      reports, as `fit` does after every epoch; of both, the accuracy counts.
     * *sim*: one that is among the most alike goes nevertheless, and a random place is taken instead.
 
     A neuron without incoming connections has a constant activation, which is like every other constant one: let biases start
@@ -68,7 +68,6 @@ class MostAlike:
         candidates: float | None = None,
         activation: Activation | None = None,
     ) -> None:
-        """Check the options."""
         if mode not in ("seq", "sim"):
             raise ValueError(f"mode must be 'seq' or 'sim', got {mode!r}")
         if patience < 1:
@@ -81,8 +80,8 @@ class MostAlike:
         """Whether growth is random now."""
         self.best, self.waited, self.metric = -math.inf, 0, ""
 
-    def __call__(self, layer: SparseLayer, generator: torch.Generator) -> Sight:
-        """Look at a layer; once growth is random, without looking."""
+    def __call__(self, layer: SparseLayer, generator: torch.Generator) -> Capture:
+        """Begin to capture activations; none once growth is random."""
         own = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator, device="cpu")))
         if self.random:
             return anywhere(layer, own)
@@ -98,7 +97,7 @@ class MostAlike:
             raise ValueError(f"CTRE grows the connections of SparseLinear only, not of {kinds}: give skip={others}")
 
     def observe(self, **metrics: float) -> None:
-        """Hear a validation score and count how often it did not rise."""
+        """Count how often the validation score did not rise."""
         if self.mode == "sim" or self.random:
             return
         self.metric = self.metric or next((name for name in _SIGNS if name in metrics), "")
@@ -110,11 +109,11 @@ class MostAlike:
         self.random = self.waited >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether growth is random, the best score and how long ago it was heard."""
+        """Whether growth is random, the best score and how many scores ago it was."""
         return {"random": self.random, "best": self.best, "waited": self.waited, "metric": self.metric}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Restore them."""
         self.random, self.metric = bool(state["random"]), str(state["metric"])
         self.best, self.waited = float(state["best"]), int(state["waited"])
 
@@ -149,8 +148,8 @@ def ctre(
 _SIGNS = {"validation_accuracy": 1.0, "validation_loss": -1.0}
 
 
-class _Alike(Seeing):
-    """The `Sight`: adds up what the cosines need, at the places that are looked at."""
+class _Alike(SharedCapture):
+    """The `Capture`: adds up what the cosines need, at the places that are looked at."""
 
     def __init__(
         self, grow: MostAlike, layer: SparseLayer, places: "_Everywhere | _Somewhere", generator: torch.Generator
@@ -169,16 +168,16 @@ class _Alike(Seeing):
         self.squares = squares_O, squares_I
 
     def choose(self, count: int, taken: Tensor, dropped: Tensor) -> Tensor:
-        if self.grow.random:  # since this sight began to look
+        if self.grow.random:  # since this capture began
             return anywhere(self.layer, self.generator).choose(count, taken, dropped)
-        if not self.anyone(self.squares is not None):
+        if not self.any_worker(self.squares is not None):
             return taken.new_empty(0)
         stays = torch.ones_like(taken, dtype=torch.bool)
         stays[torch.searchsorted(taken, dropped)] = False
         sizes = self.layer.topology.shape
         squares = self.squares or tuple(_wide(self.layer.values.new_zeros(size)) for size in sizes)
-        over_O, over_I = torch.where((s := self.together(torch.cat(squares))) > 0, s.rsqrt(), 0.0).split(sizes)
-        alike, cosines = self.places.best(count, taken[stays], over_O, over_I, self.together)
+        over_O, over_I = torch.where((s := self.mean(torch.cat(squares))) > 0, s.rsqrt(), 0.0).split(sizes)
+        alike, cosines = self.places.best(count, taken[stays], over_O, over_I, self.mean)
         alike = alike[cosines > 0]
         if self.grow.mode == "sim":
             alike = alike[~torch.isin(alike, dropped)]
@@ -203,13 +202,13 @@ class _Everywhere:
         self.passes.append((y_OB, x_IB))
 
     def best(
-        self, count: int, excluded: Tensor, over_O: Tensor, over_I: Tensor, together: Callable[[Tensor], Tensor]
+        self, count: int, excluded: Tensor, over_O: Tensor, over_I: Tensor, mean: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Keys of the places most alike, none of them excluded, and their cosines."""
 
         def cosines(start: int, stop: int) -> Tensor:
             tiles = (self.layer.gradient_rows(start, stop, y, x) for y, x in self.passes)
-            sums = together(sum(tiles, over_O.new_zeros(stop - start, over_I.numel())))
+            sums = mean(sum(tiles, over_O.new_zeros(stop - start, over_I.numel())))
             return sums.abs() * over_O[start:stop, None] * over_I
 
         return largest(cosines, self.layer.topology.shape, count, excluded)
@@ -231,10 +230,10 @@ class _Somewhere:
         self.sums = sums if self.sums is None else self.sums + sums
 
     def best(
-        self, count: int, excluded: Tensor, over_O: Tensor, over_I: Tensor, together: Callable[[Tensor], Tensor]
+        self, count: int, excluded: Tensor, over_O: Tensor, over_I: Tensor, mean: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Keys of the places most alike, none of them excluded, and their cosines."""
-        sums = together(over_O.new_zeros(self.keys.numel()) if self.sums is None else self.sums)
+        sums = mean(over_O.new_zeros(self.keys.numel()) if self.sums is None else self.sums)
         free = torch.ones_like(self.keys, dtype=torch.bool)
         free[torch.searchsorted(self.keys, excluded)] = False
         keys, in_features = self.keys[free], self.layer.topology.shape[1]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from noctule.core.method import Method
 from noctule.core.optim import param_groups
@@ -21,23 +22,22 @@ class Decay(Method):
     """
 
     def __init__(self, rate: float) -> None:
-        """Check the rate."""
         if not 0.0 <= rate < 1.0:
             raise ValueError(f"the rate must lie in [0, 1), got {rate}")
         self.rate = rate
         self._model: nn.Module | None = None
 
+    @override
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Remember whose weights decay."""
         self._model = model
 
     @torch.no_grad()
+    @override
     def before_step(self) -> None:
-        """Shrink the weights."""
         assert self._model is not None
         for parameter in param_groups(self._model)[0]["params"]:
             parameter.mul_(1.0 - self.rate)
 
+    @override
     def end(self) -> None:
-        """Forget the model."""
         self._model = None

@@ -1,7 +1,6 @@
 """The one engine that moves connections: drop some, grow as many, N stays."""
 
 from collections.abc import Mapping, Sequence
-from random import Random
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakSet
 
@@ -9,13 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from noctule.core.exchange import Exchange
 from noctule.core.keys import in_order, slots_of
 from noctule.core.method import Method
+from noctule.core.random import generator
+from noctule.core.remap import Remap
+from noctule.core.remap import exchange as exchanged
 from noctule.core.schedule import constant
-from noctule.core.topology import Remap
-from noctule.core.topology import exchange as exchanged
 from noctule.core.types import Schedule
 from noctule.sparse.layers import SparseLayer
 from noctule.sparse.rewire.drop import Drop, smallest
@@ -25,8 +26,11 @@ _rewired: WeakSet[SparseLayer] = WeakSet()
 """Layers whose connections a `Rewire` moves: a second one would take the first one's watch."""
 
 
-class Sight(Protocol):
-    """What a grower saw of one layer in the backward passes of one step; it is callable, as `Passes` calls it, if it needs any."""
+class Capture(Protocol):
+    """What a grower captures of one layer in one step, and its choice of places.
+
+    It is callable, as `Passes` calls it, if it needs the backward passes.
+    """
 
     def choose(self, count: int, taken: Tensor, dropped: Tensor) -> Tensor:
         """Keys of up to ``count`` places to grow, each once: missing ones, or some that are to go and then stay instead.
@@ -39,43 +43,44 @@ class Sight(Protocol):
         ...
 
 
-class Seeing:
-    """A `Sight` that looks at what differs from worker to worker, a gradient or activations, and asks for what all of them saw.
+class SharedCapture:
+    """The base of a `Capture` of gradients or activations, which differ from worker to worker: takes their mean over all workers.
 
-    All workers must ask for the same things in the same order.
+    All workers must ask for the same means in the same order.
     """
 
     exchange: Exchange | None = None
-    """Between the workers; None where there is one."""
+    """The exchange between the workers; None where there is one."""
     key = ""
+    """The name of what is exchanged."""
 
-    def together(self, x: Tensor) -> Tensor:
-        """The mean over all workers, of what each has."""
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of ``x`` over all workers."""
         return x if self.exchange is None else self.exchange([x], [self.key])[0]
 
-    def anyone(self, saw: bool) -> bool:
-        """Whether a worker saw anything."""
-        return saw if self.exchange is None else bool(self.together(torch.tensor([float(saw)])) > 0)
+    def any_worker(self, saw: bool) -> bool:
+        """Whether any worker saw a backward pass."""
+        return saw if self.exchange is None else bool(self.mean(torch.tensor([float(saw)])) > 0)
 
 
 class Grow(Protocol):
     """Where new connections go."""
 
-    def __call__(self, layer: SparseLayer, generator: torch.Generator) -> Sight:
-        """Start to look at a layer; what it sees is asked for after the step."""
+    def __call__(self, layer: SparseLayer, generator: torch.Generator) -> Capture:
+        """Begin to capture what is needed of a layer; after the step, the capture is asked to choose."""
         ...
 
 
 @runtime_checkable
-class Listener(Protocol):
-    """What a `Grow` has besides if where it grows depends on more than the step: it is told, and what it keeps is saved."""
+class StatefulGrow(Protocol):
+    """What a `Grow` has besides if where it grows depends on more than the step, such as a validation score."""
 
     def begin(self, layers: Mapping[str, SparseLayer]) -> None:
         """These layers will be rewired: raise ValueError where one of them cannot be."""
         ...
 
     def observe(self, **metrics: float) -> None:
-        """Somebody measured something, such as a validation loss."""
+        """Something was measured, such as a validation loss."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,7 +88,7 @@ class Listener(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         ...
 
 
@@ -93,8 +98,8 @@ class Rewire(Method):
     SET is (smallest, anywhere), RigL (smallest, steepest), GSE (smallest, guided), CTRE (smallest, `MostAlike`). Values and
     the optimizers' state of the survivors move along. It differs from RigL's code in that the step on which connections move
     is an ordinary weight update too: a method cannot veto a step. In a layer with fewer missing places than would be grown,
-    fewer move; in a frozen one, or one whose gradient a grower should have seen and did not, none. A grower may choose a
-    place that was to be dropped: it stays.
+    fewer move; in a frozen one, or one whose gradient was to be captured and was not, none. A grower may choose a place that was to
+    be dropped: it stays.
 
     Args:
         drop: which connections go.
@@ -104,7 +109,7 @@ class Rewire(Method):
         until: no changes from this step on (None: to the end).
         skip: names of layers that are left alone.
         seed: of the random places.
-        exchange: between workers that train one model together: growers then see what all of them see, and all grow the same.
+        exchange: between workers that train one model together: all then grow the same, by the mean of what they captured.
     """
 
     def __init__(
@@ -119,7 +124,6 @@ class Rewire(Method):
         seed: int = 0,
         exchange: Exchange | None = None,
     ) -> None:
-        """Check the options; nothing starts before `begin`."""
         if every < 1:
             raise ValueError(f"every must be at least 1 step, got {every}")
         if isinstance(fraction, int | float) and not 0.0 <= fraction <= 1.0:
@@ -131,8 +135,9 @@ class Rewire(Method):
         self.moved: dict[str, int] = {}
         """Connections moved since the method began, by layer."""
         self._layers: dict[str, SparseLayer] = {}
-        self._sights: dict[str, Sight | Passes] = {}
+        self._captures: dict[str, Capture | Passes] = {}
 
+    @override
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Find the sparse layers; from now on they are watched in the steps that need it."""
         layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
@@ -149,7 +154,7 @@ class Rewire(Method):
             layer.check_remap(
                 layer.topology, Remap.between(layer.topology, layer.topology)
             )  # refuse now, not at the first move
-        if isinstance(self.grow, Listener):
+        if isinstance(self.grow, StatefulGrow):
             self.grow.begin(layers)
         self._check_ranks(next(iter(layers.values())))
         _rewired.update(layers.values())
@@ -157,64 +162,66 @@ class Rewire(Method):
         self.moved = {name: self.moved.get(name, 0) for name in self._layers}
         self._arm()
 
+    @override
     def before_step(self) -> None:
-        """The gradients are final: what is looked at is what they are made of."""
-        for sight in self._sights.values():
-            if isinstance(sight, Passes):
-                sight.announce()
+        for capture in self._captures.values():
+            if isinstance(capture, Passes):
+                capture.announce()
 
+    @override
     def after_step(self) -> None:
-        """Count the step; on the due ones, move connections."""
         self.steps += 1
-        for name in list(self._sights):
-            sight = self._sights.pop(name)
-            if isinstance(sight, Passes):
-                sight.close()
-                sight = sight.final()
-            self.moved[name] += self._rewire(self._layers[name], sight)
+        for name in list(self._captures):
+            capture = self._captures.pop(name)
+            if isinstance(capture, Passes):
+                capture.close()
+                capture = capture.final()
+            self.moved[name] += self._rewire(self._layers[name], capture)
         self._arm()
 
+    @override
     def remapped(self, layer: nn.Module, remap: Remap) -> None:
-        """Look anew where another one changed the places of a layer that is being looked at."""
-        for name in list(self._sights):
+        """Begin anew for a layer whose places changed while it was being captured."""
+        for name in list(self._captures):
             if self._layers[name] is layer:
-                self._look(name)
+                self._capture(name)
 
+    @override
     def observe(self, **metrics: float) -> None:
-        """Tell the grower, if it listens."""
-        if isinstance(self.grow, Listener):
+        if isinstance(self.grow, StatefulGrow):
             self.grow.observe(**metrics)
 
+    @override
     def end(self) -> None:
-        """Stop watching."""
-        self._look_no_more()
+        self._stop_capturing()
         for layer in self._layers.values():
             _rewired.discard(layer)
         self._layers = {}
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Steps done, connections moved and what a grower that listens keeps; where they are is the layers' own state.
+        """Steps done, connections moved and what a `StatefulGrow` keeps; where they are is the layers' own state.
 
-        What growers saw in a step is not in it: where another method failed after that step, and the training goes on from a state
-        of then, those that look at gradients or activations move nothing in it.
+        What was captured in a step is not in it: where another method failed after that step, and the training resumes from a
+        state of then, growers that need gradients or activations move nothing in it.
         """
         state: dict[str, Any] = {"steps": self.steps, "moved": dict(self.moved)}
-        return state | {"grow": self.grow.state_dict()} if isinstance(self.grow, Listener) else state
+        return state | {"grow": self.grow.state_dict()} if isinstance(self.grow, StatefulGrow) else state
 
+    @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
         self.steps, self.moved = int(state["steps"]), {**dict.fromkeys(self._layers, 0), **state["moved"]}
-        if isinstance(self.grow, Listener) and "grow" in state:  # not in that of a training which grew another way
+        if isinstance(self.grow, StatefulGrow) and "grow" in state:  # not in that of a training which grew another way
             self.grow.load_state_dict(state["grow"])
         self._arm()
 
     def _check_ranks(self, layer: SparseLayer) -> None:
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        sight = self.grow(layer, torch.Generator())
-        if several and callable(sight) and (self.exchange is None or not isinstance(sight, Seeing)):
+        capture = self.grow(layer, torch.Generator())
+        if several and callable(capture) and (self.exchange is None or not isinstance(capture, SharedCapture)):
             raise RuntimeError(
                 "this way to grow looks at gradients or activations, which differ from rank to rank, as the connections would: "
-                "with several ranks give Rewire an exchange=, such as a Channel over AllReduce(), if its Sight is a Seeing one; "
+                "with several ranks give Rewire an exchange=, such as a Channel over AllReduce(), if it makes a SharedCapture; "
                 "or use set_(seed=...), which draws the same places on all of them"
             )
 
@@ -222,35 +229,34 @@ class Rewire(Method):
         return step % self.every == 0 and (self.until is None or step < self.until)
 
     def _arm(self) -> None:
-        """Have the growers look at the coming step if connections will move after it."""
-        self._look_no_more()
+        """Begin to capture in the coming step if connections will move after it."""
+        self._stop_capturing()
         for name, layer in self._layers.items():
             if layer.values.requires_grad and self._due(self.steps + 1):
-                self._look(name)
+                self._capture(name)
 
-    def _look(self, name: str) -> None:
-        layer, before = self._layers[name], self._sights.pop(name, None)
+    def _capture(self, name: str) -> None:
+        layer, before = self._layers[name], self._captures.pop(name, None)
         if isinstance(before, Passes):
             before.close()
 
-        def make() -> Sight:
-            generator = torch.Generator().manual_seed(Random(f"{self.seed} {self.steps} {name}").getrandbits(63))
-            sight = self.grow(layer, generator)
-            if isinstance(sight, Seeing):
-                sight.exchange, sight.key = self.exchange, f"{name} growth"
-            return sight
+        def make() -> Capture:
+            capture = self.grow(layer, generator(self.seed, self.steps, name))
+            if isinstance(capture, SharedCapture):
+                capture.exchange, capture.key = self.exchange, f"{name} growth"
+            return capture
 
-        sight = make()
-        self._sights[name] = Passes(layer, make, sight) if callable(sight) else sight
+        capture = make()
+        self._captures[name] = Passes(layer, make, capture) if callable(capture) else capture
 
-    def _look_no_more(self) -> None:
-        for sight in self._sights.values():
-            if isinstance(sight, Passes):
-                sight.close()
-        self._sights = {}
+    def _stop_capturing(self) -> None:
+        for capture in self._captures.values():
+            if isinstance(capture, Passes):
+                capture.close()
+        self._captures = {}
 
     @torch.no_grad()
-    def _rewire(self, layer: SparseLayer, sight: Sight) -> int:
+    def _rewire(self, layer: SparseLayer, capture: Capture) -> int:
         old = layer.topology
         fraction = self.fraction(self.steps)
         if not 0.0 <= fraction <= 1.0:
@@ -261,7 +267,7 @@ class Rewire(Method):
             return 0
         dropped = self.drop(layer.values.detach(), fraction)
         keys = old.keys()
-        grown = sight.choose(min(dropped.numel(), old.places - old.size), keys, keys[dropped]).to(keys.device)
+        grown = capture.choose(min(dropped.numel(), old.places - old.size), keys, keys[dropped]).to(keys.device)
         dropped, grown = _without_regrown(keys, dropped, grown)
         if not grown.numel():
             return 0

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from noctule.core.topology import Topology
 from noctule.sparse.layers import SparseLayer
-from noctule.sparse.rewire.engine import Rewire, Seeing
+from noctule.sparse.rewire.engine import Rewire, SharedCapture
 
 
-class _Candidates(Seeing):
+class _Candidates(SharedCapture):
     def __init__(self, layer: SparseLayer, generator: torch.Generator) -> None:
         self.layer, topology = layer, layer.topology
         self.keys = topology.missing(topology.size, generator=generator)
@@ -26,12 +26,12 @@ class _Candidates(Seeing):
         self.gradient = gradient if self.gradient is None else self.gradient + gradient
 
     def choose(self, count: int, taken: Tensor, dropped: Tensor) -> Tensor:
-        if not self.anyone(self.gradient is not None):
+        if not self.any_worker(self.gradient is not None):
             return taken.new_empty(0)
         gradient = self.layer.values.new_zeros(self.keys.numel())
         if self.gradient is not None:
             gradient += self.gradient
-        steepest = self.together(gradient).abs().topk(min(count, self.keys.numel()), sorted=False).indices
+        steepest = self.mean(gradient).abs().topk(min(count, self.keys.numel()), sorted=False).indices
         return self.keys.to(steepest.device)[steepest]
 
 

@@ -1,4 +1,4 @@
-"""Which backward passes a step is made of: growers see these and no others."""
+"""The backward passes that a step is made of: growers capture these and no others."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,14 +18,13 @@ class Passes:
     Nor does one that comes after the layer's weights moved, as in the step of another optimizer.
 
     Args:
-        layer: whose passes these are.
-        make: makes what is shown them, anew where earlier ones no longer count.
-        sight: the first one.
+        layer: the layer that is watched from now on.
+        make: makes a capture, anew where earlier passes no longer count.
+        capture: the first one.
     """
 
-    def __init__(self, layer: SparseLayer, make: Callable[[], Any], sight: Any) -> None:
-        """Watch the layer from now on."""
-        self.layer, self.make, self.sight = layer, make, sight
+    def __init__(self, layer: SparseLayer, make: Callable[[], Any], capture: Any) -> None:
+        self.layer, self.make, self.capture = layer, make, capture
         self._seen = False
         self._task = -1
         self._pending: list[tuple[Tensor, Any]] = []
@@ -54,14 +53,14 @@ class Passes:
         self._weights = self.layer.values._version
 
     def final(self) -> Any:
-        """What saw the passes of the step that was made."""
+        """The capture of the passes of the step that was made."""
         if torch._C._current_graph_task_id() == self._task:  # an optimizer that steps in the backward pass
             self._show()
         self._forget_zeroed()
-        return self.sight
+        return self.capture
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         for handle in self._handles:
             handle.remove()
         self.layer.watch = None
@@ -77,7 +76,7 @@ class Passes:
 
     def _show(self) -> None:
         for dy, x in self._pending:
-            self.sight(dy, x)
+            self.capture(dy, x)
             self._seen = True
         self._pending.clear()
 
@@ -94,4 +93,4 @@ class Passes:
         ):
             return
         if gradient is None or not gradient.any():
-            self.sight, self._seen = self.make(), False
+            self.capture, self._seen = self.make(), False

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from noctule.core.schedule import cosine
 from noctule.sparse.layers import SparseLayer
-from noctule.sparse.rewire.engine import Rewire, Seeing
+from noctule.sparse.rewire.engine import Rewire, SharedCapture
 
 TILE_PLACES = 1 << 22
 """Places of the dense gradient in memory at once (16 MiB in float32)."""
@@ -44,7 +44,7 @@ def largest(
     return best_keys, best
 
 
-class _WholeGradient(Seeing):
+class _WholeGradient(SharedCapture):
     def __init__(self, layer: SparseLayer) -> None:
         self.layer = layer
         self.passes: list[tuple[Tensor, Any]] = []
@@ -53,13 +53,13 @@ class _WholeGradient(Seeing):
         self.passes.append((dy, x))
 
     def choose(self, count: int, taken: Tensor, dropped: Tensor) -> Tensor:
-        if not self.anyone(bool(self.passes)):
+        if not self.any_worker(bool(self.passes)):
             return taken.new_empty(0)
 
         def steepness(start: int, stop: int) -> Tensor:
             nothing = self.layer.values.new_zeros(stop - start, self.layer.topology.shape[1])
             tiles = (self.layer.gradient_rows(start, stop, dy, x) for dy, x in self.passes)
-            return self.together(sum(tiles, nothing)).abs()
+            return self.mean(sum(tiles, nothing)).abs()
 
         return largest(steepness, self.layer.topology.shape, count, taken)[0]
 
