@@ -1,8 +1,6 @@
 """What sparsity costs in accuracy: paired trainings of the recipe, the test set read once by each."""
 
-import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +147,3 @@ def _found(line: dict[str, Any]) -> str:
         return f"{line['accuracy']:.4f}"
     text = f"{line['difference_points']:+.2f} points"
     return text + (" [{:+.2f}, {:+.2f}]".format(*line["interval_points"]) if line["interval_points"] else "")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark with the options of a command line."""
-    return program.run("accuracy", accuracy, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))

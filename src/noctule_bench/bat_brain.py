@@ -1,6 +1,5 @@
 """Does a step cost in proportion to the weights? Networks from half a million to a hundred million neurons."""
 
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -64,11 +63,6 @@ def bat_brain(
     written = [line for brain in brains for line in _sized(lines, brain, batch, threads, rounds, cache)]
     written += [line for n in threads for line in _judged(lines, written, n)]
     _show(written)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench bat_brain``."""
-    return program.run("bat_brain", bat_brain, argv)
 
 
 def weigh(brain: Brain, batch: int, threads: tuple[int, ...], rounds: int) -> dict[str, Any]:
@@ -195,7 +189,3 @@ def _show(written: Sequence[dict[str, Any]]) -> None:
         ],
     )
     program.show_errors(written)
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))

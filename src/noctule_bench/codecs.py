@@ -1,6 +1,5 @@
 """Codecs on one tensor: how fast they encode and decode, how few bytes they need, and how far off they are."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,11 +90,6 @@ def codecs(
             written.append(_line(lines, name, row, number, x.nbytes, timings[name, "encode"], timings[name, "decode"]))  # type: ignore[index]
         written += _judge(lines, number, written)
     _show(written)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench codecs``."""
-    return program.run("codecs", codecs, argv)
 
 
 def _codec_row(codec: Codec, x: Tensor) -> Callable[[], Row]:
@@ -215,7 +209,3 @@ def _show(written: Sequence[dict[str, Any]]) -> None:
             if line["name"] == "codecs.target"
         ],
     )
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))

@@ -1,6 +1,5 @@
 """One convolution, forward and all gradients, against torch's dense ones in their layouts and precisions."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -94,11 +93,6 @@ def convolution(
                     written += _measure(workers, lines, case, densities, rounds, block_ms / 1e3)
                     written.append(_profile(workers, lines, case, min(densities), rounds, block_ms / 1e3))
     _show(written)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench convolution``."""
-    return program.run("convolution", convolution, argv)
 
 
 @dataclass(frozen=True)
@@ -318,7 +312,3 @@ def _show(written: Sequence[dict[str, Any]]) -> None:
             if line["name"] == "convolution.target"
         ],
     )
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))

@@ -1,6 +1,5 @@
 """Training seconds per epoch of a multilayer perceptron on Fashion-MNIST: Noctule, dense torch at its strongest, the peers."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,11 +89,6 @@ def fashion(
     _show(written)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench fashion``."""
-    return program.run("fashion", fashion, argv)
-
-
 def _figures(turns: Turns, steps: int, steps_per_epoch: int, dense: Turns | None) -> dict[str, Any]:
     timing = turns.timing
     return {
@@ -151,7 +145,3 @@ def _show(written: Sequence[dict[str, Any]]) -> None:
             if line["name"] == "fashion.target"
         ],
     )
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))

@@ -4,7 +4,6 @@ A training that goes on has to be the one that nobody disturbed: each step says 
 and is compared with the same step of a training that was left alone; what workers must have alike is compared bit for bit.
 """
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -84,11 +83,6 @@ def faults(
                 common = {"data": data, "workers": workers, "hidden": list(hidden)}
                 found.append(lines.write("faults", **common | result.figures))
     _show(found)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench faults``."""
-    return program.run("faults", faults, argv)
 
 
 def _killed(asked: Asked) -> list[Found]:
@@ -315,7 +309,3 @@ def _show(found: Sequence[dict[str, Any]]) -> None:
         ],
     )
     program.show_errors(found)
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))

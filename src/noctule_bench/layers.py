@@ -1,6 +1,5 @@
 """One linear layer, forward and all gradients, module against module: Noctule, dense layers, torch CSR, SparseLab, SparseProp."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -97,11 +96,6 @@ def layers(
                 who = [c for c in everyone if c in LARGE_ROWS]
                 bench.measure(who, large, LARGE_DENSITY, rounds=large_rounds, block_seconds=block_ms / 1e3)
     _show(written)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench layers``."""
-    return program.run("layers", layers, argv)
 
 
 @dataclass
@@ -277,7 +271,3 @@ def _show(written: Sequence[dict[str, Any]]) -> None:
             if line["name"] == "layers.target"
         ],
     )
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))

@@ -1,6 +1,5 @@
 """A training step over links of several kinds: plain data-parallel training, torch's hooks, and Noctule's exchanges."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,11 +88,6 @@ def link(
         ):
             written += _measure(lines, group, network, chosen, setting, rounds)
     _show(written)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench link``."""
-    return program.run("link", link, argv)
 
 
 @dataclass(frozen=True)
@@ -242,7 +236,3 @@ def _show(written: Sequence[dict[str, Any]]) -> None:
             if line["name"] == "link.target"
         ],
     )
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))

@@ -1,6 +1,5 @@
 """What a training holds in memory, indices counted: Noctule, dense torch, the peers."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,11 +63,6 @@ def memory(
     _show(written)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench memory``."""
-    return program.run("memory", memory, argv)
-
-
 def _show(written: Sequence[dict[str, Any]]) -> None:
     kinds = ("weights", "index", "gradient", "optimizer", "total")
     program.show(
@@ -95,7 +89,3 @@ def _show(written: Sequence[dict[str, Any]]) -> None:
             if line["name"] == "memory.target"
         ],
     )
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))

@@ -1,9 +1,11 @@
-"""What the benchmark programs share: options from a signature, JSON lines as they come, a table at the end."""
+"""What the benchmarks share: the command that starts them, results as lines of JSON, tables at the end."""
 
+import ast
+import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +14,63 @@ from noctule.core.errors import UsageError
 from noctule.core.place import nearest
 from noctule.measure import result_line
 
+BENCHMARKS = (
+    "layers",
+    "convolution",
+    "codecs",
+    "fashion",
+    "memory",
+    "accuracy",
+    "original",
+    "rewiring",
+    "shrinking",
+    "bat_brain",
+    "transformer",
+    "together",
+    "asynchronous",
+    "link",
+    "faults",
+)
+"""Modules of this package; each has a function of its own name, whose keyword-only parameters are the options."""
 
-def run(name: str, benchmark: Callable[..., None], argv: Sequence[str] | None) -> int:
-    """Call a benchmark with the options that the command line gives; raises `UsageError` where it cannot be read."""
-    text = (benchmark.__doc__ or "").split("\n\n")[0]
-    parser = Parser(prog=f"noctule bench {name}", allow_abbrev=False, description=text)
+
+def main(words: Sequence[str]) -> int:
+    """List the benchmarks, or run the one that the first word names; the exit status.
+
+    Raises:
+        UsageError: there is no such benchmark, or it has no such option.
+    """
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: noctule bench NAME [--option value ...]\n")
+        for name in BENCHMARKS:
+            print(f"  {name:<13} {_summary(name)}")
+        print("\nnoctule bench NAME --help lists the options.")
+        return 0 if words else 2
+    return run(words[0], words[1:])
+
+
+def run(name: str, words: Sequence[str] = ()) -> int:
+    """Run one benchmark with the options of a command line; the exit status.
+
+    Raises:
+        UsageError: there is no such benchmark, or it has no such option.
+    """
+    if name not in BENCHMARKS:
+        raise UsageError(
+            f"there is no benchmark {name}{nearest(name, BENCHMARKS)}. Benchmarks: {', '.join(BENCHMARKS)}"
+        )
+    benchmark = getattr(importlib.import_module(f"noctule_bench.{name}"), name)
+    parser = Parser(prog=f"noctule bench {name}", allow_abbrev=False, description=_summary(name))
     add_options(parser, benchmark)
-    benchmark(**vars(parser.parse_args(argv)))
+    benchmark(**vars(parser.parse_args(list(words))))
     return 0
 
 
-def as_script(main: Callable[[], int]) -> int:
-    """The exit status of a program that was started by itself: 2 for a wrong command line, 130 for Ctrl-C."""
-    try:
-        return main()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+def _summary(name: str) -> str:
+    """The first line of a benchmark's docstring, read from its source: importing it would load torch."""
+    tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text())
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return (ast.get_docstring(function) or "").split("\n")[0]
 
 
 def chosen(rows: Sequence[str], known: Sequence[str]) -> list[str]:

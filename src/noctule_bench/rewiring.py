@@ -9,7 +9,6 @@ sparse fan-in, biases and new connections at zero.
 
 import copy
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -146,11 +145,6 @@ def rewiring(
     _show(lines, [cell for _, cell in cells], chosen, seeds, found)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench rewiring``."""
-    return program.run("rewiring", rewiring, argv)
-
-
 class _Epochs(Method):
     """Scores every epoch, keeps the best network and tells the growers; attached after `Rewire`, it comes before the moves."""
 
@@ -275,7 +269,3 @@ def _text(sparse: ToSparse) -> str:
 def _key(line: dict[str, Any]) -> tuple[Any, ...]:
     patience = line["patience"] if line["method"].startswith("ctre-seq") else None
     return *(line[name] for name in ("data", "sparsity", "epochs", "method", "seed")), *line["hidden"], patience
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))

@@ -90,11 +90,6 @@ def transformer(
     _show(written)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench transformer``."""
-    return program.run("transformer", transformer, argv)
-
-
 def _time(
     workers: Workers, lines: program.Lines, case: Case, rounds: int, block_seconds: float
 ) -> list[dict[str, Any]]:
@@ -257,7 +252,3 @@ def _show(written: Sequence[dict[str, Any]]) -> None:
             if line["name"] == "transformer.target"
         ],
     )
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))

@@ -7,6 +7,7 @@ import pytest
 from noctule import cli
 from noctule.core.errors import UsageError
 from noctule_bench import codecs
+from noctule_bench.program import run as bench
 
 
 def test_each_codec_has_its_figures(capsys):
@@ -47,4 +48,4 @@ def test_each_codec_has_its_figures(capsys):
 )
 def test_a_wrong_command_line_is_told(words, text):
     with pytest.raises(UsageError, match=text):
-        codecs.main(words)
+        bench("codecs", words)
