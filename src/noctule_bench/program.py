@@ -16,6 +16,7 @@ from noctule.measure import result_line
 
 BENCHMARKS = (
     "layers",
+    "figure",
     "convolution",
     "codecs",
     "fashion",
