@@ -8,11 +8,16 @@ import griffe
 _DOCTEST = re.compile(r"^(?P<indent> *)>>> .*\n?(?:(?P=indent)\S.*\n?)*", re.MULTILINE)
 
 
+_HIDDEN = {"__init__", "__post_init__", "__prepare_scriptable__"}
+
+
 class Doctests(griffe.Extension):
-    """Fences each paragraph that starts with ``>>>``."""
+    """Fences each paragraph that starts with ``>>>``, and hides special methods that nobody calls by name."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite the docstring of an object, if it has one."""
+        if obj.name in _HIDDEN:
+            obj.public = False
         if obj.docstring is not None:
             obj.docstring.value = _DOCTEST.sub(_fenced, obj.docstring.value)
 

@@ -102,7 +102,9 @@ def _panel(title: str, series: Series, offset: int) -> str:
     for name, line in series.items():
         path = "L".join(f"{x(density)} {y(value)}" for density, value in line)
         parts.append(f'<path d="M{path}" fill="none" stroke="{ROWS[name][1]}" stroke-width="2.5"/>')
-        parts += [f'<circle cx="{x(density)}" cy="{y(value)}" r="3" fill="{ROWS[name][1]}"/>' for density, value in line]
+        parts += [
+            f'<circle cx="{x(density)}" cy="{y(value)}" r="3" fill="{ROWS[name][1]}"/>' for density, value in line
+        ]
     return f'<g transform="translate({offset} 0)">{"".join(parts)}</g>'
 
 
