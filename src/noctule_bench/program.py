@@ -12,7 +12,6 @@ from typing import Any
 from noctule.cli.signature import Parser, add_options
 from noctule.core.errors import UsageError
 from noctule.core.place import nearest
-from noctule.measure import result_line
 
 BENCHMARKS = (
     "layers",
@@ -107,6 +106,8 @@ class Lines:
 
     def write(self, name: str, **figures: Any) -> dict[str, Any]:
         """Write a line and return what it says."""
+        from noctule.measure import result_line  # loads torch, which the list of benchmarks does without
+
         line = result_line(name, **figures)
         print(line, flush=True)
         if self._out is not None:

@@ -1,13 +1,16 @@
 """Each program runs from its options to its lines and its table, in small."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from xml.etree import ElementTree
 
 import pytest
 
 from noctule.core.errors import UsageError
+from noctule_bench.program import BENCHMARKS, main
 from noctule_bench.program import run as bench
 
 MACHINE = {"cpu", "cores", "commit", "threads", "load_average", "torch"}
@@ -119,6 +122,37 @@ def test_memory(capsys):
 def test_a_wrong_command_line_is_told(name, options, text):
     with pytest.raises(UsageError, match=text):
         bench(name, options)
+
+
+def test_the_list_says_what_each_measures(capsys):
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    listed = re.findall(r"^  (\w+) +(\S.*\.)$", capsys.readouterr().out, re.MULTILINE)
+    assert [name for name, _ in listed] == 2 * list(BENCHMARKS)
+    with pytest.raises(UsageError, match="did you mean layers"):
+        main(["laers"])
+
+
+def test_the_listing_loads_no_torch():
+    code = "import sys; from noctule_bench.program import main; main([]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_figure_draws_each_row_at_each_density(tmp_path):
+    row = {"name": "layers", "threads": 1, "batch": 8, "layout": "row-major", "features": [32, 32]}
+    found = [
+        {**row, "row": name, "density": density, "timing": {"median_seconds": 0.001 * density}}
+        for name in ("noctule", "dense fp32", "dense bf16")
+        for density in (0.1, 0.5)
+    ]
+    log, out = tmp_path / "layers.jsonl", tmp_path / "step.svg"
+    log.write_text("".join(json.dumps(line) + "\n" for line in [*found, {**found[0], "threads": 2}]))
+    assert bench("figure", ["--log", str(log), "--out", str(out)]) == 0
+    drawn = ElementTree.parse(out).getroot()
+    points = drawn.findall(".//{http://www.w3.org/2000/svg}circle")
+    assert len(points) == 2 * len(found)
+    with pytest.raises(UsageError, match="--threads 3"):
+        bench("figure", ["--log", str(log), "--out", str(out), "--threads", "3"])
 
 
 def test_a_program_is_a_script_too():
