@@ -44,7 +44,7 @@ def accuracy(
         low_density: of the rewired network beside the static one.
         parts: dense, static, original (default: all).
         threads: of every training.
-        runs: a folder where the runs are kept; those found finished there are not trained again.
+        runs: a folder where the runs are kept; finished ones found there are not trained again.
         out: a file that the lines are appended to.
     """
     program.at_least_one(epochs=epochs, original_epochs=original_epochs, threads=threads, seeds=len(seeds))

@@ -105,7 +105,7 @@ def last_cache_bytes() -> int:
 
 
 def deviations(points: dict[int, float], outside: Sequence[int]) -> tuple[float, dict[int, float]]:
-    """Seconds for a weight, from those points that are outside the cache, and how far each point is from that line.
+    """Seconds for a weight, fitted to the points outside the cache, and how far each point is from that line.
 
     >>> slope, off = deviations({10: 1.0, 100: 20.0, 200: 40.0}, [100, 200])
     >>> round(slope, 6), {weights: round(x, 6) for weights, x in off.items()}

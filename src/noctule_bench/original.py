@@ -35,7 +35,7 @@ from noctule.train.fit import evaluate
 from noctule_bench import program
 
 LAST = 10
-"""Epochs in a row whose mean counts: the last, or those that the validation part says are best."""
+"""Epochs in a row whose mean counts: the last ones, or the best ones on the validation part."""
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, DROPOUT, FRACTION = 0.01, 0.9, 2e-4, 0.3, 0.3
 
 

@@ -5,7 +5,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def _summary(name: str) -> str:
 
 
 def chosen(rows: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The rows to measure: those asked for, or all that are known."""
+    """The rows to measure: the given ones, or all."""
     for row in rows:
         if row not in known:
             raise UsageError(f"there is no row {row!r}{nearest(row, known)}. Rows: {', '.join(known)}")
@@ -132,6 +132,35 @@ def show(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     for row in [headers, ["-" * width for width in widths], *rows]:
         first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join([first.strip().ljust(widths[0]), *others]).rstrip(), file=sys.stderr)
+
+
+Column = str | Callable[[Mapping[str, Any]], str]
+"""One cell of a line of results: a format string over its entries, or a function of it."""
+
+TIMES: Column = "{speedup[ratio]:.2f} [{speedup[low]:.2f}, {speedup[high]:.2f}]"
+
+
+def milliseconds(digits: int) -> Column:
+    """The median of a line's timing."""
+    return lambda line: f"{line['timing']['median_seconds'] * 1e3:.{digits}f}"
+
+
+def speedup(line: Mapping[str, Any]) -> str:
+    """How many times as fast as the baseline, where there was one."""
+    return f"{line['speedup']['ratio']:.2f}" if line["speedup"] else "-"
+
+
+def table(written: Sequence[dict[str, Any]], name: str, title: str, columns: Mapping[str, Column]) -> None:
+    """The results of that name as a table on stderr, without those that are errors."""
+    lines = [line for line in written if line["name"] == name and "error" not in line]
+    cells = [[c.format(**line) if isinstance(c, str) else c(line) for c in columns.values()] for line in lines]
+    show(title, list(columns), cells)
+
+
+def targets(written: Sequence[dict[str, Any]], name: str, columns: Mapping[str, Column]) -> None:
+    """The targets of a benchmark as a table: the columns, then each target and whether it holds."""
+    last: dict[str, Column] = {"target": "{target:g}", "holds": lambda line: "yes" if line["holds"] else "NO"}
+    table(written, f"{name}.target", f"{name}: targets", {**columns, **last})
 
 
 def show_errors(lines: Sequence[dict[str, Any]]) -> None:

@@ -35,7 +35,7 @@ BATCH, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, FRACTION = 100, 0.01, 0.9, 1e-4, 0
 PATIENCE = 0.08
 """Of the epochs: the authors wait 40 of 500."""
 EPOCHS = {"fashion-mnist": 30, "madelon": 500}
-"""Of a training, unless told otherwise; the authors train for 500 everywhere."""
+"""Of a training, unless given; the authors train for 500 everywhere."""
 PIXELS = ("fashion-mnist", "mnist")
 """Data that lie in [0, 1] already, as in the authors' code; the others are standardized."""
 
