@@ -13,7 +13,11 @@ import noctule
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MODULES = sorted(m.name for m in pkgutil.walk_packages(noctule.__path__, "noctule.") if not m.name.endswith("._native"))
+MODULES = sorted(
+    m.name
+    for m in pkgutil.walk_packages(noctule.__path__, "noctule.")
+    if not m.name.endswith(("._native", ".__main__"))
+)
 OPTIONAL = {"noctule.sparse.layers.lora"}
 """Modules that wrap a library which need not be there."""
 

@@ -17,7 +17,7 @@ unset PYTHONPATH
 export OMP_NUM_THREADS=1
 
 bare/bin/noctule --version
-bare/bin/noctule bench > benchmarks.txt
+bare/bin/noctule bench --help > benchmarks.txt
 grep -q "layers .*nn.Linear" benchmarks.txt
 bare/bin/python - "$folder" <<'PYTHON'
 import sys

@@ -127,7 +127,7 @@ def test_a_wrong_command_line_is_told(name, options, text):
 def test_the_list_says_what_each_measures(capsys):
     assert main([]) == 2
     assert main(["--help"]) == 0
-    listed = re.findall(r"^  (\w+) +(\S.*\.)$", capsys.readouterr().out, re.MULTILINE)
+    listed = re.findall(r"^  (\w+) +(\S.*[.?])$", capsys.readouterr().out, re.MULTILINE)
     assert [name for name, _ in listed] == 2 * list(BENCHMARKS)
     with pytest.raises(UsageError, match="did you mean layers"):
         main(["laers"])
