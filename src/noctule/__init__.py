@@ -83,7 +83,7 @@ if TYPE_CHECKING:
 
 
 offer()
-on_import("peft", lambda: import_module("noctule.sparse.layers.lora").know_sparse_layers())
+on_import("peft", lambda: import_module("noctule.sparse.layers.lora"))
 on_import("transformers.quantizers.auto", lambda: import_module("noctule.sparse.layers.hugging_face"))
 
 
