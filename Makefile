@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The exact torch, first: a plain `torch` would bring gigabytes of CUDA where the CPU build is meant.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-tools check bench bench-env clean
+.PHONY: demo test test-tools check docs figures bench bench-env clean
 
 demo: $(VENV)/installed
 	$(BIN)/noctule run sparse_mlp --data digits --epochs 100
@@ -19,10 +19,20 @@ test-tools: $(VENV)/tools
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff format --check src tests examples docs/*.py
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_public.py
+	tests/wheel.sh $(BIN)/python
+
+# The site, in build/site: pages of docs/ and the API from docstrings. A broken link is an error.
+docs: $(VENV)/docs
+	$(BIN)/zensical build --strict --clean
+
+# The pictures of the pages, from the logs of the benchmarks and from the imports of the sources.
+figures: $(VENV)/installed
+	$(BIN)/noctule bench figure --log benchmarks/results/layers.jsonl --out docs/figures/step.svg
+	$(BIN)/python docs/folders.py
 
 bench: bench-env
 	$(BIN)/noctule bench layers
@@ -46,6 +56,10 @@ $(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard cpp/*)
 
 $(VENV)/tools: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --group tools
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --group docs
 	touch $@
 
 clean:

@@ -4,6 +4,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,35 @@ def test_examples_of_a_module_run(name, tmp_path, monkeypatch):
         module, extraglobs=namespace, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     )
     assert not failed
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    listed = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md"))
+
+
+def test_the_page_of_public_names_has_all_of_them():
+    shown = re.findall(r"^::: noctule\.(\w+)$", (ROOT / "docs/api/index.md").read_text(), re.MULTILINE)
+    assert sorted(shown) == sorted(noctule.__all__)
+
+
+def test_the_picture_of_the_folders_is_that_of_the_sources():
+    pytest.importorskip("grimp")
+    folders = runpy.run_path(str(ROOT / "docs/folders.py"))
+    assert (ROOT / "docs/figures/folders.svg").read_text() == folders["drawing"](), "run: make figures"
+
+
+def test_the_picture_of_the_layers_imports_is_in_their_order():
+    pytest.importorskip("grimp")
+    folders = runpy.run_path(str(ROOT / "docs/folders.py"))
+    below = {"a": set(), "b": {"a"}, "c": {"a"}, "d": {"b", "c"}}
+    assert folders["rows"](below) == [["a"], ["b", "c"], ["d"]]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_folder_says_what_it_is_for_in_one_line(module):
+    path = ROOT / "src" / Path(*module.split(".")) / "__init__.py"
+    if path.exists():
+        first = (importlib.import_module(module).__doc__ or "").split("\n")[0]
+        assert first.endswith((".", "?"))
+        assert len(first) <= 140

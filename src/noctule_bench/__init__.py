@@ -1,1 +1,1 @@
-"""The benchmarks as programs, each beside dense layers and the other sparse libraries."""
+"""How fast, how small and how accurate is it here? Benchmarks beside dense layers and the other sparse libraries."""

@@ -1,8 +1,6 @@
 """What sparsity costs in accuracy: paired trainings of the recipe, the test set read once by each."""
 
-import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +44,7 @@ def accuracy(
         low_density: of the rewired network beside the static one.
         parts: dense, static, original (default: all).
         threads: of every training.
-        runs: a folder where the runs are kept; those found finished there are not trained again.
+        runs: a folder where the runs are kept; finished ones found there are not trained again.
         out: a file that the lines are appended to.
     """
     program.at_least_one(epochs=epochs, original_epochs=original_epochs, threads=threads, seeds=len(seeds))
@@ -149,12 +147,3 @@ def _found(line: dict[str, Any]) -> str:
         return f"{line['accuracy']:.4f}"
     text = f"{line['difference_points']:+.2f} points"
     return text + (" [{:+.2f}, {:+.2f}]".format(*line["interval_points"]) if line["interval_points"] else "")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark with the options of a command line."""
-    return program.run("accuracy", accuracy, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))

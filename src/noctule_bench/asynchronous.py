@@ -7,7 +7,6 @@ Trainings of one seed are made one right after the other.
 """
 
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -94,11 +93,6 @@ def asynchronous(
     _show(lines, found, chosen, seeds)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench asynchronous``."""
-    return program.run("asynchronous", asynchronous, argv)
-
-
 def _run(group: Workers, method: str, plan: dict[str, Any]) -> list[dict[str, Any]]:
     """The outcomes of all workers."""
     if method in ("one", "lbfgs"):
@@ -148,7 +142,3 @@ def _show(
         ("method", "accuracy", "- its twin", "training", "times as fast", "holds"),
         rows,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))

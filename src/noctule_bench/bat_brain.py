@@ -1,6 +1,5 @@
 """Does a step cost in proportion to the weights? Networks from half a million to a hundred million neurons."""
 
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -66,11 +65,6 @@ def bat_brain(
     _show(written)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench bat_brain``."""
-    return program.run("bat_brain", bat_brain, argv)
-
-
 def weigh(brain: Brain, batch: int, threads: tuple[int, ...], rounds: int) -> dict[str, Any]:
     """What a network takes to make and to train; for a fresh process."""
     with keep_memory(), measure() as cost:
@@ -111,7 +105,7 @@ def last_cache_bytes() -> int:
 
 
 def deviations(points: dict[int, float], outside: Sequence[int]) -> tuple[float, dict[int, float]]:
-    """Seconds for a weight, from those points that are outside the cache, and how far each point is from that line.
+    """Seconds for a weight, fitted to the points outside the cache, and how far each point is from that line.
 
     >>> slope, off = deviations({10: 1.0, 100: 20.0, 200: 40.0}, [100, 200])
     >>> round(slope, 6), {weights: round(x, 6) for weights, x in off.items()}
@@ -195,7 +189,3 @@ def _show(written: Sequence[dict[str, Any]]) -> None:
         ],
     )
     program.show_errors(written)
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))

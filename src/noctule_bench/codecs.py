@@ -1,6 +1,5 @@
 """Codecs on one tensor: how fast they encode and decode, how few bytes they need, and how far off they are."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +71,7 @@ def codecs(
         threads: each of these in turn.
         rows: of these (default: all).
         elements: of the tensor, a matrix of 1000 columns.
-        rounds: turns of everyone.
+        rounds: turns of each row.
         out: a file that the lines are appended to.
     """
     program.at_least_one(rounds=rounds, elements=elements // 1000, threads=min(threads or (0,)))
@@ -91,11 +90,6 @@ def codecs(
             written.append(_line(lines, name, row, number, x.nbytes, timings[name, "encode"], timings[name, "decode"]))  # type: ignore[index]
         written += _judge(lines, number, written)
     _show(written)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench codecs``."""
-    return program.run("codecs", codecs, argv)
 
 
 def _codec_row(codec: Codec, x: Tensor) -> Callable[[], Row]:
@@ -183,39 +177,19 @@ def _judge(lines: program.Lines, threads: int, written: Sequence[dict[str, Any]]
 
 
 def _show(written: Sequence[dict[str, Any]]) -> None:
-    program.show(
+    program.table(
+        written,
+        "codecs",
         "codecs: gigabytes of float32 a second",
-        ("row", "threads", "encode", "decode", "bits", "squared error", "worth it below Mbit/s"),
-        [
-            (
-                line["row"],
-                f"{line['threads']}",
-                f"{line['encode_gigabytes_per_second']:.2f}",
-                f"{line['decode_gigabytes_per_second']:.2f}",
-                f"{line['bits_per_element']:.3f}",
-                f"{line['squared_error']:.4g}",
-                f"{line['worth_it_below_megabits']:.0f}",
-            )
-            for line in written
-            if line["name"] == "codecs"
-        ],
+        {
+            "row": "{row}",
+            "threads": "{threads}",
+            "encode": "{encode_gigabytes_per_second:.2f}",
+            "decode": "{decode_gigabytes_per_second:.2f}",
+            "bits": "{bits_per_element:.3f}",
+            "squared error": "{squared_error:.4g}",
+            "worth it below Mbit/s": "{worth_it_below_megabits:.0f}",
+        },
     )
-    program.show(
-        "codecs: targets",
-        ("row", "what", "GB/s", "target", "holds"),
-        [
-            (
-                line["row"],
-                line["what"],
-                f"{line['gigabytes_per_second']:.2f}",
-                f"{line['target']:g}",
-                "yes" if line["holds"] else "NO",
-            )
-            for line in written
-            if line["name"] == "codecs.target"
-        ],
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))
+    columns = {"row": "{row}", "what": "{what}", "GB/s": "{gigabytes_per_second:.2f}"}
+    program.targets(written, "codecs", columns)

@@ -1,4 +1,4 @@
-"""Who is measured: each makes its own layer out of one and the same sparse layer, so that all hold the same function."""
+"""The rows of the benchmarks: each makes its own layer out of the same sparse layer, so that all compute the same function."""
 
 from collections.abc import Callable
 from copy import deepcopy

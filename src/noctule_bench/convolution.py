@@ -1,6 +1,5 @@
 """One convolution, forward and all gradients, against torch's dense ones in their layouts and precisions."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -76,7 +75,7 @@ def convolution(
         kernel: height and width of the kernel, padded so that images keep their size.
         batch: images in a step.
         densities: of the sparse kernels.
-        rounds: turns of everyone.
+        rounds: turns of each row.
         block_ms: milliseconds of calls in each turn.
         out: a file that the lines are appended to.
     """
@@ -94,11 +93,6 @@ def convolution(
                     written += _measure(workers, lines, case, densities, rounds, block_ms / 1e3)
                     written.append(_profile(workers, lines, case, min(densities), rounds, block_ms / 1e3))
     _show(written)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench convolution``."""
-    return program.run("convolution", convolution, argv)
 
 
 @dataclass(frozen=True)
@@ -263,62 +257,40 @@ def _judge(
 
 
 def _show(written: Sequence[dict[str, Any]]) -> None:
-    def case(line: dict[str, Any]) -> tuple[str, ...]:
-        return f"{line['threads']}", f"{line['channels']}", f"{line['size']}"
+    def passing(name: str) -> program.Column:
+        return lambda line: f"{line['milliseconds'][name]:.2f}"
 
-    program.show(
+    case = {"threads": "{threads}", "channels": "{channels}", "size": "{size}"}
+    row, density = {"row": "{row}"}, {"density": "{density:g}"}
+    program.table(
+        written,
+        "convolution",
         "convolution: milliseconds for forward and all gradients",
-        ("row", "threads", "channels", "size", "density", "ms", "GF/s", "x fastest dense fp32"),
-        [
-            (
-                line["row"],
-                *case(line),
-                f"{line['density']:g}",
-                f"{line['timing']['median_seconds'] * 1e3:.2f}",
-                f"{line['gflops']:.1f}",
-                f"{line['speedup']['ratio']:.2f}",
-            )
-            for line in written
-            if line["name"] == "convolution"
-        ],
+        {
+            **row,
+            **case,
+            **density,
+            "ms": program.milliseconds(2),
+            "GF/s": "{gflops:.1f}",
+            "x fastest dense fp32": program.speedup,
+        },
     )
-    program.show(
+    program.table(
+        written,
+        "convolution.break_even",
         "convolution: noctule is faster below this density",
-        ("row", "threads", "channels", "size", "how"),
-        [(line["row"], *case(line), line["how"]) for line in written if line["name"] == "convolution.break_even"],
+        {**row, **case, "how": "{how}"},
     )
-    program.show(
+    program.table(
+        written,
+        "convolution.profile",
         "convolution: milliseconds of each pass alone, and of a step",
-        ("threads", "channels", "size", "density", *PASSES, "together", "a step"),
-        [
-            (
-                *case(line),
-                f"{line['density']:g}",
-                *(f"{line['milliseconds'][name]:.2f}" for name in PASSES),
-                f"{sum(line['milliseconds'][name] for name in PASSES):.2f}",
-                f"{line['milliseconds']['step']:.2f}",
-            )
-            for line in written
-            if line["name"] == "convolution.profile"
-        ],
+        {
+            **case,
+            **density,
+            **{name: passing(name) for name in PASSES},
+            "together": lambda line: f"{sum(line['milliseconds'][name] for name in PASSES):.2f}",
+            "a step": passing("step"),
+        },
     )
-    program.show(
-        "convolution: targets",
-        ("row", "threads", "channels", "size", "density", "times as fast", "target", "holds"),
-        [
-            (
-                line["row"],
-                *case(line),
-                f"{line['density']:g}",
-                f"{line['speedup']['ratio']:.2f} [{line['speedup']['low']:.2f}, {line['speedup']['high']:.2f}]",
-                f"{line['target']:g}",
-                "yes" if line["holds"] else "NO",
-            )
-            for line in written
-            if line["name"] == "convolution.target"
-        ],
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))
+    program.targets(written, "convolution", {**row, **case, **density, "times as fast": program.TIMES})

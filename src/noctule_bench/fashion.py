@@ -1,6 +1,5 @@
 """Training seconds per epoch of a multilayer perceptron on Fashion-MNIST: Noctule, dense torch at its strongest, the peers."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ def fashion(
         batch: rows in a training step.
         samples: rows of random data.
         steps: training steps in each turn; 100 hold one rewiring each.
-        rounds: turns of everyone.
+        rounds: turns of each row.
         rows: names of the rows to time (default: all).
         out: a file that the lines are appended to.
     """
@@ -67,10 +66,10 @@ def fashion(
     written: list[dict[str, Any]] = []
     for number in threads:
         torch.set_num_threads(number)  # so that the lines say so
-        everyone = [ROWS[name] for name in names if worth_it(ROWS[name].layer, number)]
+        chosen = [ROWS[name] for name in names if worth_it(ROWS[name].layer, number)]
         failed: dict[str, str] = {}
         with Workers(number) as workers:
-            for row in everyone:
+            for row in chosen:
                 try:
                     workers.prepare(row.name, row.process, build_chunk, row, recipe, steps)
                 except Exception as error:  # other libraries raise anything; their row says it, ours still raises
@@ -78,7 +77,7 @@ def fashion(
                         raise
                     failed[row.name] = str(error)
             taken = workers.take_turns(rounds=rounds, block_seconds=0.0, warm=False, label=f"fashion, {number} threads")
-        for row in everyone:
+        for row in chosen:
             turns = taken.get(row.name)
             if turns is None:
                 figures: dict[str, Any] = {"error": failed.get(row.name, "its process died")}
@@ -88,11 +87,6 @@ def fashion(
         for target in _targets(taken) if recipe.is_default else ():
             written.append(lines.write("fashion.target", row="noctule", threads=number, **about, **target))
     _show(written)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench fashion``."""
-    return program.run("fashion", fashion, argv)
 
 
 def _figures(turns: Turns, steps: int, steps_per_epoch: int, dense: Turns | None) -> dict[str, Any]:
@@ -119,39 +113,19 @@ def _targets(taken: Mapping[str, Turns]) -> list[dict[str, Any]]:
 
 
 def _show(written: Sequence[dict[str, Any]]) -> None:
-    program.show(
+    program.table(
+        written,
+        "fashion",
         "fashion: training seconds per epoch",
-        ("row", "threads", "s/epoch", "us/step", "busy cores", "x dense fp32"),
-        [
-            (
-                line["row"],
-                str(line["threads"]),
-                f"{line['seconds_per_epoch']:.3f}",
-                f"{line['microseconds_per_step']:.0f}",
-                f"{line['busy_cores']:.2f}",
-                f"{line['speedup']['ratio']:.2f}" if line["speedup"] else "-",
-            )
-            for line in written
-            if line["name"] == "fashion" and "error" not in line
-        ],
+        {
+            "row": "{row}",
+            "threads": "{threads}",
+            "s/epoch": "{seconds_per_epoch:.3f}",
+            "us/step": "{microseconds_per_step:.0f}",
+            "busy cores": "{busy_cores:.2f}",
+            "x dense fp32": program.speedup,
+        },
     )
     program.show_errors(written)
-    program.show(
-        "fashion: targets",
-        ("noctule against", "threads", "times as fast", "target", "holds"),
-        [
-            (
-                line["against"],
-                str(line["threads"]),
-                f"{line['speedup']['ratio']:.2f} [{line['speedup']['low']:.2f}, {line['speedup']['high']:.2f}]",
-                f"{line['target']:g}",
-                "yes" if line["holds"] else "NO",
-            )
-            for line in written
-            if line["name"] == "fashion.target"
-        ],
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))
+    columns = {"noctule against": "{against}", "threads": "{threads}", "times as fast": program.TIMES}
+    program.targets(written, "fashion", columns)

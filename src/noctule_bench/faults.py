@@ -1,10 +1,9 @@
-"""Faults of training together, scripted: who is killed or cut off, how soon the others go on, and what is lost.
+"""Faults of training together, scripted: a worker is killed or cut off; how soon the others go on, and what is lost.
 
-A training that goes on has to be the one that nobody disturbed: each step says where the weights are in one direction, in float64,
+A training that goes on must equal an undisturbed one: each step says where the weights are in one direction, in float64,
 and is compared with the same step of a training that was left alone; what workers must have alike is compared bit for bit.
 """
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -59,7 +58,7 @@ def faults(
         soak_seconds: in which a random worker is killed every so often; 0 leaves it out.
         soak_every: seconds from one kill to the next.
         quiet_seconds: without a fault before, between and after, with which that is compared.
-        seed: of who is killed when.
+        seed: of the choice of victims and times.
         out: a file that the lines are appended to.
     """
     program.at_least_one(times=times, workers=workers - 1)
@@ -86,11 +85,6 @@ def faults(
     _show(found)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench faults``."""
-    return program.run("faults", faults, argv)
-
-
 def _killed(asked: Asked) -> list[Found]:
     """Workers are killed, and replaced."""
     deaths: list[tuple[float, int, int]] = []
@@ -115,7 +109,7 @@ def _killed(asked: Asked) -> list[Found]:
             first(traces[w], lambda s, d=d: s.process == d.process and s.session > d.session) for w, d in others.items()
         ]
         if any(step is None for step in nexts):
-            raise Stuck("a worker that nobody killed was started again")
+            raise Stuck("a worker was started again that had not been killed")
         went = [step for step in nexts if step is not None]
         gone_on.append(max(step.at for step in went) - killed)
         before = [
@@ -231,7 +225,7 @@ def _replaced(running: Running, before: dict[int, Step]) -> bool:
 def _resumed(
     name: str, asked: Asked, restarts: Sequence[tuple[float, dict[int, Step]]], traces: Sequence[Sequence[Step]]
 ) -> Found:
-    """From the times when something was killed, and who was there before; steps are lost back to the checkpoint."""
+    """From the times of the kills and the workers alive before each; steps are lost back to the checkpoint."""
     seconds, twice, resumed = [], [], True
     for killed, before in restarts:
         ended = [[s for s in traces[w] if s.process == step.process][-1] for w, step in before.items()]
@@ -315,7 +309,3 @@ def _show(found: Sequence[dict[str, Any]]) -> None:
         ],
     )
     program.show_errors(found)
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))

@@ -69,7 +69,7 @@ class Trace(Method):
         self._directions = [torch.randn(p.numel(), generator=generator, dtype=p.dtype) for p in self._weights]
 
     def after_step(self) -> None:
-        """The line, in one piece: who kills this process finds it or does not."""
+        """Write the line in one piece: after a kill it is there whole or not at all."""
         self.steps += 1
         digest = _digest(self._weights) if self._first or self.steps % self.digest_every == 0 else None
         self._first = False
@@ -109,7 +109,7 @@ def training(
     checkpoint_seconds: float = 30.0,
     seed: int = 0,
 ) -> None:
-    """Train a perceptron until somebody presses Ctrl-C, and write a line after every step.
+    """Train a perceptron until Ctrl-C, and write a line after every step.
 
     Args:
         data: a data set.

@@ -1,4 +1,4 @@
-"""A training in processes of its own that are killed: who they are, and what they have done, step by step."""
+"""A training in processes that can be killed: which processes it has, and which steps they have done."""
 
 import json
 import os
@@ -135,7 +135,7 @@ class Running:
         self.process.wait()
 
     def _left(self) -> Iterator[int]:
-        """All its processes, also those that have lost their parents."""
+        """All its processes, orphans too."""
         for path in Path("/proc").glob("[0-9]*/environ"):
             with suppress(OSError):  # it has ended, or is not ours
                 if self._mark in path.read_bytes().split(b"\0"):
@@ -201,7 +201,7 @@ class Running:
         """Kill torchrun's own process, and wait until its workers have ended by themselves; the time when it was killed.
 
         Raises:
-            Stuck: they go on, and would be in the way of those that are started next.
+            Stuck: they go on, and would disturb the next training.
         """
         killed = end(self.process.pid)
         self.process.wait()
@@ -216,8 +216,8 @@ class Running:
         found = ""
         for path in [self.log, *sorted(self.run.glob("workers/*/worker.log"))]:
             lines = path.read_text(errors="replace").replace("\r", "\n").splitlines()
-            said = [line for line in lines if not line.startswith("training ")][-20:]
-            found += "".join(f"\n{line}" for line in [f"{path.parent.name}/{path.name}:", *said] if said)
+            printed = [line for line in lines if not line.startswith("training ")][-20:]
+            found += "".join(f"\n{line}" for line in [f"{path.parent.name}/{path.name}:", *printed] if printed)
         return found
 
 
@@ -254,7 +254,7 @@ def first(steps: Sequence[Step], condition: Callable[[Step], bool]) -> Step | No
 
 
 def off(found: Sequence[Step], undisturbed: Mapping[int, float]) -> float:
-    """How far the weights are from those of a training without faults at most, relatively; infinity where that lacks a step."""
+    """How far the weights are from those of a training without faults at most, relatively; infinity where a step is missing."""
     return max(
         abs(step.along - undisturbed[step.step]) / (1.0 + abs(undisturbed[step.step]))
         if step.step in undisturbed

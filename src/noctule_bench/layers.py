@@ -1,6 +1,5 @@
 """One linear layer, forward and all gradients, module against module: Noctule, dense layers, torch CSR, SparseLab, SparseProp."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -61,16 +60,16 @@ def layers(
     rows: tuple[str, ...] = (),
     out: Path | None = None,
 ) -> None:
-    """Time one linear layer, forward and the gradients of input, weight and bias, against nn.Linear and everyone else.
+    """Time one linear layer, forward and the gradients of input, weight and bias, against nn.Linear and the other libraries.
 
     Args:
         threads: each of these in turn.
         size: features in and out.
         batch: rows of the input.
-        densities: at which everyone is timed.
+        densities: at which every row is timed.
         sweep: more densities, for noctule and the dense rows only, to find where they are equally fast.
         large: features of the large layer, which is timed at 1 % density (0: none).
-        rounds: turns of everyone.
+        rounds: turns of each row.
         large_rounds: the same for the large layer.
         block_ms: milliseconds of calls in each turn.
         rows: names of the rows to time (default: all).
@@ -84,24 +83,19 @@ def layers(
     written: list[dict[str, Any]] = []
     for number in threads:
         torch.set_num_threads(number)  # so that the lines say so
-        everyone = [c for c in CONTESTANTS.values() if c.name in names and worth_it(c, number)]
-        few = [c for c in everyone if c.dense or c is NOCTULE]
+        contestants = [c for c in CONTESTANTS.values() if c.name in names and worth_it(c, number)]
+        few = [c for c in contestants if c.dense or c is NOCTULE]
         with Workers(number) as workers:
             bench = _Bench(workers, lines, batch, _peak(workers, lines, rounds), written)
             speedups = {}
             for density in sorted({*densities, *sweep}, reverse=True):
-                who = everyone if density in densities else few
-                speedups[density] = bench.measure(who, size, density, rounds=rounds, block_seconds=block_ms / 1e3)
+                timed = contestants if density in densities else few
+                speedups[density] = bench.measure(timed, size, density, rounds=rounds, block_seconds=block_ms / 1e3)
             bench.break_even(speedups, size)
             if large:
-                who = [c for c in everyone if c in LARGE_ROWS]
-                bench.measure(who, large, LARGE_DENSITY, rounds=large_rounds, block_seconds=block_ms / 1e3)
+                timed = [c for c in contestants if c in LARGE_ROWS]
+                bench.measure(timed, large, LARGE_DENSITY, rounds=large_rounds, block_seconds=block_ms / 1e3)
     _show(written)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench layers``."""
-    return program.run("layers", layers, argv)
 
 
 @dataclass
@@ -231,53 +225,30 @@ def _peak(workers: Workers, lines: program.Lines, rounds: int) -> float:
 
 
 def _show(written: Sequence[dict[str, Any]]) -> None:
-    def where(line: dict[str, Any]) -> tuple[str, ...]:
-        return str(line["threads"]), f"{line['features'][0]}", f"{line['density']:g}" if line["density"] else "-"
-
-    program.show(
+    where: dict[str, program.Column] = {
+        "layout": "{layout}",
+        "threads": "{threads}",
+        "features": "{features[0]}",
+        "density": lambda line: f"{line['density']:g}" if line["density"] else "-",
+    }
+    program.table(
+        written,
+        "layers",
         "layers: milliseconds for forward and all gradients",
-        ("row", "layout", "threads", "features", "density", "ms", "GF/s", "of fp32 peak", "x nn.Linear"),
-        [
-            (
-                line["row"],
-                line["layout"],
-                *where(line),
-                f"{line['timing']['median_seconds'] * 1e3:.3f}",
-                f"{line['gflops']:.1f}",
-                f"{line['peak_share']:.0%}",
-                f"{line['speedup']['ratio']:.2f}" if line["speedup"] else "-",
-            )
-            for line in written
-            if line["name"] == "layers" and "error" not in line
-        ],
+        {
+            "row": "{row}",
+            **where,
+            "ms": program.milliseconds(3),
+            "GF/s": "{gflops:.1f}",
+            "of fp32 peak": "{peak_share:.0%}",
+            "x nn.Linear": program.speedup,
+        },
     )
     program.show_errors(written)
-    program.show(
+    program.table(
+        written,
+        "layers.break_even",
         "layers: noctule is faster below this density",
-        ("against", "layout", "threads", "features", "density", "how"),
-        [
-            (line["against"], line["layout"], *where(line), line["how"])
-            for line in written
-            if line["name"] == "layers.break_even"
-        ],
+        {"against": "{against}", **where, "how": "{how}"},
     )
-    program.show(
-        "layers: targets",
-        ("noctule against", "layout", "threads", "features", "density", "times as fast", "target", "holds"),
-        [
-            (
-                line["against"],
-                line["layout"],
-                *where(line),
-                f"{line['speedup']['ratio']:.2f} [{line['speedup']['low']:.2f}, {line['speedup']['high']:.2f}]",
-                f"{line['target']:g}",
-                "yes" if line["holds"] else "NO",
-            )
-            for line in written
-            if line["name"] == "layers.target"
-        ],
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))
+    program.targets(written, "layers", {"noctule against": "{against}", **where, "times as fast": program.TIMES})

@@ -1,6 +1,5 @@
 """A training step over links of several kinds: plain data-parallel training, torch's hooks, and Noctule's exchanges."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ TARGETS = {
 AUTO_WITHIN, PLAIN_WITHIN = 1.1, 1.05
 """How many times as slow as the best of all ways, and as plain DDP, the automatic choice may be."""
 BYTES_WITHIN = 0.03
-"""How far the bytes that are said, with their headers, may be from those at the interface, and from their formula."""
+"""How far the reported bytes with their headers may be from the bytes counted at the interface, and from the formula."""
 STAR_ROWS = (BASE, "natural", "natural, all-gather")
 _SAME_OF_TWO = "natural, all-gather"
 """What two workers do anyway with the row `natural`."""
@@ -62,7 +61,7 @@ def link(
         star_link: of each of them.
         star_megabytes: of their model.
         batch: rows of each worker's batch.
-        rounds: turns of everyone.
+        rounds: turns of each row.
         threads: of each worker.
         out: a file that the lines are appended to.
     """
@@ -89,11 +88,6 @@ def link(
         ):
             written += _measure(lines, group, network, chosen, setting, rounds)
     _show(written)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench link``."""
-    return program.run("link", link, argv)
 
 
 @dataclass(frozen=True)
@@ -136,7 +130,7 @@ def _measure(
     lines: program.Lines, group: Workers, network: Network, names: Sequence[str], setting: Setting, rounds: int
 ) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    said: dict[str, list[float]] = {name: [] for name in names}
+    reported: dict[str, list[float]] = {name: [] for name in names}
     counted: dict[str, list[float]] = {name: [] for name in names}
     weights, steps = 0, {}
     for name in names:
@@ -153,13 +147,13 @@ def _measure(
                 found = group.call(link_steps.timed, name, steps[name], timeout_seconds=_PATIENCE)
                 counted[name].append((network.bytes_sent(0) - before) / steps[name])
                 seconds[name].append(max(each["seconds"] for each in found))
-                said[name].append(found[0]["bytes"])
+                reported[name].append(found[0]["bytes"])
                 progress.advance()
     timings = {name: Timing(tuple(each)) for name, each in seconds.items()}
     written = []
     for name, timing in timings.items():
         price = group.call(link_steps.price, name)[0]
-        sent, at_interface = median(said[name]), median(counted[name])
+        sent, at_interface = median(reported[name]), median(counted[name])
         framed = on_the_wire(sent, messages=price["messages"], mtu=setting.mtu)
         speedup = ratio(timings[BASE], timing) if BASE in timings else None
         line = lines.write(
@@ -208,41 +202,27 @@ def _target(
 
 
 def _show(written: Sequence[dict[str, Any]]) -> None:
-    program.show(
+    def times(part: str) -> program.Column:
+        return lambda line: f"{line['speedup'][part]:.2f}" if line["speedup"] else "-"
+
+    def megabytes(kind: str) -> program.Column:
+        return lambda line: f"{line[f'bytes_{kind}'] / 1e6:.3f}" if line["bytes_said"] else "-"
+
+    where = {"link": "{link}", "workers": "{workers}", "row": "{row}"}
+    program.table(
+        written,
+        "link",
         "link: milliseconds of a step, and megabytes that a worker sends in it",
-        ("link", "workers", "row", "ms", "x ddp fp32", "from", "to", "MB said", "framed", "counted"),
-        [
-            (
-                line["link"],
-                f"{line['workers']}",
-                line["row"],
-                f"{line['timing']['median_seconds'] * 1e3:.1f}",
-                *(f"{line['speedup'][part]:.2f}" if line["speedup"] else "-" for part in ("ratio", "low", "high")),
-                f"{line['bytes_said'] / 1e6:.3f}" if line["bytes_said"] else "-",
-                f"{line['bytes_framed'] / 1e6:.3f}" if line["bytes_said"] else "-",
-                f"{line['bytes_counted'] / 1e6:.3f}",
-            )
-            for line in written
-            if line["name"] == "link"
-        ],
+        {
+            **where,
+            "ms": program.milliseconds(1),
+            "x ddp fp32": times("ratio"),
+            "from": times("low"),
+            "to": times("high"),
+            "MB reported": megabytes("said"),
+            "framed": megabytes("framed"),
+            "counted": lambda line: f"{line['bytes_counted'] / 1e6:.3f}",
+        },
     )
-    program.show(
-        "link: targets",
-        ("link", "workers", "row", "found", "target", "holds"),
-        [
-            (
-                line["link"],
-                f"{line['workers']}",
-                line["row"],
-                "-" if line["found"] is None else f"{line['found']:.3f}",
-                f"{line['target']:g}",
-                "yes" if line["holds"] else "NO",
-            )
-            for line in written
-            if line["name"] == "link.target"
-        ],
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))
+    found = {"found": lambda line: "-" if line["found"] is None else f"{line['found']:.3f}"}
+    program.targets(written, "link", {**where, **found})

@@ -1,6 +1,5 @@
 """What a training holds in memory, indices counted: Noctule, dense torch, the peers."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,38 +63,20 @@ def memory(
     _show(written)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench memory``."""
-    return program.run("memory", memory, argv)
-
-
 def _show(written: Sequence[dict[str, Any]]) -> None:
-    kinds = ("weights", "index", "gradient", "optimizer", "total")
-    program.show(
+    def kilobytes(kind: str) -> program.Column:
+        return lambda line: f"{line[f'{kind}_bytes'] / 1e3:,.0f}"
+
+    program.table(
+        written,
+        "memory",
         "memory: kilobytes held after some training steps, and the peak of the process above what it held before",
-        ("row", *kinds, "x smaller", "peak above"),
-        [
-            (
-                line["row"],
-                *(f"{line[f'{kind}_bytes'] / 1e3:,.0f}" for kind in kinds),
-                f"{line['times_smaller']:.2f}" if line["times_smaller"] else "-",
-                f"{line['peak_above_bytes'] / 1e3:,.0f}",
-            )
-            for line in written
-            if line["name"] == "memory" and "error" not in line
-        ],
+        {
+            "row": "{row}",
+            **{kind: kilobytes(kind) for kind in ("weights", "index", "gradient", "optimizer", "total")},
+            "x smaller": lambda line: f"{line['times_smaller']:.2f}" if line["times_smaller"] else "-",
+            "peak above": kilobytes("peak_above"),
+        },
     )
     program.show_errors(written)
-    program.show(
-        "memory: targets",
-        ("noctule against", "times smaller", "target", "holds"),
-        [
-            (line["against"], f"{line['times_smaller']:.2f}", f"{line['target']:g}", "yes" if line["holds"] else "NO")
-            for line in written
-            if line["name"] == "memory.target"
-        ],
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))
+    program.targets(written, "memory", {"noctule against": "{against}", "times smaller": "{times_smaller:.2f}"})

@@ -10,7 +10,6 @@ the first of them costs points; decay times the learning rate and growth from ze
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from noctule.train.fit import evaluate
 from noctule_bench import program
 
 LAST = 10
-"""Epochs in a row whose mean counts: the last, or those that the validation part says are best."""
+"""Epochs in a row whose mean counts: the last ones, or the best ones on the validation part."""
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, DROPOUT, FRACTION = 0.01, 0.9, 2e-4, 0.3, 0.3
 
 
@@ -107,11 +106,6 @@ def original(
             for line in judged
         ],
     )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench original``."""
-    return program.run("original", original, argv)
 
 
 class _Scores(Method):
@@ -257,7 +251,3 @@ def _judge(
 
 def _key(line: dict[str, Any]) -> tuple[str, str, int]:
     return line["data"], line["activation"], line["seed"]
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))

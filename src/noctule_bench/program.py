@@ -1,40 +1,80 @@
-"""What the benchmark programs share: options from a signature, JSON lines as they come, a table at the end."""
+"""What the benchmarks share: the command that starts them, results as lines of JSON, tables at the end."""
 
+import ast
+import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from noctule.cli.signature import Parser, add_options
 from noctule.core.errors import UsageError
 from noctule.core.place import nearest
-from noctule.measure import result_line
+
+BENCHMARKS = (
+    "layers",
+    "figure",
+    "convolution",
+    "codecs",
+    "fashion",
+    "memory",
+    "accuracy",
+    "original",
+    "rewiring",
+    "shrinking",
+    "bat_brain",
+    "transformer",
+    "together",
+    "asynchronous",
+    "link",
+    "faults",
+)
+"""Modules of this package; each has a function of its own name, whose keyword-only parameters are the options."""
 
 
-def run(name: str, benchmark: Callable[..., None], argv: Sequence[str] | None) -> int:
-    """Call a benchmark with the options that the command line gives; raises `UsageError` where it cannot be read."""
-    text = (benchmark.__doc__ or "").split("\n\n")[0]
-    parser = Parser(prog=f"noctule bench {name}", allow_abbrev=False, description=text)
+def main(words: Sequence[str]) -> int:
+    """List the benchmarks, or run the one that the first word names; the exit status.
+
+    Raises:
+        UsageError: there is no such benchmark, or it has no such option.
+    """
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: noctule bench NAME [--option value ...]\n")
+        for name in BENCHMARKS:
+            print(f"  {name:<13} {_summary(name)}")
+        print("\nnoctule bench NAME --help lists the options.")
+        return 0 if words else 2
+    return run(words[0], words[1:])
+
+
+def run(name: str, words: Sequence[str] = ()) -> int:
+    """Run one benchmark with the options of a command line; the exit status.
+
+    Raises:
+        UsageError: there is no such benchmark, or it has no such option.
+    """
+    if name not in BENCHMARKS:
+        raise UsageError(
+            f"there is no benchmark {name}{nearest(name, BENCHMARKS)}. Benchmarks: {', '.join(BENCHMARKS)}"
+        )
+    benchmark = getattr(importlib.import_module(f"noctule_bench.{name}"), name)
+    parser = Parser(prog=f"noctule bench {name}", allow_abbrev=False, description=_summary(name))
     add_options(parser, benchmark)
-    benchmark(**vars(parser.parse_args(argv)))
+    benchmark(**vars(parser.parse_args(list(words))))
     return 0
 
 
-def as_script(main: Callable[[], int]) -> int:
-    """The exit status of a program that was started by itself: 2 for a wrong command line, 130 for Ctrl-C."""
-    try:
-        return main()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+def _summary(name: str) -> str:
+    """The first line of a benchmark's docstring, read from its source: importing it would load torch."""
+    tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text())
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return (ast.get_docstring(function) or "").split("\n")[0]
 
 
 def chosen(rows: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The rows to measure: those asked for, or all that are known."""
+    """The rows to measure: the given ones, or all."""
     for row in rows:
         if row not in known:
             raise UsageError(f"there is no row {row!r}{nearest(row, known)}. Rows: {', '.join(known)}")
@@ -66,6 +106,8 @@ class Lines:
 
     def write(self, name: str, **figures: Any) -> dict[str, Any]:
         """Write a line and return what it says."""
+        from noctule.measure import result_line  # loads torch, which the list of benchmarks does without
+
         line = result_line(name, **figures)
         print(line, flush=True)
         if self._out is not None:
@@ -90,6 +132,35 @@ def show(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     for row in [headers, ["-" * width for width in widths], *rows]:
         first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join([first.strip().ljust(widths[0]), *others]).rstrip(), file=sys.stderr)
+
+
+Column = str | Callable[[Mapping[str, Any]], str]
+"""One cell of a line of results: a format string over its entries, or a function of it."""
+
+TIMES: Column = "{speedup[ratio]:.2f} [{speedup[low]:.2f}, {speedup[high]:.2f}]"
+
+
+def milliseconds(digits: int) -> Column:
+    """The median of a line's timing."""
+    return lambda line: f"{line['timing']['median_seconds'] * 1e3:.{digits}f}"
+
+
+def speedup(line: Mapping[str, Any]) -> str:
+    """How many times as fast as the baseline, where there was one."""
+    return f"{line['speedup']['ratio']:.2f}" if line["speedup"] else "-"
+
+
+def table(written: Sequence[dict[str, Any]], name: str, title: str, columns: Mapping[str, Column]) -> None:
+    """The results of that name as a table on stderr, without those that are errors."""
+    lines = [line for line in written if line["name"] == name and "error" not in line]
+    cells = [[c.format(**line) if isinstance(c, str) else c(line) for c in columns.values()] for line in lines]
+    show(title, list(columns), cells)
+
+
+def targets(written: Sequence[dict[str, Any]], name: str, columns: Mapping[str, Column]) -> None:
+    """The targets of a benchmark as a table: the columns, then each target and whether it holds."""
+    last: dict[str, Column] = {"target": "{target:g}", "holds": lambda line: "yes" if line["holds"] else "NO"}
+    table(written, f"{name}.target", f"{name}: targets", {**columns, **last})
 
 
 def show_errors(lines: Sequence[dict[str, Any]]) -> None:

@@ -9,7 +9,6 @@ sparse fan-in, biases and new connections at zero.
 
 import copy
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ BATCH, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, FRACTION = 100, 0.01, 0.9, 1e-4, 0
 PATIENCE = 0.08
 """Of the epochs: the authors wait 40 of 500."""
 EPOCHS = {"fashion-mnist": 30, "madelon": 500}
-"""Of a training, unless told otherwise; the authors train for 500 everywhere."""
+"""Of a training, unless given; the authors train for 500 everywhere."""
 PIXELS = ("fashion-mnist", "mnist")
 """Data that lie in [0, 1] already, as in the authors' code; the others are standardized."""
 
@@ -144,11 +143,6 @@ def rewiring(
                 line = lines.write("rewiring", **cell, method=method, seed=seed, **result)
                 found[_key(line)] = line
     _show(lines, [cell for _, cell in cells], chosen, seeds, found)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench rewiring``."""
-    return program.run("rewiring", rewiring, argv)
 
 
 class _Epochs(Method):
@@ -275,7 +269,3 @@ def _text(sparse: ToSparse) -> str:
 def _key(line: dict[str, Any]) -> tuple[Any, ...]:
     patience = line["patience"] if line["method"].startswith("ctre-seq") else None
     return *(line[name] for name in ("data", "sparsity", "epochs", "method", "seed")), *line["hidden"], patience
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))

@@ -1,6 +1,5 @@
 """What removing neurons saves and costs: paired trainings with and without importance pruning, the test set read once by each."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -115,11 +114,6 @@ def shrinking(
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench shrinking``."""
-    return program.run("shrinking", shrinking, argv)
-
-
 @dataclass(frozen=True)
 class _Trained:
     """A network with what trained it, and how good it became."""
@@ -218,7 +212,3 @@ def _show(written: Sequence[dict[str, Any]]) -> None:
         )
     headers = ("seed", "test accuracy", "hidden neurons", "weights", "MB in training", "us/step", "times as fast")
     program.show("shrinking: without -> with importance pruning", headers, rows)
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))

@@ -108,11 +108,6 @@ def together(
             _race(lines, {**plan, "kind": "dense", "seed": seeds[0]}, shape, chosen_on_link, statistics.median(steps))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench together``."""
-    return program.run("together", together, argv)
-
-
 def _race(lines: program.Lines, plan: dict[str, Any], shape: Link, methods: Sequence[str], steps: float) -> None:
     """Seconds to the accuracy on the shaped link."""
     rows = []
@@ -179,7 +174,3 @@ def _show(
 
 def _key(line: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(line[name] for name in ("data", "epochs", "batch", "kind", "method", "workers", "seed"))
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))

@@ -30,7 +30,7 @@ DENSITY, LEARNING_RATE, WEIGHT_DECAY, DROPOUT, EVERY, FRACTION = 0.045, 0.002, 0
 
 
 class InGroup:
-    """A `Rendezvous` of workers that are in a group already and lose nobody."""
+    """A `Rendezvous` of workers that are in a group already and lose no member."""
 
     called = lost = stopped = False
 

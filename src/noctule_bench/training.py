@@ -17,7 +17,7 @@ from noctule.models import mlp
 from noctule.sparse.budget import erdos_renyi
 from noctule.sparse.layers import FuseEpilogue, SparseLinear
 from noctule.sparse.rewire import gse
-from noctule_bench import contestants as who
+from noctule_bench import contestants
 from noctule_bench.contestants import Contestant
 from noctule_bench.peers import index_bytes
 from noctule_bench.recipe import Recipe, dataset_of, random_data
@@ -51,21 +51,21 @@ class Row:
 ROWS = {
     row.name: row
     for row in (
-        Row("noctule", who.NOCTULE, fuse=True, rewire=True),
-        Row("noctule, static", who.NOCTULE, fuse=True),
-        Row("noctule, not fused", who.NOCTULE, rewire=True),
-        Row("noctule bf16 autocast", who.NOCTULE_AUTOCAST, fuse=True, rewire=True),
-        Row("dense fp32", who.LINEAR),
-        Row("dense fp32 oneDNN", who.ONEDNN),
-        Row("dense fp32 compiled", who.LINEAR, compiled=True),
-        Row("dense bf16 autocast", who.AUTOCAST),
-        Row("dense bf16 autocast compiled", who.AUTOCAST, compiled=True),
-        Row("dense bf16 weights", who.BF16, master=False),
-        Row("torch CSR", who.CSR),
-        Row("torch CSR, own backward", who.CSR_OWN),
-        Row("sparselab", who.SPARSELAB),
-        Row("sparselab, passive waiting", who.SPARSELAB_PASSIVE),
-        Row("sparseprop", who.SPARSEPROP),
+        Row("noctule", contestants.NOCTULE, fuse=True, rewire=True),
+        Row("noctule, static", contestants.NOCTULE, fuse=True),
+        Row("noctule, not fused", contestants.NOCTULE, rewire=True),
+        Row("noctule bf16 autocast", contestants.NOCTULE_AUTOCAST, fuse=True, rewire=True),
+        Row("dense fp32", contestants.LINEAR),
+        Row("dense fp32 oneDNN", contestants.ONEDNN),
+        Row("dense fp32 compiled", contestants.LINEAR, compiled=True),
+        Row("dense bf16 autocast", contestants.AUTOCAST),
+        Row("dense bf16 autocast compiled", contestants.AUTOCAST, compiled=True),
+        Row("dense bf16 weights", contestants.BF16, master=False),
+        Row("torch CSR", contestants.CSR),
+        Row("torch CSR, own backward", contestants.CSR_OWN),
+        Row("sparselab", contestants.SPARSELAB),
+        Row("sparselab, passive waiting", contestants.SPARSELAB_PASSIVE),
+        Row("sparseprop", contestants.SPARSEPROP),
     )
 }
 
@@ -149,7 +149,7 @@ class Training:
         return loss
 
     def footprint(self) -> Footprint:
-        """Bytes of weights, indices, gradients and optimizer state, those of the peers too."""
+        """Bytes of weights, indices, gradients and optimizer state, the peers' too."""
         held = footprint(self.model, self.optimizer, all_gradients=True)
         more = sum(index_bytes(module) for module in self.model.modules())
         return Footprint(**{**vars(held), "index_bytes": held.index_bytes + more})

@@ -54,13 +54,13 @@ def transformer(
         batch: windows of the text in a step.
         context: characters of a window.
         density: share of the linear layers' weights that the sparse one stores.
-        rounds: turns of everyone.
+        rounds: turns of each row.
         block_ms: milliseconds of steps in each turn.
         quality_width: of the two that are trained.
         epochs: of these, each some 360 steps at the default sizes.
         seeds: one pair of trainings for each.
         parts: speed, profile, quality (default: all).
-        runs: a folder where the trainings are kept; those found finished there are not trained again.
+        runs: a folder where the trainings are kept; finished ones found there are not trained again.
         out: a file that the lines are appended to.
     """
     program.at_least_one(
@@ -88,11 +88,6 @@ def transformer(
         case = Case(quality_width, depth, batch, context, density, name)
         written += _quality(lines, case, epochs, seeds, runs)
     _show(written)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``noctule bench transformer``."""
-    return program.run("transformer", transformer, argv)
 
 
 def _time(
@@ -198,66 +193,41 @@ def _trained(path: Path, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _show(written: Sequence[dict[str, Any]]) -> None:
-    program.show(
+    def share(kind: str) -> program.Column:
+        return lambda line: f"{line['shares'][kind]:.1%}"
+
+    where = {"row": "{row}", "threads": "{threads}", "width": "{width}"}
+    program.table(
+        written,
+        "transformer",
         "transformer: milliseconds of a training step",
-        ("row", "threads", "width", "ms", "characters/s", "x dense fp32"),
-        [
-            (
-                line["row"],
-                f"{line['threads']}",
-                f"{line['width']}",
-                f"{line['timing']['median_seconds'] * 1e3:.1f}",
-                f"{line['characters_per_second']:,}",
-                f"{line['speedup']['ratio']:.2f}",
-            )
-            for line in written
-            if line["name"] == "transformer"
-        ],
+        {
+            **where,
+            "ms": program.milliseconds(1),
+            "characters/s": "{characters_per_second:,}",
+            "x dense fp32": program.speedup,
+        },
     )
-    profiles = [line for line in written if line["name"] == "transformer.profile"]
-    kinds = list(dict.fromkeys(kind for line in profiles for kind in line["shares"]))
-    program.show(
+    kinds = dict.fromkeys(kind for line in written for kind in line.get("shares", ()))
+    program.table(
+        written,
+        "transformer.profile",
         "transformer: where the time of a step goes",
-        ("row", "threads", "width", *kinds),
-        [
-            (line["row"], f"{line['threads']}", f"{line['width']}", *(f"{line['shares'][kind]:.1%}" for kind in kinds))
-            for line in profiles
-        ],
+        {**where, **{kind: share(kind) for kind in kinds}},
     )
-    program.show(
+    program.table(
+        written,
+        "transformer.quality",
         "transformer: nats per character on the validation part",
-        ("seed", "width", "steps", "sparse", "dense", "difference", "sparse s", "dense s"),
-        [
-            (
-                f"{line['seed']}",
-                f"{line['width']}",
-                f"{line['steps']}",
-                f"{line['sparse_nats']:.4f}",
-                f"{line['dense_nats']:.4f}",
-                f"{line['difference_nats']:+.4f}",
-                f"{line['sparse_seconds']:.0f}",
-                f"{line['dense_seconds']:.0f}",
-            )
-            for line in written
-            if line["name"] == "transformer.quality"
-        ],
+        {
+            "seed": "{seed}",
+            "width": "{width}",
+            "steps": "{steps}",
+            "sparse": "{sparse_nats:.4f}",
+            "dense": "{dense_nats:.4f}",
+            "difference": "{difference_nats:+.4f}",
+            "sparse s": "{sparse_seconds:.0f}",
+            "dense s": "{dense_seconds:.0f}",
+        },
     )
-    program.show(
-        "transformer: targets",
-        ("what", "threads", "found", "target", "holds"),
-        [
-            (
-                line["what"],
-                f"{line['threads']}",
-                f"{line['found']:.3f}",
-                f"{line['target']:g}",
-                "yes" if line["holds"] else "NO",
-            )
-            for line in written
-            if line["name"] == "transformer.target"
-        ],
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(program.as_script(main))
+    program.targets(written, "transformer", {"what": "{what}", "threads": "{threads}", "found": "{found:.3f}"})

@@ -5,14 +5,14 @@ import json
 import pytest
 
 from noctule.core.errors import UsageError
-from noctule_bench import asynchronous
+from noctule_bench.program import run as bench
 
 SMALL = "--data digits --epochs 4 --steps 2 --iterations 4 --apart 2".split()
 
 
 def test_each_is_compared_with_its_twin(capsys):
     words = ["--seeds", "0", "1", "--methods", "one", "apart", "wasap", "ssp", "lbfgs", "sandblaster"]
-    assert asynchronous.main([*SMALL, *words]) == 0
+    assert bench("asynchronous", [*SMALL, *words]) == 0
     captured = capsys.readouterr()
     kinds = {}
     for line in map(json.loads, captured.out.splitlines()):
@@ -37,6 +37,6 @@ def test_each_is_compared_with_its_twin(capsys):
 
 def test_what_cannot_be_is_refused():
     with pytest.raises(UsageError, match="there is no row 'fast'"):
-        asynchronous.main([*SMALL, "--methods", "fast"])
+        bench("asynchronous", [*SMALL, "--methods", "fast"])
     with pytest.raises(UsageError, match="--apart must be at least 1"):
-        asynchronous.main(["--apart", "0"])
+        bench("asynchronous", ["--apart", "0"])

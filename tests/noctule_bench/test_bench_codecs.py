@@ -4,13 +4,14 @@ import json
 
 import pytest
 
-from noctule import cli
+from noctule.cli.main import main as command
 from noctule.core.errors import UsageError
 from noctule_bench import codecs
+from noctule_bench.program import run as bench
 
 
 def test_each_codec_has_its_figures(capsys):
-    assert cli.main(["bench", "codecs", "--threads", "1", "--elements", "20000", "--rounds", "3"]) == 0
+    assert command(["bench", "codecs", "--threads", "1", "--elements", "20000", "--rounds", "3"]) == 0
     captured = capsys.readouterr()
     kinds: dict[str, list[dict]] = {}
     for line in map(json.loads, captured.out.splitlines()):
@@ -47,4 +48,4 @@ def test_each_codec_has_its_figures(capsys):
 )
 def test_a_wrong_command_line_is_told(words, text):
     with pytest.raises(UsageError, match=text):
-        codecs.main(words)
+        bench("codecs", words)

@@ -6,11 +6,12 @@ import pytest
 
 from noctule.core.errors import UsageError
 from noctule_bench import convolution
+from noctule_bench.program import run as bench
 
 
 def test_speed_targets_and_profile(capsys):
     options = "--threads 1 --channels 8 --sizes 6 --batch 4 --densities 0.5 0.05 --rounds 1 --block-ms 1"
-    assert convolution.main(options.split()) == 0
+    assert bench("convolution", options.split()) == 0
     captured = capsys.readouterr()
     kinds = {}
     for line in map(json.loads, captured.out.splitlines()):

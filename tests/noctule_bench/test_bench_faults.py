@@ -9,6 +9,7 @@ from noctule.core.errors import UsageError
 from noctule_bench import faults, faults_link, faults_runs
 from noctule_bench.faults_recipe import Step
 from noctule_bench.faults_runs import Running, Stuck, Tail, differing, off
+from noctule_bench.program import run as bench
 
 SMALL = "--data digits --hidden 32".split()
 
@@ -18,7 +19,7 @@ def steps(process: int = 1) -> list[Step]:
 
 
 def run(capsys, *words: str) -> list[dict]:
-    assert faults.main([*SMALL, *words]) == 0
+    assert bench("faults", [*SMALL, *words]) == 0
     captured = capsys.readouterr()
     assert "faults: seconds until the training goes on" in captured.err
     return [json.loads(line) for line in captured.out.splitlines()]

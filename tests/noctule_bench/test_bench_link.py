@@ -7,12 +7,13 @@ import pytest
 from noctule.core.errors import UsageError
 from noctule.testing.link import available
 from noctule_bench import link
+from noctule_bench.program import run as bench
 
 
 @pytest.mark.skipif(available() is not None, reason=str(available()))
 def test_two_ways_and_the_automatic_one_and_a_star(capsys):
     options = "--links none --megabytes 0.1 --rounds 2 --stars 3 --star-link 1000/0.1 --star-megabytes 0.1".split()
-    assert link.main([*options, "--rows", "ddp fp32", "natural", "auto"]) == 0
+    assert bench("link", [*options, "--rows", "ddp fp32", "natural", "auto"]) == 0
     captured = capsys.readouterr()
     lines = [json.loads(line) for line in captured.out.splitlines()]
     found = {(line["workers"], line["row"]): line for line in lines if line["name"] == "link"}

@@ -1,21 +1,24 @@
 """Each program runs from its options to its lines and its table, in small."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from xml.etree import ElementTree
 
 import pytest
 
 from noctule.core.errors import UsageError
-from noctule_bench import fashion, layers, memory
+from noctule_bench.program import BENCHMARKS, main
+from noctule_bench.program import run as bench
 
 MACHINE = {"cpu", "cores", "commit", "threads", "load_average", "torch"}
 
 
-def run(capsys, main, options, *, rows):
+def run(capsys, name, options, *, rows):
     """Its lines of JSON, by kind, and its tables."""
-    assert main([*options.split(), "--rows", *rows]) == 0
+    assert bench(name, [*options.split(), "--rows", *rows]) == 0
     captured = capsys.readouterr()
     kinds = {}
     for line in map(json.loads, captured.out.splitlines()):
@@ -35,7 +38,7 @@ def test_layers(capsys, tmp_path):
         f"--threads 1 --densities 0.01 --sweep 0.9 --large 64 --rounds 1 --large-rounds 1 --block-ms 1 --out {out}"
     )
     rows = ["noctule", "noctule bf16", "dense fp32", "torch CSR, own backward"]
-    kinds, tables = run(capsys, layers.main, options, rows=rows)
+    kinds, tables = run(capsys, "layers", options, rows=rows)
     assert len(out.read_text().splitlines()) == sum(map(len, kinds.values()))
 
     found = {(line["row"], line["layout"], line["features"][0], line["density"]): line for line in kinds["layers"]}
@@ -73,7 +76,7 @@ def test_fashion(capsys):
         "torch CSR",
         "sparselab",
     ]
-    kinds, tables = run(capsys, fashion.main, options, rows=rows)
+    kinds, tables = run(capsys, "fashion", options, rows=rows)
     assert [line["row"] for line in kinds["fashion"]] == rows
     for line in kinds["fashion"]:
         assert (line["data"], line["samples"], line["steps_per_epoch"]) == ("random", 256, 2)
@@ -87,7 +90,7 @@ def test_fashion(capsys):
 
 
 def test_memory(capsys):
-    kinds, tables = run(capsys, memory.main, "--steps 2", rows=["noctule", "dense fp32"])
+    kinds, tables = run(capsys, "memory", "--steps 2", rows=["noctule", "dense fp32"])
     sparse, dense = kinds["memory"]
     places = 784 * 1000 + 1000 * 1000 + 1000 * 1000 + 1000 * 10
     assert dense["weights_bytes"] == dense["gradient_bytes"] == dense["optimizer_bytes"] == 4 * (places + 3010)
@@ -103,27 +106,58 @@ def test_memory(capsys):
 
 
 @pytest.mark.parametrize(
-    ("main", "options", "text"),
+    ("name", "options", "text"),
     [
-        (layers.main, ["--rows", "sparslab"], "did you mean sparselab"),
-        (layers.main, ["--densities", "1.5"], "must lie in"),
-        (layers.main, ["--round", "3"], "--rounds"),
-        (layers.main, ["--threads", "0"], "--threads must be at least 1"),
-        (fashion.main, ["--rows", "dense"], "Rows: noctule"),
-        (fashion.main, ["--data", "random", "--weights", "99999999"], "do not fit"),
-        (fashion.main, ["--data", "random", "--samples", "100"], "do not fill a batch of 128"),
-        (fashion.main, ["--data", "digits"], "64 features and 10 classes"),
-        (memory.main, ["--widths", "10"], "widths must be at least two"),
+        ("layers", ["--rows", "sparslab"], "did you mean sparselab"),
+        ("layers", ["--densities", "1.5"], "must lie in"),
+        ("layers", ["--round", "3"], "--rounds"),
+        ("layers", ["--threads", "0"], "--threads must be at least 1"),
+        ("fashion", ["--rows", "dense"], "Rows: noctule"),
+        ("fashion", ["--data", "random", "--weights", "99999999"], "do not fit"),
+        ("fashion", ["--data", "random", "--samples", "100"], "do not fill a batch of 128"),
+        ("fashion", ["--data", "digits"], "64 features and 10 classes"),
+        ("memory", ["--widths", "10"], "widths must be at least two"),
     ],
 )
-def test_a_wrong_command_line_is_told(main, options, text):
+def test_a_wrong_command_line_is_told(name, options, text):
     with pytest.raises(UsageError, match=text):
-        main(options)
+        bench(name, options)
+
+
+def test_the_list_says_what_each_measures(capsys):
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    listed = re.findall(r"^  (\w+) +(\S.*[.?])$", capsys.readouterr().out, re.MULTILINE)
+    assert [name for name, _ in listed] == 2 * list(BENCHMARKS)
+    with pytest.raises(UsageError, match="did you mean layers"):
+        main(["laers"])
+
+
+def test_the_listing_loads_no_torch():
+    code = "import sys; from noctule_bench.program import main; main([]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_figure_draws_each_row_at_each_density(tmp_path):
+    row = {"name": "layers", "threads": 1, "batch": 8, "layout": "row-major", "features": [32, 32]}
+    found = [
+        {**row, "row": name, "density": density, "timing": {"median_seconds": 0.001 * density}}
+        for name in ("noctule", "dense fp32", "dense bf16")
+        for density in (0.1, 0.5)
+    ]
+    log, out = tmp_path / "layers.jsonl", tmp_path / "step.svg"
+    log.write_text("".join(json.dumps(line) + "\n" for line in [*found, {**found[0], "threads": 2}]))
+    assert bench("figure", ["--log", str(log), "--out", str(out)]) == 0
+    drawn = ElementTree.parse(out).getroot()
+    points = drawn.findall(".//{http://www.w3.org/2000/svg}circle")
+    assert len(points) == 2 * len(found)
+    with pytest.raises(UsageError, match="--threads 3"):
+        bench("figure", ["--log", str(log), "--out", str(out), "--threads", "3"])
 
 
 def test_a_program_is_a_script_too():
     done = subprocess.run(
-        [sys.executable, "-m", "noctule_bench.memory", "--steps", "0"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "noctule_bench", "memory", "--steps", "0"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     assert done.stderr == "error: --steps must be at least 1, got 0\n"

@@ -6,12 +6,13 @@ import pytest
 
 from noctule.core.errors import UsageError
 from noctule_bench import rewiring
+from noctule_bench.program import run as bench
 
 SMALL = "--data digits --hidden 30 20 --epochs 3 --densities 0.2 --epsilons 2 --threads 1".split()
 
 
 def run(capsys, *options: str):
-    assert rewiring.main([*SMALL, *options]) == 0
+    assert bench("rewiring", [*SMALL, *options]) == 0
     captured = capsys.readouterr()
     kinds = {}
     for line in map(json.loads, captured.out.splitlines()):
@@ -77,4 +78,4 @@ def test_an_equal_training_ends_equally_and_seq_becomes_random(capsys):
 )
 def test_a_wrong_command_line_is_told_beforehand(options, text):
     with pytest.raises(UsageError, match=text):
-        rewiring.main([*SMALL, *options])
+        bench("rewiring", [*SMALL, *options])

@@ -7,7 +7,7 @@ import pytest
 from noctule.core.errors import UsageError
 from noctule.recipes import sparse_mlp
 from noctule.report import RunFolder
-from noctule_bench import shrinking
+from noctule_bench.program import run as bench
 
 OPTIONS = "--data digits --hidden 60 40 --density 0.2 --epochs 4 --rounds 6 --percentile 30 --first 1 --apart 1 --last 2 --skip"
 
@@ -16,7 +16,7 @@ OPTIONS = "--data digits --hidden 60 40 --density 0.2 --epochs 4 --rounds 6 --pe
 def lines(tmp_path_factory):
     """What it wrote, by kind."""
     out = tmp_path_factory.mktemp("shrinking") / "lines.jsonl"
-    assert shrinking.main([*OPTIONS.split(), "--seeds", "0", "1", "--out", str(out)]) == 0
+    assert bench("shrinking", [*OPTIONS.split(), "--seeds", "0", "1", "--out", str(out)]) == 0
     kinds: dict[str, list[dict]] = {}
     for line in map(json.loads, out.read_text().splitlines()):
         kinds.setdefault(line["name"], []).append(line)
@@ -56,4 +56,4 @@ def test_without_pruning_it_is_the_recipe(lines, tmp_path):
 
 def test_a_network_without_hidden_layers_is_refused():
     with pytest.raises(UsageError, match="--hidden must be at least 1"):
-        shrinking.main(["--data", "digits", "--hidden"])
+        bench("shrinking", ["--data", "digits", "--hidden"])

@@ -6,13 +6,13 @@ import pytest
 
 from noctule.core.errors import UsageError
 from noctule.testing.link import available
-from noctule_bench import together
+from noctule_bench.program import run as bench
 
 SMALL = "--data digits --batch 64 --reach 0.3 --look-every 10 --workers 2".split()
 
 
 def run(capsys, *words):
-    assert together.main([*SMALL, *words]) == 0
+    assert bench("together", [*SMALL, *words]) == 0
     captured = capsys.readouterr()
     kinds = {}
     for line in map(json.loads, captured.out.splitlines()):
@@ -57,6 +57,6 @@ def test_the_race_on_a_shaped_link(capsys):
 
 def test_what_cannot_be_is_refused():
     with pytest.raises(UsageError, match="there is no row 'fast'"):
-        together.main([*SMALL, "--methods", "fast"])
+        bench("together", [*SMALL, "--methods", "fast"])
     with pytest.raises(UsageError, match="--workers must be at least 1"):
-        together.main(["--workers", "0"])
+        bench("together", ["--workers", "0"])

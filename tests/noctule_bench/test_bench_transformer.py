@@ -6,6 +6,7 @@ import pytest
 
 from noctule.core.errors import UsageError
 from noctule_bench import transformer
+from noctule_bench.program import run as bench
 from noctule_bench.transformer_steps import KINDS, REST
 
 
@@ -18,7 +19,7 @@ def song(tmp_path):
 
 def run(capsys, song, *options):
     small = f"--text {song} --threads 1 --depth 1 --batch 4 --context 12 --density 0.2 --rounds 2 --block-ms 1"
-    assert transformer.main([*small.split(), *map(str, options)]) == 0
+    assert bench("transformer", [*small.split(), *map(str, options)]) == 0
     captured = capsys.readouterr()
     kinds = {}
     for line in map(json.loads, captured.out.splitlines()):
@@ -78,4 +79,4 @@ def test_quality(capsys, song, tmp_path):
 )
 def test_a_wrong_command_line_is_told(options, text):
     with pytest.raises(UsageError, match=text):
-        transformer.main(options)
+        bench("transformer", options)

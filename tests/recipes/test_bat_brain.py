@@ -26,6 +26,7 @@ from noctule.recipes import bat_brain
 from noctule.recipes.bat_brain_network import Brain, connected, momentum_sgd, sparse_linears
 from noctule.report import RunFolder
 from noctule_bench import bat_brain as program
+from noctule_bench.program import run as bench
 
 SMALL = {"neurons": 2000, "layers": 4, "features": 300, "steps": 7, "every": 3, "samples": 50}
 
@@ -288,7 +289,7 @@ def test_the_sweep_says_what_each_size_costs(capsys, tmp_path):
     out = tmp_path / "results.jsonl"
     wide = program.last_cache_bytes() // (4 * 2048) + 1
     words = f"--millions {wide / 1e6} 0.001 --layers 1 --features 64 --batch 2048 --threads 1 --rounds 2 --out {out}"
-    assert program.main(words.split()) == 0
+    assert bench("bat_brain", words.split()) == 0
     captured = capsys.readouterr()
     *lines, linear = [json.loads(line) for line in out.read_text().splitlines()]
     assert [json.loads(line) for line in captured.out.splitlines()] == [*lines, linear]
@@ -323,4 +324,4 @@ def test_deviations_are_from_the_line_through_the_sizes_outside_the_cache():
 def test_a_wrong_sweep_is_refused():
     for words in (["--millions", "0.000001"], ["--rounds", "0"], ["--threads"], ["--millions"]):
         with pytest.raises(UsageError):
-            program.main(words)
+            bench("bat_brain", words)

@@ -1,4 +1,4 @@
-"""Training state and models in files that survive kills and full disks; nothing is ever unpickled."""
+"""How does a state survive a kill or a full disk? Training state and models in files without pickle."""
 
 from noctule.checkpoint.folder import Checkpoints
 from noctule.checkpoint.model import load_model, save_model

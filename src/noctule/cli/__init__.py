@@ -1,1 +1,1 @@
-"""The command line: one file a command."""
+"""What does a command do? One file a command."""

@@ -23,24 +23,6 @@ from noctule.core.place import absolute, nearest
 from noctule.team.strategy import Serving, Strategy, several
 from noctule.train.interrupt import Stopped, ended_by_signals, handling, stopped_by_signals
 
-BENCHMARKS = (
-    "layers",
-    "convolution",
-    "codecs",
-    "fashion",
-    "memory",
-    "accuracy",
-    "original",
-    "rewiring",
-    "shrinking",
-    "bat_brain",
-    "transformer",
-    "together",
-    "asynchronous",
-    "link",
-    "faults",
-)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status.
@@ -288,14 +270,7 @@ def compare(words: list[str]) -> int:
 
 def bench(words: list[str]) -> int:
     """Measure Noctule beside its strongest alternatives."""
-    if not words or words[0] in ("-h", "--help"):
-        print(f"usage: noctule bench NAME [--option value ...]\n\nbenchmarks: {', '.join(BENCHMARKS)}")
-        return 0 if words else 2
-    if words[0] not in BENCHMARKS:
-        raise UsageError(
-            f"there is no benchmark {words[0]}{nearest(words[0], BENCHMARKS)}. Benchmarks: {', '.join(BENCHMARKS)}"
-        )
-    return importlib.import_module(f"noctule_bench.{words[0]}").main(words[1:]) or 0
+    return importlib.import_module("noctule_bench.program").main(words)
 
 
 def doctor(words: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""Tensors as fewer bytes, for the wire, for memory and for the disk."""
+"""How does a tensor become fewer bytes? Codecs for the wire, for memory and for the disk."""
 
 from noctule.codecs.affine import Affine
 from noctule.codecs.cast import Cast

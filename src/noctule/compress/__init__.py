@@ -1,1 +1,1 @@
-"""Trained models made smaller."""
+"""How does a model become smaller? Methods that shrink it while it trains or afterwards."""

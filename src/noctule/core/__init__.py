@@ -1,1 +1,1 @@
-"""The vocabulary: what every other part of Noctule is written in; it imports nothing else of ours."""
+"""Which words is everything else written in? The vocabulary; it imports nothing else of ours."""

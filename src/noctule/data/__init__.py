@@ -1,4 +1,4 @@
-"""Data sets in memory: load them by name or from the user's own files, split, standardise and batch them."""
+"""Where do samples come from? Data sets by name or from the user's files: loaded, split, standardised and batched."""
 
 from noctule.data.batches import Batches
 from noctule.data.catalog import load, names, read

@@ -1,4 +1,4 @@
-"""Sparse multilayer perceptrons as scikit-learn estimators, for pipelines and grid search."""
+"""How does scikit-learn use it? Sparse multilayer perceptrons as estimators for pipelines and searches."""
 
 try:
     from sklearn.utils.validation import validate_data as _since_1_6  # noqa: F401

@@ -1,4 +1,4 @@
-"""What workers send each other at every step: channels, their stages and paths, codecs, and hooks for DDP and FSDP2."""
+"""What do workers send each other at a step? Channels, their stages and paths, and hooks for DDP and FSDP2."""
 
 from noctule.codecs import (
     QSGD,

@@ -1,4 +1,4 @@
-"""The sparse products, each call sent to the fastest code that can do it.
+"""How is a sparse product computed? Each call is sent to the fastest code for its device, type and shape.
 
 Shapes: B batch, I in, O out, N non-zeros. Activations are feature-major: (I, B), the batch contiguous within a feature. Where a
 product is a convolution (see `noctule.kernels.frame`) they have lines: (I, L, B), and results are (O, L, B).

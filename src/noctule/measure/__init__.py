@@ -1,4 +1,4 @@
-"""Numbers about what work costs: seconds, bytes, operations, joules; and how they are compared and reported."""
+"""What does work cost? Seconds, bytes, operations and joules: counted, compared and reported."""
 
 from noctule.measure.measurement import Measurement, measure
 from noctule.measure.progress import Progress

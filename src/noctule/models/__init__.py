@@ -1,4 +1,4 @@
-"""Small reference models, in plain torch modules."""
+"""Which models are there to start from? Small reference models, in plain torch modules."""
 
 from noctule.models.cnn import cnn
 from noctule.models.mlp import mlp

@@ -1,4 +1,4 @@
-"""Strategies of training together, each a Method for a plain loop."""
+"""When do workers talk? Strategies of training together, each a Method for a plain loop."""
 
 from noctule.core.phases import Phases
 from noctule.parallel.diloco import AVERAGE, NESTEROV, DiLoCo

@@ -1,4 +1,4 @@
-"""Whole trainings, each a function whose typed and defaulted arguments are its command line."""
+"""What can be trained with one command? Whole trainings, each a function whose signature is its command line."""
 
 from noctule.recipes.bat_brain import bat_brain
 from noctule.recipes.sparse_cnn import sparse_cnn

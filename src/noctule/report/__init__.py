@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, its page and the table that compares it with others."""
+"""What does a run leave behind? Its folder, its page, and the table that compares it with others."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,1 +1,1 @@
-"""Truly sparse training: layers that store their non-zeros only, and connections that move."""
+"""How does a network train on its non-zeros alone? Sparse layers, how they share weights, connections that move."""

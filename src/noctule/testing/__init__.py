@@ -1,1 +1,1 @@
-"""Tools for tests of distributed code: processes in a group, and links of given speed, delay and loss between them."""
+"""How is code that talks over a network tested? Processes that can be killed, and links of given speed, delay and loss."""

@@ -1,1 +1,1 @@
-"""A training loop made of the public pieces, and how it is interrupted."""
+"""What does a training loop do? One that is made of the public pieces, its evaluation, and how a signal ends it."""

@@ -1,1 +1,1 @@
-"""Authenticated messages between machines, which know nothing of training."""
+"""How do messages reach another machine safely? Encrypted sockets, tickets and frames; training is unknown here."""

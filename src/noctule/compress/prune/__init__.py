@@ -1,4 +1,4 @@
-"""Removing neurons and channels for good."""
+"""Which neurons and channels can go? Removing them for good, with all that depends on them."""
 
 from noctule.compress.prune.importance import ImportancePruning, importance
 from noctule.compress.prune.shrink import shrink

@@ -1,1 +1,1 @@
-"""L-BFGS whose loss and gradient are computed by several workers."""
+"""How do several workers evaluate one loss? L-BFGS whose loss and gradient are sums over the workers."""

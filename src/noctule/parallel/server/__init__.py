@@ -1,1 +1,1 @@
-"""A parameter server: asynchronous training with bounded staleness."""
+"""How do workers train without waiting? A parameter server with bounded staleness."""

@@ -1,4 +1,4 @@
-"""Layers that store their non-zeros only, and the rules that put them in a model."""
+"""How does a layer hold its non-zeros alone? The sparse layers, and the rules that put them in a model."""
 
 from noctule.sparse.layers.activations import AllReLU
 from noctule.sparse.layers.attention import SparseAttention

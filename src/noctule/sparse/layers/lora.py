@@ -27,7 +27,7 @@ from noctule.sparse.layers.sparse_linear import SparseLinear
 from noctule.sparse.layers.to_sparse import ToDense
 
 
-def know_sparse_layers() -> None:
+def _know_sparse_layers() -> None:
     """Have ``get_peft_model`` put adapters round `SparseLinear`, by peft's hook for custom modules, which is one of each config."""
     made = LoraConfig.__post_init__
     if hasattr(made, "__wrapped__"):
@@ -120,4 +120,4 @@ def _refuse_convolution(target: nn.Module, *_: Any, **__: Any) -> nn.Module:
     )
 
 
-know_sparse_layers()
+_know_sparse_layers()  # last, so that it makes no difference whether peft or this module is imported first

@@ -1,4 +1,4 @@
-"""Moving topologies: connections that go, connections that come, the number staying the same."""
+"""Which connections move, and where to? One engine that drops and grows; one file a paper."""
 
 from noctule.sparse.rewire.ctre import MostAlike, ctre
 from noctule.sparse.rewire.drop import Drop, sign_split, smallest
