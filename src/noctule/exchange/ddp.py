@@ -40,11 +40,11 @@ def ddp_hook(exchange: Exchange, model: DistributedDataParallel, *, megabytes: f
             "the exchange and DistributedDataParallel would communicate in one process group at the same time: give the path one "
             "of its own, such as TwoPhase(own_group())"
         )
-    return _Passes(exchange, model, megabytes)
+    return _Passes(exchange, model, megabytes).hook
 
 
 class _Passes:
-    """The hook: begins a pass at its first bucket, and gives it the others."""
+    """The backward passes of a model, one after the other."""
 
     def __init__(self, exchange: Exchange, model: DistributedDataParallel, megabytes: float) -> None:
         self.exchange, self.least_bytes = exchange, megabytes * 1e6
@@ -53,7 +53,8 @@ class _Passes:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="noctule-exchange")
         self.now: _PlainPass | _Pass
 
-    def __call__(self, state: object, bucket: GradBucket) -> Future[Tensor]:
+    def hook(self, state: object, bucket: GradBucket) -> Future[Tensor]:
+        """Give a bucket to its pass, which begins with the first."""
         if bucket.index() == 0:
             with torch.no_grad():
                 chosen = self.exchange.begin(list(self.parameters.values()), list(self.parameters))
