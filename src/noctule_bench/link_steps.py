@@ -35,9 +35,9 @@ EXCHANGES: dict[str, Callable[[], Exchange]] = {
     "top 1.56 %, natural": lambda: Channel(
         Compress(TopK(0.0156, values=NaturalCompression())), path=AllGather(own_group())
     ),
-    "PowerSGD 4": lambda: PowerSGD(4, over=Channel(path=AllReduce(own_group()))),
+    "PowerSGD 4": lambda: PowerSGD(4, inner=Channel(path=AllReduce(own_group()))),
     "PowerSGD 4, bfloat16": lambda: PowerSGD(
-        4, over=Channel(Compress(Cast(torch.bfloat16), error_feedback=False), path=AllGather(own_group()))
+        4, inner=Channel(Compress(Cast(torch.bfloat16), error_feedback=False), path=AllGather(own_group()))
     ),
 }
 ROWS: dict[str, Callable[[], Exchange] | None] = {
@@ -112,13 +112,12 @@ def warm(rank: int, world: int, row: str) -> float:
 def price(rank: int, world: int, row: str) -> dict[str, float]:
     """What one exchange of the row should send, and in how many messages."""
     found = _rows[row]
-    exchange = found.exchange.candidates[found.exchange.choice] if isinstance(found.exchange, Auto) else found.exchange
-    if exchange is None:
+    if found.exchange is None:
         return {"bytes": 0.0, "messages": 0}
     with torch.no_grad():
-        work = exchange.rehearse(list(found.parameters.values()), list(found.parameters))
-    about = work.sent_bytes / (2 * (world - 1))  # of a message
-    return {"bytes": work.sent_bytes, "messages": work.rounds * (world - 1) / Group().rounds(about)}
+        cost = found.exchange.rehearse(list(found.parameters.values()), list(found.parameters))
+    about = cost.sent_bytes / (2 * (world - 1))  # of a message
+    return {"bytes": cost.sent_bytes, "messages": cost.rounds * (world - 1) / Group().rounds(about)}
 
 
 def step(rank: int, world: int, row: str) -> None:
@@ -150,5 +149,5 @@ def sent_bytes(exchange: Exchange | None) -> int:
     if isinstance(exchange, Auto):
         return sum(sent_bytes(each) for each in exchange.candidates.values())
     if isinstance(exchange, PowerSGD):
-        return sent_bytes(exchange.over)
+        return sent_bytes(exchange.inner)
     return exchange.path.group.sent_bytes  # type: ignore[attr-defined]

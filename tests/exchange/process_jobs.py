@@ -19,7 +19,7 @@ from noctule import SparseLinear, ToSparse, convert_, ctre, gse, rigl, set_
 from noctule.codecs import Cast, NaturalCompression, Payload
 from noctule.core.errors import ExchangeError, LostWorkerError
 from noctule.core.exact import Exact
-from noctule.core.exchange import Channel
+from noctule.core.exchange import Channel, Exchange, Wrapped
 from noctule.core.method import attach
 from noctule.exchange import (
     AllGather,
@@ -249,7 +249,7 @@ def chosen_in_ddp(rank: int, world: int, megabytes: float, steps: int) -> dict[s
     candidates = {
         "plain": Channel(path=AllReduce(own_group())),
         "half": Channel(Compress(Half()), path=TwoPhase(own_group())),
-        "low rank": PowerSGD(1, over=Channel(path=AllReduce(own_group()))),
+        "low rank": PowerSGD(1, inner=Channel(path=AllReduce(own_group()))),
     }
     link = [LinkEstimate(1e-3, 1e5)]
     auto = Auto(candidates, probe=lambda: link[0], turns=2)
@@ -278,13 +278,25 @@ def chosen_in_ddp(rank: int, world: int, megabytes: float, steps: int) -> dict[s
     }
 
 
+class Around(Wrapped):
+    """A wrapper of a user's own."""
+
+    def __init__(self, inner: Exchange) -> None:
+        self._inner = inner
+
+    @property
+    def inner(self) -> Exchange:
+        return self._inner
+
+
 def one_group_for_both(rank: int, world: int) -> list[str]:
     model, said = DistributedDataParallel(nn.Linear(2, 2)), []
     mine, models = (Channel(path=TwoPhase(group)) for group in (own_group(), None))
     for exchange in (
         mine,
         models,
-        PowerSGD(1, over=models),
+        Around(models),
+        PowerSGD(1, inner=models),
         NoiseScale(models, samples=lambda: (1, 2)),
         Auto({"a": mine, "b": models}, probe=lambda: LinkEstimate(0, 1)),
     ):
@@ -321,7 +333,7 @@ def a_peer_that_is_gone(rank: int, world: int) -> str:
 def other_shapes(rank: int, world: int) -> str:
     """Whoever skips the handshake: the messages do not fit."""
     channel = Channel(Compress(CODECS["bfloat16"]), path=AllGather())
-    channel.path.group.gather = lambda wire, fixed: type(channel.path.group).gather(
+    channel.path.group.all_gather = lambda wire, fixed: type(channel.path.group).all_gather(
         channel.path.group, wire, fixed=False
     )
     try:

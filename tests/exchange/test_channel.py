@@ -13,7 +13,7 @@ from noctule.core.errors import ExchangeError
 from noctule.core.exchange import Channel, Stage
 from noctule.core.remap import Remap
 from noctule.exchange import Clip, Compress, Weigh
-from noctule.exchange.messages import Format
+from noctule.exchange.message_format import MessageFormat
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -146,6 +146,26 @@ def test_resuming_goes_on_where_it_was():
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def test_random_draws_differ_between_workers_and_calls_and_a_resumed_channel_draws_as_the_whole_one():
+    codec = RandomK(0.1, values=Cast(torch.bfloat16))
+
+    def drawn(channel):
+        channel([torch.ones(200)], ["x"])
+        return tuple((channel.stages[0].owed["x"] == 0).nonzero().flatten().tolist())
+
+    def work(path):
+        whole, resumed = (Channel(Compress(codec), path=path) for _ in range(2))
+        draws = [drawn(whole) for _ in range(3)]
+        resumed.load_state_dict(whole.state_dict())
+        draws.append(drawn(whole))
+        assert drawn(resumed) == draws[3]
+        return draws
+
+    draws = [positions for worker in together(4, work) for positions in worker]
+    assert {len(positions) for positions in draws} == {20}
+    assert len(set(draws)) == 16
+
+
 def test_workers_out_of_step_are_told():
     def work(path):
         channel = Channel(path=path)
@@ -174,7 +194,7 @@ def test_a_worker_that_does_not_come_is_an_error():
 @pytest.mark.parametrize("codec", [None, Cast(torch.bfloat16)])
 def test_torn_and_longer_messages_are_refused(change, codec):
     tensors = [torch.randn(4, 5), torch.randn(3)]
-    form = Format(tensors, codec, 2)
+    form = MessageFormat(tensors, codec, 2)
     wire, _ = form.write(tensors, (1.0, 2.0), torch.Generator())
     assert wire.numel() == form.nbytes
     assert form.read(wire, 1, ["x", "y"])[1] == [1.0, 2.0]

@@ -142,7 +142,7 @@ def gradients(rank, call=0):
 
 def low_rank(path):
     """Also with an account of its own below, which is as it was too."""
-    return PowerSGD(2, over=Channel(Compress(Half()), path=path))
+    return PowerSGD(2, inner=Channel(Compress(Half()), path=path))
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["the first step", "a later step"])
@@ -249,7 +249,7 @@ def test_debts_are_kept_where_sixteen_bits_could_not_hold_them():
 def test_a_worker_without_samples_leaves_its_debts_of_low_rank_as_they_were():
     def work(path):
         weigh = Weigh(1.0)
-        power = PowerSGD(1, over=Channel(weigh, path=path))
+        power = PowerSGD(1, inner=Channel(weigh, path=path))
         power(given(path.rank), KEYS)
         before = dict(power.owed)
         weigh.n = float(path.rank)
@@ -261,7 +261,7 @@ def test_a_worker_without_samples_leaves_its_debts_of_low_rank_as_they_were():
 
 def test_low_rank_gives_away_what_its_other_exchange_owes_too():
     def work(path):
-        power = PowerSGD(1, over=Channel(Compress(Half()), path=path))
+        power = PowerSGD(1, inner=Channel(Compress(Half()), path=path))
         power(given(path.rank), KEYS)
         released = power.release()
         assert {"a.weight", "a.bias", "scale"} <= released.keys() <= set(KEYS)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from exchange_cases import together
-from noctule.codecs import Cast
-from noctule.core.exchange import Channel
+from noctule.codecs import Cast, NaturalCompression
+from noctule.core.errors import ExchangeError
+from noctule.core.exchange import Channel, Wrapped
 from noctule.core.remap import Remap
 from noctule.exchange import Compress, PowerSGD
 
@@ -22,7 +23,7 @@ def gradients(rank, call=0, *, low=False):
 
 
 def exchanges(world, work, rank=2):
-    return together(world, lambda path: work(PowerSGD(rank, over=Channel(path=path)), path.rank))
+    return together(world, lambda path: work(PowerSGD(rank, inner=Channel(path=path)), path.rank))
 
 
 def test_a_mean_of_its_rank_is_exact_and_so_is_what_is_small():
@@ -85,7 +86,7 @@ def test_an_overflow_reaches_everyone_and_does_not_stay():
 def test_resuming_goes_on_where_it_was():
     def work(path):
         def power():
-            return PowerSGD(2, over=Channel(path=path))
+            return PowerSGD(2, inner=Channel(path=path))
 
         whole, first, second = power(), power(), power()
         expected = [whole(gradients(path.rank, call), KEYS) for call in range(4)]
@@ -96,6 +97,44 @@ def test_resuming_goes_on_where_it_was():
     for expected, found in together(2, work):
         for a, b in zip(expected, found, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+class FailingOnce(Wrapped):
+    """Another exchange, of which one call fails."""
+
+    def __init__(self, inner, at):
+        self._inner, self.left = inner, at
+
+    @property
+    def inner(self):
+        return self._inner
+
+    def __call__(self, tensors, keys):
+        self.left -= 1
+        if self.left == -1:
+            raise ExchangeError("for once")
+        return self.inner(tensors, keys)
+
+
+@pytest.mark.parametrize("at", [2, 3])
+def test_an_exchange_that_failed_and_is_repeated_is_as_if_it_had_never_failed(at):
+    """Its first exchange, or its second, after which the first one has left something behind."""
+
+    def work(path):
+        def inner():
+            return Channel(Compress(NaturalCompression(), error_feedback=True), path=path)
+
+        whole, broken = PowerSGD(2, inner=inner()), PowerSGD(2, inner=FailingOnce(inner(), at))
+        for power in (whole, broken):
+            power(gradients(path.rank), KEYS)
+        with pytest.raises(ExchangeError, match="for once"):
+            broken(gradients(path.rank, 1), KEYS)
+        for call in (1, 2):
+            a, b = (power(gradients(path.rank, call), KEYS) for power in (whole, broken))
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        return len(whole.owed) == len(broken.owed) > 0
+
+    assert all(together(2, work))
 
 
 def test_a_matrix_that_becomes_narrower():
@@ -151,13 +190,13 @@ def test_other_dtypes_come_back_as_they_were_and_lose_nothing(dtype):
 
 def test_a_rank_below_one_is_refused():
     with pytest.raises(ValueError, match="at least rank 1"):
-        PowerSGD(0, over=None)
+        PowerSGD(0, inner=None)
 
 
 def test_factors_of_sixteen_bits_lose_nothing():
     def work(path):
         over = Channel(Compress(Cast(torch.bfloat16), error_feedback=False), path=path)
-        power = PowerSGD(2, over=over)
+        power = PowerSGD(2, inner=over)
         assert power.rehearse(gradients(0), KEYS).sent_bytes == 2 * (2 * 20 + 2 * 8 + 30 + 4 + 2 * 30 + 2 * 36)
         return [power(gradients(path.rank, call), KEYS) for call in range(5)], power.owed
 

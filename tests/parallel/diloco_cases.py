@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from exchange_cases import Half
 from noctule import ToSparse, convert_
 from noctule.core.errors import LostWorkerError
-from noctule.core.exchange import Channel, Exchange
+from noctule.core.exchange import Channel, Exchange, Wrapped
 from noctule.core.method import attach
 from noctule.exchange import AllGather, Compress, own_group
 from noctule.parallel import AVERAGE, DiLoCo
@@ -112,12 +112,25 @@ def sent_at_each_step(rank: int, world: int, fragments: int, overlap: int, steps
     return {"sent": sent, "weights": weights(model), "left": threads_left()}
 
 
-def on_everybodys_group(rank: int, world: int) -> str:
-    try:
-        DiLoCo(Channel(Compress(Half()), path=AllGather()), every=4, overlap=2)
-    except ValueError as error:
-        return str(error)
-    return ""
+class Around(Wrapped):
+    """A wrapper of a user's own."""
+
+    def __init__(self, inner: Exchange) -> None:
+        self._inner = inner
+
+    @property
+    def inner(self) -> Exchange:
+        return self._inner
+
+
+def on_everybodys_group(rank: int, world: int) -> list[str]:
+    channel, errors = Channel(Compress(Half()), path=AllGather()), []
+    for exchange in (channel, Around(channel)):
+        try:
+            DiLoCo(exchange, every=4, overlap=2)
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
 
 
 def until_lost(rank: int, world: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from noctule.core.exchange import Channel
 from noctule.core.method import attach
 from noctule.exchange import Compress
 from noctule.parallel import AVERAGE, NESTEROV, DiLoCo
-from noctule.parallel.fragments import cut, last_turn
+from noctule.parallel.fragments import cut, last_due
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 5)), min_size=1, max_size=12), st.data())
@@ -45,7 +45,7 @@ def test_equal_layers_go_round_in_their_order(fragments, rounds):
 def test_turns_are_spread_evenly_and_each_fragment_has_one_in_every_round(data, every):
     fragments = data.draw(st.integers(1, every))
     turns = [
-        [at for at in range(fragments) if last_turn(at, fragments, every=every, steps=step) == step]
+        [at for at in range(fragments) if last_due(at, fragments, every=every, steps=step) == step]
         for step in range(1, 3 * every + 1)
     ]
     assert all(len(each) <= 1 for each in turns)
@@ -53,7 +53,7 @@ def test_turns_are_spread_evenly_and_each_fragment_has_one_in_every_round(data, 
     assert [at for each in turns for at in each] == list(range(fragments)) * 3
     assert steps[-1] == 3 * every
     assert {b - a for a, b in zip([0, *steps], steps, strict=False)} <= {every // fragments, -(-every // fragments)}
-    assert [last_turn(0, 1, every=every, steps=step) for step in range(99)] == [s // every * every for s in range(99)]
+    assert [last_due(0, 1, every=every, steps=step) for step in range(99)] == [s // every * every for s in range(99)]
 
 
 @pytest.mark.parametrize("outer", [AVERAGE, NESTEROV])

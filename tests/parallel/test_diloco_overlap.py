@@ -309,8 +309,9 @@ def test_bytes_on_the_wire_peak_at_the_largest_fragment(workers, overlap):
 
 
 def test_an_exchange_on_the_group_of_all_is_refused(workers):
-    for said in workers.call(cases.on_everybodys_group):
-        assert "such as TwoPhase(own_group())" in said
+    for errors in workers.call(cases.on_everybodys_group):
+        assert len(errors) == 2
+        assert all("such as TwoPhase(own_group())" in error for error in errors)
 
 
 def test_a_lost_worker_is_an_error_in_training_and_no_thread_is_left():

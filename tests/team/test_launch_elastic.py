@@ -14,8 +14,8 @@ class Alone:
     def __init__(self, member=0):
         self.member, self.generation, self.broken, self.called = member, 1, False, False
 
-    def check(self, *, heeds_calls):
-        if self.called and heeds_calls:
+    def check(self, *, leave_for_new_group):
+        if self.called and leave_for_new_group:
             raise LostWorkerError("a new group")
 
 
@@ -57,5 +57,5 @@ def test_the_team_hears_that_its_group_is_no_more():
             speak()
         assert team.broken
     team.broken = False
-    assert Elastic(team, make, heeds_calls=False).share(b"x") == [b"x"]
+    assert Elastic(team, make, leave_for_new_group=False).share(b"x") == [b"x"]
     assert not team.broken

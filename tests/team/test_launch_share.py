@@ -88,7 +88,7 @@ def test_only_workers_that_go_apart_vote_and_only_right_after_a_meeting(strategy
     together = Together(
         Called(), member=0, strategy=Strategy(strategy=strategy, meet=None if strategy == "sync" else 4)
     )
-    together._sights = Elastic(together, lambda: Channel(path=Local.together(1)[0]), heeds_calls=False)
+    together._sights = Elastic(together, lambda: Channel(path=Local.together(1)[0]), leave_for_new_group=False)
     voted = []
     for step in range(12):
         try:

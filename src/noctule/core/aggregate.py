@@ -1,4 +1,4 @@
-"""What several workers' tensors become: one of each, by mean, median or a rule that stands some of them lying.
+"""Aggregates: one tensor of several workers' tensors, by mean, median or a rule that is robust to faulty workers.
 
 Shapes: W workers, n numbers.
 """
@@ -13,7 +13,7 @@ Aggregate = Callable[[Sequence[Sequence[Tensor]]], list[Tensor]]
 
 
 def mean(arrivals: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """The mean; the only one that a sum of all is enough for."""
+    """The mean, the only aggregate that can be computed from a sum."""
     return [_mean(*several) for several in zip(*arrivals, strict=True)]
 
 
@@ -38,18 +38,18 @@ def trimmed_mean(trim: int) -> Aggregate:
         ordered = (torch.stack(list(several)).sort(0).values for several in zip(*arrivals, strict=True))
         return [x[trim : workers - trim].mean(0) for x in ordered]  # NaN is the largest: more than `trim` of them show
 
-    trimmed.__qualname__ = f"trimmed_mean({trim})"  # as workers say it to one another before they begin
+    trimmed.__qualname__ = f"trimmed_mean({trim})"  # as it is compared in the handshake
     return trimmed
 
 
 def krum(faulty: int) -> Aggregate:
-    """All tensors of the one worker whose neighbours are nearest (Blanchard et al. 2017, arXiv 1703.02757).
+    """All tensors of the worker whose nearest neighbours are the nearest (Blanchard et al. 2017, arXiv 1703.02757).
 
     Args:
-        faulty: workers that may send anything; at least ``2 * faulty + 3`` are needed.
+        faulty: the number of workers that may send anything; at least ``2 * faulty + 3`` are needed.
     """
     if faulty < 0:
-        raise ValueError(f"krum stands a number of faulty workers, got {faulty}")
+        raise ValueError(f"krum tolerates a number of faulty workers, got {faulty}")
 
     def nearest(arrivals: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         workers = len(arrivals)
@@ -66,7 +66,7 @@ def krum(faulty: int) -> Aggregate:
 
 
 def _mean(first: Tensor, *others: Tensor) -> Tensor:
-    """Without stacking them first, which takes longer than the sum; 16 bits are added up in 32."""
+    """The mean without stacking first, which takes longer than the sum; 16 bits are added up in 32."""
     if torch.finfo(first.dtype).bits < 32:
         return torch.stack([first, *others]).mean(0)
     total = first + others[0] if others else first.clone()

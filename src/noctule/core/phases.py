@@ -1,4 +1,4 @@
-"""Methods that follow one another: from a given step on, others run."""
+"""A method that runs other methods in phases: from a given step on, the next ones."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from noctule.core.delivery import StepDelivery, before_forward
 from noctule.core.method import Method
@@ -14,24 +15,23 @@ from noctule.core.remap import Remap
 
 
 class Phases(Method):
-    """Runs the first methods until a step, then the next ones; those of a phase begin when it does, and end before the next.
+    """Runs the methods of the first phase until a step, then those of the next; each begins and ends with its phase.
 
-    The first one begins with the first forward pass of the model: a state that is loaded before decides which phase that is, and
-    the earlier ones never begin. Within a phase the order is that of `attach`.
+    The first phase begins with the first forward pass of the model: a state that is loaded before decides which phase that is, and
+    the methods of earlier phases never begin. Within a phase the order is that of `attach`.
 
-    A method that fails in the last step of its phase, as where a worker is lost, is asked to `settle` before the phase ends, at
-    the next forward pass. So is one that failed in any step, in the first forward pass of a training that goes on from then.
+    If a method raises in the last step of its phase, as when a worker is lost, `settle` is called on it before the phase ends, at
+    the next forward pass; after a failure in any step so it is in the first forward pass of a training that resumes from there.
 
     Args:
-        phases: the methods of each.
-        until: the number of steps after which each of them but the last ends.
+        phases: the methods of each phase.
+        until: the numbers of steps after which each phase but the last ends.
 
     >>> from noctule import set_
     >>> several = Phases([set_(every=10)], [], until=[1000])
     """
 
     def __init__(self, *phases: Sequence[Method], until: Sequence[int]) -> None:
-        """Nothing begins yet."""
         self.phases, self.until = tuple(tuple(phase) for phase in phases), tuple(until)
         if len(self.until) != len(self.phases) - 1:
             raise ValueError(
@@ -42,7 +42,7 @@ class Phases(Method):
         if len({id(method) for phase in self.phases for method in phase}) < sum(map(len, self.phases)):
             raise ValueError("Phases got the same method twice: make one for each phase, since it ends with its phase")
         self.steps = 0
-        """Steps done."""
+        """The number of steps done."""
         self._running: list[Method] = []
         self._begun: int | None = None
         self._loaded: dict[str, Any] | None = None  # waits for its phase to begin
@@ -72,13 +72,13 @@ class Phases(Method):
         self._delivery.step()
         self._ensure()
 
+    @override
     def remapped(self, layer: nn.Module, remap: Remap) -> None:
-        """That of the phase."""
         for method in self._running:
             method.remapped(layer, remap)
 
+    @override
     def observe(self, **metrics: float) -> None:
-        """That of the phase."""
         for method in self._running:
             method.observe(**metrics)
 
@@ -98,7 +98,7 @@ class Phases(Method):
             self._undo.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps done, which methods failed in the last one and which have not heard of it, and the states of those that run."""
+        """The steps done, the methods that failed or are pending in the last one, and the states of the running methods."""
         if self._begun is None:
             return self._loaded or {"steps": self.steps, "failed": [], "waiting": [], "methods": None}
         states = [{"name": type(method).__name__, "state": method.state_dict()} for method in self._running]
@@ -110,10 +110,10 @@ class Phases(Method):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave.
+        """Restore what `state_dict` gave.
 
         Raises:
-            ValueError: it is of other methods, or of another phase than the one that runs.
+            ValueError: the state is of other methods, or of another phase than the running one.
         """
         steps, found = int(state["steps"]), state["methods"]
         state = {"steps": steps, "failed": [], "waiting": [], **state}  # which older ones lack
@@ -133,11 +133,11 @@ class Phases(Method):
             self._load()
 
     def _at(self, steps: int) -> int:
-        """The phase of the step that comes after so many."""
+        """The phase of the step after so many."""
         return sum(steps >= step for step in self.until)
 
     def _last(self, state: dict[str, Any]) -> int:
-        """The phase that this state is of: that of its last step, where that is not done with."""
+        """The phase of a state: that of its last step, if methods have failed or are pending in it."""
         return self._at(int(state["steps"]) - bool(state["failed"] or state["waiting"]))
 
     def _forward(self, model: nn.Module, args: Any) -> None:

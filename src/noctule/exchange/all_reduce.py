@@ -1,4 +1,4 @@
-"""The plain sum of all workers, by the collective that torch's own data-parallel training uses."""
+"""A path for the plain mean, by the collective that torch's own data-parallel training uses."""
 
 from collections.abc import Sequence
 
@@ -6,35 +6,44 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
+from typing_extensions import override
 
 from noctule.codecs import Codec
 from noctule.core.aggregate import Aggregate, mean
-from noctule.core.exchange import Arrived, Work
+from noctule.core.exchange import Arrived, Cost, Path
 from noctule.exchange.group import Group
-from noctule.exchange.messages import bundled, unbundled
+from noctule.exchange.message_format import bundled, unbundled
 
 _SMALL = 1 << 20
-"""Bytes from which a round costs less than the copies it would save."""
+"""The size in bytes from which a round costs less than the copies that would save it."""
 
 
-class AllReduce:
-    """No codec, no aggregate but the mean: what a fast link wants."""
+class AllReduce(Path):
+    """A path without a codec and with no aggregate but the mean: the fastest on a fast link.
+
+    Args:
+        group: the process group of the workers (default: all processes).
+    """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        """Between the members of a process group, by default of all processes."""
         self.group = Group(group)
         self.rank, self.world = self.group.rank, self.group.world
 
+    @override
     def share(self, message: bytes) -> list[bytes]:
-        """See `noctule.core.exchange.Path`."""
         return self.group.share(message)
 
-    def rehearse(self, tensors: Sequence[Tensor], codec: Codec | None) -> Work:
-        """See `noctule.core.exchange.Path`."""
+    @override
+    def groups(self) -> tuple[object, ...]:
+        return (self.group.group,)
+
+    @override
+    def rehearse(self, tensors: Sequence[Tensor], codec: Codec | None) -> Cost:
         size = sum(x.nbytes for x in tensors)
         rounds = 1 if self.world == 2 and size <= _SMALL else 2 * (self.world - 1)
-        return Work(0.0, 2 * (self.world - 1) / self.world * size, rounds)
+        return Cost(0.0, 2 * (self.world - 1) / self.world * size, rounds)
 
+    @override
     def __call__(
         self,
         tensors: Sequence[Tensor],
@@ -44,7 +53,7 @@ class AllReduce:
         numbers: Sequence[float],
         generator: torch.Generator,
     ) -> Arrived:
-        """See `noctule.core.exchange.Path`.
+        """Add up and divide.
 
         Raises:
             ValueError: there is a codec, or an aggregate other than the mean.
@@ -64,17 +73,17 @@ class AllReduce:
         return Arrived(means, list(tensors), along.tolist())
 
     def begin(self, x: Tensor) -> Future[list[Tensor]]:
-        """The mean in the place of ``x``, some time: without a copy or a thread, as torch's own data-parallel training has it."""
+        """Start the mean in place of ``x``: without a copy or a thread, as torch's own data-parallel training does it."""
         work = dist.all_reduce(x.mul_(1.0 / self.world), group=self.group.group, async_op=True)  # multiplied, as there
         assert work is not None  # it is for processes outside the group
         self.group.count(round(2 * (self.world - 1) / self.world * x.nbytes))
         return work.get_future()
 
     def _sum(self, x: Tensor) -> Tensor:
-        """Over all workers; of two, who would send each other as many bytes in two rounds, small ones in one."""
+        """The sum over all workers; small tensors of two workers in one round, with as many bytes as the two of an all-reduce."""
         if self.world != 2 or x.nbytes > _SMALL:
-            return self.group.add_(x)
-        a, b = self.group.gather(x.view(torch.uint8), fixed=True)
+            return self.group.all_reduce_(x)
+        a, b = self.group.all_gather(x.view(torch.uint8), fixed=True)
         return (a.view(x.dtype) + b.view(x.dtype)).to(x.device)
 
 

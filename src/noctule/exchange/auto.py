@@ -1,4 +1,4 @@
-"""Choose how to exchange by what it costs on the link that is really there."""
+"""An exchange that chooses among others by what they cost on the present link."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,43 +8,47 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from noctule.core.exchange import Exchange, Work
+from noctule.core.exchange import Cost, Exchange, Wrapped
 from noctule.core.finite import all_finite
 from noctule.core.remap import Remap
 from noctule.exchange.probe import LinkEstimate, agreed
+from noctule.exchange.residuals import Residuals
 
 _TURN = 3
-"""Exchanges of a candidate in a turn; the first does not count."""
-_WORTH, _PLAIN_WORTH = 4.0, 20.0
-"""How many times as much as the cheapest a candidate, and the plain one, may cost for a price to be no proof."""
-_SLOW = 1.5, 1.2
-"""How many times as slow as the best a candidate may be, after its first turn and after more, to get another."""
+"""Exchanges in a turn of a candidate; the first is not counted, since it also sends what others owed."""
+_TRY_WITHIN, _TRY_PLAIN_WITHIN = 4.0, 20.0
+"""Candidates predicted to take up to 4 times as long as the cheapest are timed too, and the plain one up to 20 times: predictions
+miss what overlaps with backward or slows it down, and most of all the plain one's."""
+_DROP_AT, _DROP_LATER_AT = 1.5, 1.2
+"""A candidate is not timed again once it is 1.5 times as slow as the fastest in its first turn, or 1.2 times in all of several."""
+_KEEP_PLAIN_WITHIN = 1.1
+"""The plain candidate, which leaves nothing out, is chosen if it is at most 1.1 times as slow as the fastest, in its exchanges or
+in whole steps: an exchange is a part of a step only."""
+_CHANGED = 1.5
+"""The link has changed once exchanges take 1.5 times as long as before, or as little."""
 
-_PLAIN_STAYS = 1.1
-"""How many times as slow as the best the plain one, which leaves nothing out, may be to be chosen all the same, in its exchanges or
-in whole steps: an exchange that is half of a step may well be a little slower."""
 
+class Auto(Wrapped):
+    """An exchange that uses the cheapest of several candidates, and chooses again when the link changes.
 
-class Auto(Exchange):
-    """Whichever candidate is the cheapest on the link that is there.
-
-    At the first exchange each gets a price: encoding and decoding, as timed on the tensors themselves, plus bytes over the measured
-    bandwidth, plus rounds times the latency. Those whose price is not far from the lowest, and the first one, then do the next
-    exchanges in turns, and the fastest stays, or the plain one where its exchanges, or whole steps with it, are hardly slower: what
-    hides behind a backward pass, or slows it down, no price knows. All workers decide alike, and again when exchanges have become
-    slower or faster than they were. What a candidate that was left still owed is sent by the next one, so nothing is lost.
+    At the first exchange each candidate gets a predicted time: encoding and decoding, as timed on the tensors themselves, plus
+    bytes over the measured bandwidth, plus rounds times the latency. Candidates near the cheapest, and the plain one, then take
+    turns in the next exchanges. The fastest is chosen, or the plain one where its exchanges, or whole steps with it, are hardly
+    slower: no prediction knows what overlaps with a backward pass, or slows it down. All workers choose alike. The residuals of a
+    candidate that is no longer used are sent by the next one, so nothing is lost.
 
     Args:
-        candidates: by name; the first should be the plain one, which is tried where it is anywhere near, and stays where others are
-            hardly faster.
+        candidates: exchanges by name; the first should be the plain one, which is timed where it is anywhere near, and preferred
+            where others are hardly faster.
         probe: measures the link, such as ``lambda: probe_link(Group())``.
-        every: exchanges from one look at the times to the next.
-        change: how many times as slow, or as fast, the link must have become.
-        turns: of each candidate that is tried; 0 to go by the price.
+        every: the number of exchanges after which their times are compared with those before.
+        turns: the number of turns of each candidate that is timed; 0 to choose by the predictions.
+        clock: returns seconds.
 
     Raises:
-        ValueError: there is nothing to choose from.
+        ValueError: there are no candidates, or an option is out of its range.
     """
 
     def __init__(
@@ -53,138 +57,133 @@ class Auto(Exchange):
         *,
         probe: Callable[[], LinkEstimate],
         every: int = 50,
-        change: float = 1.5,
         turns: int = 5,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Nothing is measured yet."""
-        if not candidates or every < 1 or not change > 1.0 or turns < 0:
+        if not candidates or every < 1 or turns < 0:
             raise ValueError(
-                f"choosing needs candidates, a look at least at every exchange, a change above 1 and no turns or more, got "
-                f"{list(candidates)}, every={every}, change={change} and turns={turns}"
+                f"choosing needs candidates, a look at the times at least at every exchange and no turns or more, got "
+                f"{list(candidates)}, every={every} and turns={turns}"
             )
-        self.candidates, self.probe = dict(candidates), probe
-        self.every, self.change, self.turns = every, change, turns
-        self.choice = next(iter(self.candidates))
+        self.candidates, self.probe, self.every, self.turns = dict(candidates), probe, every, turns
+        self.plain = self.choice = next(iter(self.candidates))
         self.link: LinkEstimate | None = None
-        self.works: dict[str, Work] = {}
-        """What each candidate takes, by name; of the worker that it takes most."""
+        self.costs: dict[str, Cost] = {}
+        """The cost of each candidate, by name, at the worker where it is highest."""
         self.seconds: dict[str, list[float]] = {}
-        """What the exchanges of those that were tried took the slowest worker, one number a turn."""
+        """The time of an exchange at the slowest worker, for each candidate that was timed: a number for each turn."""
         self.steps: dict[str, list[float]] = {}
         """The same from the end of one exchange to that of the next."""
         self.calls = 0
-        self._tries: list[str] = []  # whose turns they are, from this one on
-        self._taken: list[float] = []
-        self._ends: list[float] = []  # when those were done
+        """The number of exchanges done."""
+        self._clock = clock
+        self._residuals = Residuals()
+        self._turns: list[str] = []  # the candidate whose turn it is, and those of the turns to come
+        self._taken: list[float] = []  # the seconds of each exchange in this turn, or since the last look at the times
+        self._ends: list[float] = []
         self._usual: float | None = None
-        self._owed: dict[str, Tensor] = {}
-        self._paying: dict[str, Tensor] = {}  # what of it is under way
+        self._began = 0.0
 
-    def __call__(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> list[Tensor]:
-        """As the cheapest candidate does it, or the one whose turn it is."""
-        candidate = self.turn(tensors, keys)
-        started = time.perf_counter()
-        totals = candidate(self.paid(tensors, keys), keys)
-        self.took(time.perf_counter() - started, taken=not self.owes or all(map(all_finite, totals)))
-        return totals
-
-    # The three parts of a call, for whoever makes the exchange in another way, such as in pieces while backward goes on.
-
-    def turn(self, likes: Sequence[Tensor], keys: Sequence[str]) -> Exchange:
-        """Who does the next exchange, of tensors like these."""
-        self._owed |= self._paying  # of an exchange that failed, or whose step is skipped
-        self._paying = {}
-        if self.link is None:
-            self._price(likes, keys)
-        elif self._tries and len(self._taken) >= _TURN:
-            self._next_turn()
-        elif not self._tries and len(self._taken) >= self.every and self._changed():
-            self._price(likes, keys)
+    @property
+    @override
+    def inner(self) -> Exchange:
         return self.candidates[self.choice]
 
-    def paid(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> list[Tensor]:
-        """The tensors, and what candidates that were left owed of them; it is paid when `took` says that it was taken."""
-        if not self.candidates[self.choice].counts:
-            return list(tensors)
-        self._paying |= {key: self._owed.pop(key) for key in keys if key in self._owed}
-        return [
-            x + self._paying[key].view_as(x).to(x) if key in self._paying else x
-            for x, key in zip(tensors, keys, strict=True)
-        ]
+    @override
+    def __call__(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> list[Tensor]:
+        candidate = self.begin(tensors, keys)
+        totals = candidate(self.corrected(tensors, keys), keys)
+        self.finished(delivered=not self.corrects or all(map(all_finite, totals)))
+        return totals
 
-    def took(self, seconds: float, *, taken: bool = True) -> None:
-        """An exchange is done: so much later than if there had been none; where its step is skipped, nobody has taken it."""
-        if taken:
-            self._paying = {}
-        self._taken.append(seconds)
-        self._ends.append(time.perf_counter())
+    @override
+    def begin(self, likes: Sequence[Tensor], keys: Sequence[str]) -> Exchange:
+        self._residuals.begin()
+        if self.link is None:
+            self._predict(likes, keys)
+        elif self._turns and len(self._taken) >= _TURN:
+            self._next_turn()
+        elif self.settled and len(self._taken) >= self.every and self._has_changed():
+            self._predict(likes, keys)
+        self._began = self._clock()
+        return self.inner
+
+    @property
+    @override
+    def corrects(self) -> bool:
+        return bool(self._residuals)
+
+    @override
+    def corrected(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> list[Tensor]:
+        return self._residuals.corrected(tensors, keys) if self.inner.counts else list(tensors)
+
+    @override
+    def finished(self, *, delivered: bool) -> None:
+        if delivered:
+            self._residuals.delivered()
+        self._ends.append(self._clock())
+        self._taken.append(self._ends[-1] - self._began)
         self.calls += 1
 
     @property
-    def owes(self) -> bool:
-        """Whether something that candidates owed that were left is not taken yet."""
-        return bool(self._owed or self._paying)
-
-    @property
     def settled(self) -> bool:
-        """Whether there is a choice, and nobody is being tried."""
-        return self.link is not None and not self._tries
+        """Whether a candidate is chosen, and no others are being timed."""
+        return self.link is not None and not self._turns
 
-    def prices(self) -> dict[str, float]:
-        """Seconds that an exchange should take each candidate."""
+    def predictions(self) -> dict[str, float]:
+        """The predicted seconds of an exchange with each candidate."""
         link = self.link
         if link is None:
             return {}
-        return {name: work.seconds + link.seconds(work.sent_bytes, work.rounds) for name, work in self.works.items()}
+        return {name: cost.seconds + link.seconds(cost.sent_bytes, cost.rounds) for name, cost in self.costs.items()}
 
     def why(self) -> str:
-        """What was measured and what it means, a line for each candidate."""
+        """The reason of the choice: what was measured, a line for each candidate."""
         if self.link is None:
             return "nothing was exchanged yet"
         lines = [f"{self.choice}, because the link has {self.link}:"]
-        for name, seconds in sorted(self.prices().items(), key=lambda item: item[1]):
-            work = self.works[name]
-            line = f"  {name}: {seconds * 1e3:.2f} ms = {work.seconds * 1e3:.2f} ms of work, {work.sent_bytes / 1e6:.3f} MB, "
-            tried = ""
+        for name, seconds in sorted(self.predictions().items(), key=lambda item: item[1]):
+            cost = self.costs[name]
+            line = f"  {name}: {seconds * 1e3:.2f} ms = {cost.seconds * 1e3:.2f} ms of work, {cost.sent_bytes / 1e6:.3f} MB, "
+            timed = ""
             if name in self.seconds:
                 took, step = (1e3 * median(several[name]) for several in (self.seconds, self.steps))
-                tried = f"; took {took:.2f} ms, in steps of {step:.2f} ms"
-            lines.append(f"{line}{work.rounds} rounds{tried}")
+                timed = f"; took {took:.2f} ms, in steps of {step:.2f} ms"
+            lines.append(f"{line}{cost.rounds} rounds{timed}")
         return "\n".join(lines)
 
-    def share(self, message: bytes) -> list[bytes]:
-        """What every worker has to say, in their order."""
-        return self.candidates[self.choice].share(message)
+    @override
+    def groups(self) -> tuple[object, ...]:
+        return tuple(group for candidate in self.candidates.values() for group in candidate.groups())
 
+    @override
     def release(self) -> dict[str, Tensor]:
-        """What is owed."""
-        owed, self._owed, self._paying = self._owed | self._paying, {}, {}
-        for key, more in self.candidates[self.choice].release().items():
-            owed[key] = owed[key] + more.view_as(owed[key]) if key in owed else more
-        return owed
+        self._residuals.begin()
+        self._residuals.add(self.inner.release())
+        return self._residuals.release()
 
+    @override
     def remapped(self, key: str, remap: Remap, shape: tuple[int, ...]) -> None:
-        """The numbers of this key changed their places."""
         for candidate in self.candidates.values():
             candidate.remapped(key, remap, shape)
-        for owed in (self._owed, self._paying):
-            if key in owed:
-                owed[key] = remap.apply(owed[key].flatten()).view(shape)
+        self._residuals.remapped(key, remap, shape)
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """The candidates', and what was chosen: resuming decides anew, since the link may be another one."""
+        """The candidates' states, and the choice; resuming chooses anew, since the link may be another one."""
         return {
             "choice": self.choice,
             "calls": self.calls,
-            "owed": self._owed | self._paying,
+            "owed": self._residuals.state_dict(),
             "candidates": {name: candidate.state_dict() for name, candidate in self.candidates.items()},
         }
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave.
+        """Restore what `state_dict` gave.
 
         Raises:
-            ValueError: it is of other candidates.
+            ValueError: the state is of other candidates.
         """
         if set(state["candidates"]) != set(self.candidates):
             raise ValueError(
@@ -192,63 +191,66 @@ class Auto(Exchange):
             )
         for name, part in state["candidates"].items():
             self.candidates[name].load_state_dict(part)
-        self.choice, self.calls, self._owed = state["choice"], int(state["calls"]), dict(state["owed"])
-        self._paying = {}
-        self.link, self._tries = None, []
+        self.choice, self.calls = state["choice"], int(state["calls"])
+        self._residuals.load_state_dict(state["owed"])
+        self.link, self._turns = None, []
 
+    @override
     def __repr__(self) -> str:
-        """What must be alike on all workers."""
-        return f"Auto({self.candidates!r}, every={self.every}, change={self.change:g}, turns={self.turns})"
+        return f"Auto({self.candidates!r}, every={self.every}, turns={self.turns})"
 
-    def _price(self, likes: Sequence[Tensor], keys: Sequence[str]) -> None:
+    def _predict(self, likes: Sequence[Tensor], keys: Sequence[str]) -> None:
+        """Measure the link, choose the candidate that should be the fastest, and have candidates near it take turns."""
         self.link = self.probe()
         with torch.no_grad():
             for _ in range(2):  # the first time also touches memory
-                works = [candidate.rehearse(likes, keys) for candidate in self.candidates.values()]
-        numbers = [number for work in works for number in (work.seconds, work.sent_bytes, work.rounds)]
-        most = iter(agreed(self.share, numbers))
-        self.works = {name: Work(next(most), next(most), round(next(most))) for name in self.candidates}
+                costs = [candidate.rehearse(likes, keys) for candidate in self.candidates.values()]
+        numbers = [number for cost in costs for number in (cost.seconds, cost.sent_bytes, cost.rounds)]
+        highest = iter(agreed(self.share, numbers))
+        self.costs = {name: Cost(next(highest), next(highest), round(next(highest))) for name in self.candidates}
         self._usual, self.seconds, self.steps = None, {}, {}
-        self._forget()
-        prices = self.prices()
-        first, *others = sorted(prices, key=lambda name: prices[name])
-        plain = next(iter(self.candidates))
-        worth = [name for name in others if prices[name] < (_PLAIN_WORTH if name == plain else _WORTH) * prices[first]]
-        self._tries = [first, *worth] * self.turns if worth else []
+        self._forget_times()
+        predicted = self.predictions()
+        first, *others = sorted(predicted, key=lambda name: predicted[name])
+        within = {name: _TRY_PLAIN_WITHIN if name == self.plain else _TRY_WITHIN for name in others}
+        near = [name for name in others if predicted[name] < within[name] * predicted[first]]
+        self._turns = [first, *near] * self.turns if near else []
         self._choose(first)
 
     def _next_turn(self) -> None:
-        """Note how the one whose turn it was did, and go on to the next, or to the fastest where nobody is left to beat it."""
+        """Note the times of this turn; go on to the next turn, or to the fastest candidate if no other can be as fast."""
         least = min(self._taken[1:]), min(end - begin for begin, end in pairwise(self._ends))
-        seconds, step = agreed(self.share, least)  # the first has much to catch up on, and to send
+        seconds, step = agreed(self.share, least)
         self.seconds.setdefault(self.choice, []).append(seconds)
         self.steps.setdefault(self.choice, []).append(step)
         fastest = min(self.seconds, key=lambda name: median(self.seconds[name]))
         limit = median(self.seconds[fastest])
-        slow = {name for name, several in self.seconds.items() if min(several) > _SLOW[len(several) > 1] * limit}
-        self._tries = [name for name in self._tries[1:] if name not in slow]
-        if set(self._tries) <= {fastest}:
-            self._tries = []
-        self._forget()
-        plain = next(iter(self.candidates))
-        if any(median(x[plain]) <= _PLAIN_STAYS * median(x[fastest]) for x in (self.seconds, self.steps) if plain in x):
-            fastest = plain
-        self._choose(self._tries[0] if self._tries else fastest)
+        slow = {
+            name
+            for name, several in self.seconds.items()
+            if min(several) > (_DROP_LATER_AT if len(several) > 1 else _DROP_AT) * limit
+        }
+        self._turns = [name for name in self._turns[1:] if name not in slow]
+        if set(self._turns) <= {fastest}:
+            self._turns = []
+        self._forget_times()
+        timed = [x for x in (self.seconds, self.steps) if self.plain in x]
+        if any(median(x[self.plain]) <= _KEEP_PLAIN_WITHIN * median(x[fastest]) for x in timed):
+            fastest = self.plain
+        self._choose(self._turns[0] if self._turns else fastest)
 
     def _choose(self, name: str) -> None:
         if name != self.choice:
-            for key, owed in self.candidates[self.choice].release().items():
-                self._owed[key] = self._owed[key] + owed.view_as(self._owed[key]) if key in self._owed else owed
+            self._residuals.add(self.inner.release())
             self.choice = name
 
-    def _changed(self) -> bool:
-        """Whether exchanges take another time than they did; asked of all workers, so all say the same."""
+    def _has_changed(self) -> bool:
+        """Whether exchanges take another time than they did, at the slowest worker, so that all workers say the same."""
         (now,) = agreed(self.share, [median(self._taken)])
-        self._forget()
+        self._forget_times()
         if self._usual is None:
             self._usual = now
-        return not 1.0 / self.change < now / max(self._usual, 1e-9) < self.change
+        return not 1.0 / _CHANGED < now / max(self._usual, 1e-9) < _CHANGED
 
-    def _forget(self) -> None:
-        """How long exchanges took, before others are looked at."""
+    def _forget_times(self) -> None:
         self._taken, self._ends = [], []

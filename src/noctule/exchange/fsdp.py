@@ -1,4 +1,4 @@
-"""Compressed gradients in fully sharded training: FSDP2's reduce-scatter with a codec on its way."""
+"""Compressed gradients in fully sharded training: a reduce-scatter with a codec for FSDP2."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,28 +9,31 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter  # where FSDP2 has its contract
+from typing_extensions import override
 
 from noctule.codecs import Codec
 from noctule.core.finite import all_finite
+from noctule.core.random import generator
 from noctule.exchange.compress import Compress
 from noctule.exchange.group import Group
-from noctule.exchange.messages import Format
+from noctule.exchange.message_format import MessageFormat
+from noctule.exchange.undo import Undo
 
 _KEY = "gradients"
 
 
 def fsdp_hooks(
-    model: nn.Module, codec: Codec, *, error_feedback: bool | None = None, seed: int = 0
-) -> dict[str, Compress]:
+    model: nn.Module, codec: Codec, *, error_feedback: bool | None = None
+) -> dict[str, "CompressedReduceScatter"]:
     """Have every `fully_shard`-ed part of a model send its gradients through a codec.
 
-    A worker sends the others their shards of its gradient, (W - 1) / W of the compressed size, and adds up its own in float32.
-    Parameters are gathered as before. For error feedback a worker keeps a number for each gradient, unsharded. Where a worker's
-    gradient of any part is not finite, or an exchange fails, all parts owe what they owed before the pass, since its step is to
-    be skipped. Of a sum that is not finite though all it is made of are, only the worker with that shard hears.
+    A worker sends the others their shards of its gradient, (W - 1) / W of the compressed size, and adds up its own shard in
+    float32. Parameters are gathered as before. For error feedback a worker keeps a number for each gradient, unsharded. If a
+    worker's gradient of any part is not finite, or an exchange fails, all parts keep the residuals from before the pass, since its
+    step is to be skipped. If only a sum is not finite, the worker with that shard alone knows.
 
     Returns:
-        What each part is owed, by the name of the part, for a checkpoint: save each one's ``state_dict()``.
+        What exchanges the gradients of each part, by the name of the part; for a checkpoint save each one's ``state_dict()``.
 
     Raises:
         ValueError: no part of the model is sharded.
@@ -38,91 +41,83 @@ def fsdp_hooks(
     parts = {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
     if not parts:
         raise ValueError("nothing in this model is sharded: call torch.distributed.fsdp.fully_shard on it before")
-    stages = {name: _Part(codec, error_feedback=error_feedback) for name in parts}
-    account = _Pass(list(stages.values()))
-    for number, (name, part) in enumerate(parts.items()):
-        part.set_custom_reduce_scatter(_Scatter(stages[name], account, seed * len(parts) + number))
-    return dict(stages)
+    passes = _Passes()
+    passes.parts = [CompressedReduceScatter(name, codec, error_feedback, passes) for name in parts]
+    for module, part in zip(parts.values(), passes.parts, strict=True):
+        module.set_custom_reduce_scatter(part)
+    return dict(zip(parts, passes.parts, strict=True))
 
 
-class _Pass:
-    """What all parts owed when a backward pass began, until it ends: the pass is delivered as a whole or not at all."""
+class _Passes:
+    """The backward passes, one after the other: the parts of each are delivered as a whole or not at all."""
 
-    def __init__(self, stages: Sequence[Compress]) -> None:
-        self.stages, self.failed = stages, False
-        self.before: list[dict[str, Any]] | None = None
-        self.number = -1
+    def __init__(self) -> None:
+        self.parts: list[CompressedReduceScatter] = []
+        self.number, self.undo = -1, Undo()
 
-    def join(self) -> None:
-        """A part is about to send."""
+    def join(self) -> Undo:
+        """The pass that a part is about to send in."""
         number = torch._C._current_graph_task_id()
         if number != self.number:  # the last one may have broken off elsewhere
-            self.number, self.failed = number, False
-            self.before = [stage.state_dict() for stage in self.stages]  # no copies: debts are replaced, not changed
-            Variable._execution_engine.queue_callback(self.end)  # type: ignore[attr-defined] torch has no stub for it
-
-    def undo(self) -> None:
-        """Owe what was owed."""
-        for stage, state in zip(self.stages, self.before or (), strict=False):
-            stage.load_state_dict(state)
-        self.before, self.failed = None, True
-
-    def end(self) -> None:
-        """Let go of it."""
-        self.before = None
+            self.number, self.undo = number, Undo(*self.parts)
+            Variable._execution_engine.queue_callback(self.undo.end)  # type: ignore[attr-defined] torch has no stub for it
+        return self.undo
 
 
-class _Part(Compress):
-    """What one part owes, and how many exchanges it has done, from which all that is drawn follows."""
+class CompressedReduceScatter(ReduceScatter):
+    """The reduce-scatter of one part's gradients through a codec, called once in each backward pass."""
 
-    calls = 0
+    def __init__(self, name: str, codec: Codec, error_feedback: bool | None, passes: _Passes) -> None:
+        self._name, self._passes = name, passes
+        self._compress = Compress(codec, error_feedback=error_feedback)
+        self._calls = 0
+
+    @property
+    def owed(self) -> dict[str, Tensor]:
+        """The residual of the part's gradients, if there is one."""
+        return self._compress.owed
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "calls": self.calls}
+        """The residual, and the number of exchanges done, from which all random draws follow."""
+        return {**self._compress.state_dict(), "calls": self._calls}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.calls = int(state["calls"])
+        """Restore what `state_dict` gave."""
+        self._compress.load_state_dict(state)
+        self._calls = int(state["calls"])
 
-
-class _Scatter(ReduceScatter):
-    """One part's; it is called once in each backward pass."""
-
-    def __init__(self, compress: _Part, account: _Pass, seed: int) -> None:
-        self.compress, self.account, self.seed = compress, account, seed
-
+    @override
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
+    @override
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> None:
         ends, averaged = Group(group), op == dist.ReduceOp.AVG
         if not averaged and op != dist.ReduceOp.SUM:
             raise ValueError(f"compressed gradients are added up or averaged, not reduced by {op}")
-        self.account.join()
-        sent = self.compress.send(input_tensor, _KEY)
+        undo = self._passes.join()
+        sent = self._compress.send(input_tensor, _KEY)
         try:
             total, delivered, finite = self._exchanged(sent, ends)
         except BaseException:
-            self.account.undo()
+            undo.restore()
             raise
         if not finite:
-            self.account.undo()
-        if not self.account.failed:
-            self.compress.arrived(sent, delivered, _KEY)
+            undo.restore()
+        if not undo.failed:
+            self._compress.arrived(sent, delivered, _KEY)
         output_tensor.copy_(total / ends.world if averaged else total)
 
     def _exchanged(self, sent: Tensor, ends: Group) -> tuple[Tensor, Tensor, bool]:
-        """The sum of this worker's shard, what was delivered of all that it sent, and whether everyone's is finite."""
+        """The sum of this worker's shard, what was delivered of all that it sent, and whether every worker's is finite."""
         shards = list(sent.view(ends.world, -1))
-        form = Format(shards[:1], self.compress.codec, 1)
-        generator = torch.Generator().manual_seed(
-            (self.seed * 1_000_003 + self.compress.calls * ends.world + ends.rank) % 2**63
-        )
+        form = MessageFormat(shards[:1], self._compress.codec, 1)
+        draws = generator("fsdp", self._name, self._calls, ends.rank)
         coded, delivered = [], []
         for to, shard in enumerate(shards):
-            part, (read,) = form.encode([shard], generator)
+            part, (read,) = form.encode([shard], draws)
             coded.append(part)
             delivered.append(shard if to == ends.rank else read)
         numbers = [float(all(map(all_finite, delivered)))]
@@ -131,12 +126,12 @@ class _Scatter(ReduceScatter):
         size = form.nbytes
         sizes = None if size is None else [0 if sender == ends.rank else size for sender in range(ends.world)]
         total = torch.zeros_like(shards[ends.rank], dtype=torch.float32)
-        for sender, wire in enumerate(ends.trade(wires, sizes=sizes)):
+        for sender, wire in enumerate(ends.all_to_all(wires, sizes=sizes)):
             if sender == ends.rank:
                 total += shards[sender]
             else:
-                (shard,), said = form.read(wire, sender, [_KEY])
+                (shard,), along = form.read(wire, sender, [_KEY])
                 total += shard.to(total.device)
-                numbers += said
-        self.compress.calls += 1
+                numbers += along
+        self._calls += 1
         return total, torch.cat(delivered), all(numbers)

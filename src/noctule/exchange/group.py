@@ -1,4 +1,4 @@
-"""Bytes between the processes of a `torch.distributed` group, with errors that say which worker and what to do."""
+"""Collectives on a `torch.distributed` process group, with byte counts and errors that say which worker and what to do."""
 
 import math
 import time
@@ -19,32 +19,34 @@ _all_gather = getattr(
 )  # the older name, which newer torch warns of
 
 
-_AT_A_TIME, _UNDER_WAY = 3, 1 << 17
-"""Messages under way from each worker, but no more than it takes for so many bytes, which fill lines of 100 Mbit/s and 10 ms, or 1
-Gbit/s and 1 ms: a single small one would leave the line idle for its delay, more meet in queues that are too short."""
+_MOST_IN_FLIGHT, _BYTES_IN_FLIGHT = 3, 1 << 17
+"""Messages that each worker has in flight: as many as hold so many bytes, at most three.
+
+128 KiB fill a link of 100 Mbit/s and 10 ms, or of 1 Gbit/s and 1 ms. A single small message would leave the link idle for its
+delay, and more would overflow queues that are too short."""
 
 
 @dataclass
 class Traffic:
-    """What this process has had to do with others."""
+    """What this process has exchanged with others so far."""
 
     sent_bytes: int = 0
-    """Of all messages so far, without what the transport adds; an all-reduce counted as a ring does it."""
+    """Bytes sent, without what the transport adds; an all-reduce is counted as a ring does it."""
     seconds: float = 0.0
-    """In which messages were under way: until the last worker has sent and the last byte has come."""
+    """Seconds spent in communication: until the last worker has sent and the last byte has arrived."""
 
 
 TRAFFIC = Traffic()
-"""Of all groups together."""
+"""The traffic of this whole process: groups come and go while one training runs, and there are clients of servers beside them."""
 
 
 def own_group(ranks: Sequence[int] | None = None) -> dist.ProcessGroup:
-    """Another process group, by default of all processes: for an exchange that runs while DDP speaks on the usual one.
+    """Make another process group, by default of all processes, for an exchange that runs while DDP communicates in the default one.
 
-    It waits for a silent peer as long as the usual one does, where torch would have it wait for half an hour. All processes must
-    ask for it, those that are not in it too; they get one that they cannot use.
+    Its timeout is that of the default group, where torch would make it half an hour. All processes must call it, members or not; a
+    process that is no member gets a group that it cannot use.
     """
-    group = dist.new_group(None if ranks is None else list(ranks), timeout=_patience())
+    group = dist.new_group(None if ranks is None else list(ranks), timeout=_default_timeout())
     return cast(dist.ProcessGroup, group)
 
 
@@ -59,7 +61,6 @@ class Group:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        """Nothing is sent yet."""
         if not dist.is_initialized():
             raise RuntimeError(
                 "there is no process group yet: call torch.distributed.init_process_group first, or start with torchrun"
@@ -67,16 +68,16 @@ class Group:
         self.group = dist.group.WORLD if group is None else group
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.device = torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
-        """Where its messages must lie."""
+        """The device on which messages must be."""
         self.sent_bytes = 0
-        """Of all its messages so far, as in `Traffic`."""
+        """Bytes sent in this group, counted as in `Traffic`."""
 
-    def gather(self, wire: Tensor, *, fixed: bool) -> list[Tensor]:
-        """The message (uint8) of every worker, on the CPU; ``fixed`` says that all are of one length."""
-        with self._speaking("all_gather"):
+    def all_gather(self, wire: Tensor, *, fixed: bool) -> list[Tensor]:
+        """Return the messages (uint8) of all workers, on the CPU; ``fixed`` says that all are of one length."""
+        with self._communicating("all_gather"):
             sizes = [wire.numel()] * self.world if fixed else self._sizes(wire.numel())
-            if self._directly:
-                found = self._dealt([wire] * self.world, sizes)
+            if self._is_direct:
+                found = self._sent_directly([wire] * self.world, sizes)
                 self.count((self.world - 1) * wire.numel())
                 return found
             longest = max(sizes)
@@ -87,17 +88,22 @@ class Group:
         self.count((self.world - 1) * longest)
         return [each[:size] for each, size in zip(gathered.cpu().view(self.world, longest), sizes, strict=True)]
 
-    def trade(self, wires: Sequence[Tensor], *, sizes: Sequence[int] | None) -> list[Tensor]:
-        """One message to each worker, and from each one, on the CPU; ``sizes`` of those that come, where they are known."""
+    def all_to_all(self, wires: Sequence[Tensor], *, sizes: Sequence[int] | None) -> list[Tensor]:
+        """Send one message to each worker and return one from each, on the CPU.
+
+        Args:
+            wires: the message to each worker, by rank.
+            sizes: the sizes of the messages to be received, where they are known.
+        """
         sent = [wire.numel() for wire in wires]
-        with self._speaking("all_to_all"):
+        with self._communicating("all_to_all"):
             if sizes is None:
                 counts = torch.tensor(sent, dtype=torch.int64, device=self.device)
                 found_counts = torch.empty_like(counts)
                 dist.all_to_all_single(found_counts, counts, group=self.group)
                 sizes = found_counts.tolist()
-            if self._directly:
-                found = self._dealt(wires, sizes)
+            if self._is_direct:
+                found = self._sent_directly(wires, sizes)
             else:
                 together = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
                 wire = torch.cat(list(wires)).to(self.device)
@@ -106,14 +112,14 @@ class Group:
         self.count(sum(sent) - sent[self.rank])
         return found
 
-    def trade_each(self, wire_to: Callable[[int], Tensor], *, size: int | None) -> Iterator[tuple[int, Tensor]]:
-        """A `trade` with all others, piece by piece: each message is made when it is to go, and is there as soon as it has come.
+    def all_to_all_each(self, wire_to: Callable[[int], Tensor], *, size: int | None) -> Iterator[tuple[int, Tensor]]:
+        """An `all_to_all` with the other workers, message by message: each is made when it is to be sent, and yielded on arrival.
 
-        What is done with one hides behind the sending of the next.
+        The work on one message overlaps with the transfer of the next.
 
         Args:
             wire_to: makes the message to a worker.
-            size: of every message, where it is known.
+            size: the size of every message, where it is known.
 
         Raises:
             ExchangeError: a message could not be made; LostWorkerError where a worker is gone.
@@ -129,44 +135,44 @@ class Group:
                     f"worker {self.rank} could not make its message to worker {peer}: {error}"
                 ) from error
 
-        if size is None or not self._directly:
+        if size is None or not self._is_direct:
             none = torch.empty(0, dtype=torch.uint8)
             wires = [none if peer == self.rank else made(peer) for peer in range(self.world)]
             sizes = None if size is None else [0 if peer == self.rank else size for peer in range(self.world)]
-            yield from (each for each in enumerate(self.trade(wires, sizes=sizes)) if each[0] != self.rank)
+            yield from (each for each in enumerate(self.all_to_all(wires, sizes=sizes)) if each[0] != self.rank)
             return
-        with self._speaking("all_to_all"):
-            yield from self._in_turns(made, [size] * self.world)
+        with self._communicating("all_to_all"):
+            yield from self._trickled(made, [size] * self.world)
         self.count((self.world - 1) * size)
 
-    def add_(self, x: Tensor) -> Tensor:
-        """The sum over all workers, in the place of ``x`` where that is on the right device."""
-        with self._speaking("all_reduce"):
+    def all_reduce_(self, x: Tensor) -> Tensor:
+        """Return the sum over all workers, in place of ``x`` where that is on the right device."""
+        with self._communicating("all_reduce"):
             total = x.to(self.device)
             dist.all_reduce(total, group=self.group)
         self.count(round(2 * (self.world - 1) / self.world * x.nbytes))
         return total.to(x.device)
 
-    def collect(self, x: Tensor) -> Tensor:
-        """The sum over all workers at the first of them; of no use to the others."""
-        with self._speaking("reduce"):
+    def reduce(self, x: Tensor) -> Tensor:
+        """Return the sum over all workers, at the first of them; the others get a tensor of no use."""
+        with self._communicating("reduce"):
             total = x.to(self.device, copy=True)
             dist.reduce(total, group_dst=0, group=self.group)
         self.count(x.nbytes if self.rank else 0)
         return total.to(x.device)
 
-    def hand_on(self, x: Tensor) -> Tensor:
-        """What the first worker has, at all; of the others, ``x`` says the shape."""
-        with self._speaking("broadcast"):
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Return the first worker's ``x`` at all workers; that of the others only says the shape."""
+        with self._communicating("broadcast"):
             found = x.to(self.device)
             dist.broadcast(found, group_src=0, group=self.group)
         self.count(x.nbytes * (self.world - 1) if not self.rank else 0)
         return found.to(x.device)
 
     def swap(self, wire: Tensor, neighbours: Sequence[int], *, fixed: bool) -> list[Tensor]:
-        """One message to all of some workers, and one from each, on the CPU; they must name this worker too."""
+        """Send one message to each neighbour and return one from each, on the CPU; this worker must be a neighbour of theirs."""
         wire = wire.to(self.device)
-        with self._speaking(f"isend and irecv with the workers {list(neighbours)}"):
+        with self._communicating(f"isend and irecv with the workers {list(neighbours)}"):
             sizes = [wire.numel()] * len(neighbours)
             if not fixed:
                 mine = torch.tensor([wire.numel()], dtype=torch.int64, device=self.device)
@@ -184,31 +190,31 @@ class Group:
         return found
 
     def rounds(self, nbytes: float) -> int:
-        """How many messages of this size wait for one another in a `gather` or a `trade`."""
-        return -(-(self.world - 1) // _at_a_time(nbytes)) if self._directly else self.world - 1
+        """The number of messages of this size that wait for one another in an `all_gather` or `all_to_all`."""
+        return -(-(self.world - 1) // _in_flight(nbytes)) if self._is_direct else self.world - 1
 
     @property
-    def _directly(self) -> bool:
-        """Whether to send each message straight to its worker.
+    def _is_direct(self) -> bool:
+        """Whether to send each message straight to its worker, instead of by gloo's collectives.
 
-        Gloo's collectives hand it round, which takes a delay for each worker on the way, or have everybody send everything at once,
-        which overflows the queues before the receivers.
+        These pass it round, which takes a delay for each worker on the way, or send everything at once, which overflows the queues
+        before the receivers.
         """
         return self.world > 2 and self.device.type == "cpu"
 
-    def _dealt(self, wires: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    def _sent_directly(self, wires: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         found = [torch.empty(0, dtype=torch.uint8)] * self.world
         found[self.rank] = wires[self.rank].cpu().clone()
-        for sender, wire in self._in_turns(wires.__getitem__, sizes):
+        for sender, wire in self._trickled(wires.__getitem__, sizes):
             found[sender] = wire
         return found
 
-    def _in_turns(self, wire_to: Callable[[int], Tensor], sizes: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """Send to the next worker, to the one after it, and so on, so that few at a time send to each; yield what comes."""
+    def _trickled(self, wire_to: Callable[[int], Tensor], sizes: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Send to the next rank, to the one after it, and so on, so that few workers at a time send to each; yield what arrives."""
         to, of = ([(self.rank + way * far) % self.world for far in range(1, self.world)] for way in (1, -1))
         found = [torch.empty(sizes[peer], dtype=torch.uint8) for peer in of]
         coming = [dist.irecv(x, group=self.group, group_src=peer) for x, peer in zip(found, of, strict=True)]
-        going, ahead = [], _at_a_time(max(sizes))
+        going, ahead = [], _in_flight(max(sizes))
         for at in range(len(to) + ahead):
             if at < len(to):
                 going.append(dist.isend(wire_to(to[at]).cpu(), group=self.group, group_dst=to[at]))
@@ -219,9 +225,9 @@ class Group:
             _wait(work)
 
     def share(self, message: bytes) -> list[bytes]:
-        """The messages of all workers, of any lengths, in their order."""
-        wire = torch.frombuffer(bytearray(message + b"\0"), dtype=torch.uint8)[:-1]  # which takes no empty one
-        return [bytes(each.numpy()) for each in self.gather(wire.to(self.device), fixed=False)]
+        """Return the messages of all workers, of any lengths, by rank."""
+        wire = torch.frombuffer(bytearray(message + b"\0"), dtype=torch.uint8)[:-1]  # frombuffer takes no empty one
+        return [bytes(each.numpy()) for each in self.all_gather(wire.to(self.device), fixed=False)]
 
     def _sizes(self, size: int) -> list[int]:
         sizes = torch.empty(self.world, dtype=torch.int64, device=self.device)
@@ -229,12 +235,12 @@ class Group:
         return sizes.tolist()
 
     def count(self, sent_bytes: int) -> None:
-        """Somebody has sent so many bytes."""
+        """Count bytes that this worker has sent."""
         self.sent_bytes += sent_bytes
         TRAFFIC.sent_bytes += sent_bytes
 
     @contextmanager
-    def _speaking(self, what: str) -> Iterator[None]:
+    def _communicating(self, what: str) -> Iterator[None]:
         started = time.perf_counter()
         try:
             yield
@@ -249,8 +255,8 @@ class Group:
             TRAFFIC.seconds += time.perf_counter() - started
 
 
-def _at_a_time(nbytes: float) -> int:
-    return min(_AT_A_TIME, max(1, math.ceil(_UNDER_WAY / max(nbytes, 1))))
+def _in_flight(nbytes: float) -> int:
+    return min(_MOST_IN_FLIGHT, max(1, math.ceil(_BYTES_IN_FLIGHT / max(nbytes, 1))))
 
 
 def _wait(work: dist.Work | None) -> None:
@@ -258,8 +264,8 @@ def _wait(work: dist.Work | None) -> None:
     work.wait()
 
 
-def _patience() -> timedelta | None:
-    """How long the group of all processes waits; torch has no public way to ask."""
+def _default_timeout() -> timedelta | None:
+    """The timeout of the group of all processes, which torch has no public function for."""
     world = dist.group.WORLD
     if world is None or dist.get_backend(world) != "gloo":
         return None

@@ -1,4 +1,4 @@
-"""Before workers train together: do they have the same model, and if not, where does it first differ?"""
+"""A handshake before workers train together: compare their models, and name the first difference."""
 
 import hashlib
 import json
@@ -23,8 +23,8 @@ def agree(
     """Compare the names, shapes, dtypes, numbers and places of a model's weights over all workers, and ``facts`` too.
 
     Args:
-        facts: what else must be the same, such as a codec; each is compared by its text.
-        weights: by name, instead of the model's own.
+        facts: options that must be equal too, such as a codec; each is compared by its text.
+        weights: tensors by name, to compare instead of the model's own.
 
     Raises:
         ExchangeError: workers differ; it names the first difference and both sides. All workers raise it.
@@ -42,13 +42,13 @@ def agree_on_places(exchange: Exchange, model: nn.Module) -> None:
 
 
 def _compare(exchange: Exchange, mine: Mapping[str, str]) -> None:
-    said = exchange.share(json.dumps(mine).encode())
+    messages = exchange.share(json.dumps(mine).encode())
     try:
-        everyone = [json.loads(each) for each in said]
+        everyone = [json.loads(message) for message in messages]
     except ValueError as error:
-        raise ExchangeError(f"a worker said something that is not a handshake: {error}") from error
+        raise ExchangeError(f"a worker sent a message that is not a handshake: {error}") from error
     if not all(isinstance(each, dict) for each in everyone):
-        raise ExchangeError(f"a worker said something that is not a handshake: {said!r:.200}")
+        raise ExchangeError(f"a worker sent a message that is not a handshake: {messages!r:.200}")
     first = everyone[0]
     for worker, other in enumerate(everyone[1:], start=1):
         for name in [*first, *other]:
@@ -79,6 +79,6 @@ def described_places(model: nn.Module) -> dict[str, str]:
 
 
 def _digest(x: Tensor) -> str:
-    """Of its bytes; eight hexadecimal digits."""
+    """Eight hexadecimal digits from the bytes of a tensor."""
     flat = x.detach().cpu().contiguous().flatten().view(torch.uint8)
     return hashlib.blake2b(flat.numpy().tobytes(), digest_size=4).hexdigest()

@@ -1,24 +1,24 @@
-"""Workers that are threads of one process: to simulate several on one machine, and for tests."""
+"""A path between threads of one process, to simulate several workers on one machine, and for tests."""
 
 import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from noctule.codecs import Codec
 from noctule.core.aggregate import Aggregate
 from noctule.core.errors import ExchangeError
-from noctule.core.exchange import Arrived, Work
-from noctule.exchange.messages import Format, coding
+from noctule.core.exchange import Arrived, Cost, Path
+from noctule.exchange.message_format import MessageFormat, coding
 
 
-class Local:
-    """One worker's path to the other threads; `Local.together` makes all of them."""
+class Local(Path):
+    """A path to the other threads; `Local.together` makes those of all workers."""
 
-    def __init__(self, rank: int, world: int, room: "_Room") -> None:
-        """Use `Local.together`."""
-        self.rank, self.world, self._room = rank, world, room
+    def __init__(self, rank: int, world: int, meeting: "_Meeting") -> None:
+        self.rank, self.world, self._meeting = rank, world, meeting
 
     @classmethod
     def together(cls, world: int, *, timeout_seconds: float = 60.0) -> list["Local"]:
@@ -27,20 +27,21 @@ class Local:
         >>> [path.rank for path in Local.together(2)]
         [0, 1]
         """
-        room = _Room(world, timeout_seconds)
-        return [cls(rank, world, room) for rank in range(world)]
+        meeting = _Meeting(world, timeout_seconds)
+        return [cls(rank, world, meeting) for rank in range(world)]
 
+    @override
     def share(self, message: bytes) -> list[bytes]:
-        """See `noctule.core.exchange.Path`."""
-        wire = torch.frombuffer(bytearray(message + b"\0"), dtype=torch.uint8)[:-1]  # which takes no empty one
-        wires = self._room.meet(self.rank, wire)
+        wire = torch.frombuffer(bytearray(message + b"\0"), dtype=torch.uint8)[:-1]  # frombuffer takes no empty one
+        wires = self._meeting.meet(self.rank, wire)
         return [bytes(wire.numpy()) for wire in wires]
 
-    def rehearse(self, tensors: Sequence[Tensor], codec: Codec | None) -> Work:
-        """See `noctule.core.exchange.Path`."""
+    @override
+    def rehearse(self, tensors: Sequence[Tensor], codec: Codec | None) -> Cost:
         write, read, size = coding(tensors, codec)
-        return Work(write + self.world * read, (self.world - 1) * size, self.world - 1)
+        return Cost(write + self.world * read, (self.world - 1) * size, self.world - 1)
 
+    @override
     def __call__(
         self,
         tensors: Sequence[Tensor],
@@ -50,15 +51,16 @@ class Local:
         numbers: Sequence[float],
         generator: torch.Generator,
     ) -> Arrived:
-        """Meet the other threads; every message is written and read as on a wire."""
-        form = Format(tensors, codec, len(numbers))
+        form = MessageFormat(tensors, codec, len(numbers))
         wire, delivered = form.write(tensors, numbers, generator)
-        arrivals = [form.read(each, sender, keys) for sender, each in enumerate(self._room.meet(self.rank, wire))]
+        arrivals = [form.read(each, sender, keys) for sender, each in enumerate(self._meeting.meet(self.rank, wire))]
         sums = [sum(several, 0.0) for several in zip(*(found for _, found in arrivals), strict=True)]
         return Arrived(aggregate([found for found, _ in arrivals]), delivered, sums)
 
 
-class _Room:
+class _Meeting:
+    """Where the threads pass their messages to one another."""
+
     def __init__(self, world: int, timeout_seconds: float) -> None:
         self.barrier = threading.Barrier(world, timeout=timeout_seconds)
         self.wires: list[Tensor] = [torch.empty(0)] * world
@@ -69,7 +71,7 @@ class _Room:
         try:
             self.barrier.wait()
             found = list(self.wires)
-            self.barrier.wait()  # before anybody writes the next
+            self.barrier.wait()  # before any thread writes the next
         except threading.BrokenBarrierError as error:
             raise ExchangeError(f"another worker did not come within {self.timeout_seconds:g} s, or failed") from error
         return found

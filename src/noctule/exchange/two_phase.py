@@ -1,8 +1,8 @@
-"""Compressed averaging whose cost does not grow with the workers: each averages a part, and sends that to all.
+"""A path whose cost does not grow with the number of workers: each averages a part, and sends the mean to all.
 
 The scheme of 1-bit Adam (Tang et al. 2021, arXiv 2102.02888) and of ZeRO++ (Wang et al. 2023, arXiv 2306.10209). Differs from them:
-what the second encoding leaves out is owed by the worker that made it in the same account as the first, so that error feedback
-needs no second one and nothing is lost when tensors are cut differently, as when DDP rebuilds its buckets.
+the residual of the second encoding is added to that of the first at the worker that made it, so that error feedback needs no second
+one and nothing is lost when tensors are cut differently, as when DDP rebuilds its buckets.
 
 Shapes: W workers, n numbers in all tensors together.
 """
@@ -13,40 +13,50 @@ from functools import reduce
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from noctule.codecs import Codec
 from noctule.core.aggregate import Aggregate, mean
-from noctule.core.exchange import Arrived, Work
+from noctule.core.exchange import Arrived, Cost, Path
 from noctule.exchange.all_gather import AllGather
-from noctule.exchange.messages import Format, coding
+from noctule.exchange.message_format import MessageFormat, coding
 
 
-class TwoPhase:
-    """Cut all tensors in W parts, trade them, average one's own, send that to all: 2 (W - 1) / W of the compressed size, any W.
+class TwoPhase(Path):
+    """A path that cuts all tensors in W parts; each worker averages one part and sends the mean to all.
 
-    Two rounds, and a codec rounds twice: of natural compression the variance is (9/8)² at most. Tensors are one vector here, so
-    a codec of matrices (`LowRank`) goes with `AllGather`. Two workers simply send each other what they have: as many bytes, in one
+    A worker sends 2 (W - 1) / W of the compressed size, for any W.
+
+    There are two rounds, and a codec rounds twice: of natural compression the variance is (9/8)² at most. Tensors are one vector
+    here, so a codec of matrices (`LowRank`) goes with `AllGather`. Two workers send each other all they have: as many bytes, in one
     round, rounded once.
+
+    Args:
+        group: the process group of the workers (default: all processes).
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        """Between the members of a process group, by default of all processes."""
-        self.at_once = AllGather(group)
-        self.group = self.at_once.group
+        self.one_phase = AllGather(group)
+        self.group = self.one_phase.group
         self.rank, self.world = self.group.rank, self.group.world
 
+    @override
     def share(self, message: bytes) -> list[bytes]:
-        """See `noctule.core.exchange.Path`."""
         return self.group.share(message)
 
-    def rehearse(self, tensors: Sequence[Tensor], codec: Codec | None) -> Work:
-        """See `noctule.core.exchange.Path`."""
+    @override
+    def groups(self) -> tuple[object, ...]:
+        return (self.group.group,)
+
+    @override
+    def rehearse(self, tensors: Sequence[Tensor], codec: Codec | None) -> Cost:
         if self.world <= 2:
-            return self.at_once.rehearse(tensors, codec)
+            return self.one_phase.rehearse(tensors, codec)
         write, read, size = coding(cut(tensors, 1), codec)
         others = (self.world - 1) / self.world
-        return Work(write + (1 + others) * read, 2 * others * size, 2 * self.group.rounds(size / self.world))
+        return Cost(write + (1 + others) * read, 2 * others * size, 2 * self.group.rounds(size / self.world))
 
+    @override
     def __call__(
         self,
         tensors: Sequence[Tensor],
@@ -56,7 +66,7 @@ class TwoPhase:
         numbers: Sequence[float],
         generator: torch.Generator,
     ) -> Arrived:
-        """See `noctule.core.exchange.Path`.
+        """Average a part, and gather the others' parts.
 
         Raises:
             ValueError: the aggregate is not the mean.
@@ -66,9 +76,9 @@ class TwoPhase:
                 f"TwoPhase averages averages, which {getattr(aggregate, '__name__', aggregate)} cannot be had from: use AllGather"
             )
         if self.world <= 2:
-            return self.at_once(tensors, keys, codec, aggregate, numbers, generator)
+            return self.one_phase(tensors, keys, codec, aggregate, numbers, generator)
         parts = cut(tensors, self.world)
-        form = Format(parts[:1], codec, len(numbers))
+        form = MessageFormat(parts[:1], codec, len(numbers))
         mine, delivered, along = parts[self.rank], list(parts), [list(numbers)] * self.world
 
         def wire_to(worker: int) -> Tensor:
@@ -76,7 +86,7 @@ class TwoPhase:
             return wire
 
         total = mine.clone()  # a worker's own part does not travel
-        for sender, each in self.group.trade_each(wire_to, size=form.nbytes):
+        for sender, each in self.group.all_to_all_each(wire_to, size=form.nbytes):
             (part,), along[sender] = form.read(each, sender, ["a part of the average"])
             total += part.to(total.device)
         total /= self.world
@@ -84,7 +94,7 @@ class TwoPhase:
         wire, (read,) = form.write([total], sums, generator)
         delivered[self.rank] = mine - (total - read) * self.world  # what this encoding left out is owed too
         pieces = [read] * self.world
-        for sender, each in self.group.trade_each(lambda worker: wire, size=form.nbytes):
+        for sender, each in self.group.all_to_all_each(lambda worker: wire, size=form.nbytes):
             (piece,), _ = form.read(each, sender, ["the average"])
             pieces[sender] = piece.to(total.device)
         return Arrived(joined(pieces, tensors), joined(delivered, tensors), sums)

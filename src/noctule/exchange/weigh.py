@@ -1,27 +1,28 @@
-"""Workers count as much as they have done."""
+"""A stage that makes the mean over workers a weighted one."""
 
 from torch import Tensor
+from typing_extensions import override
 
 from noctule.core.exchange import Stage
 
 
 class Weigh(Stage):
-    """Makes the mean a weighted one: of workers with unequal batches, ``n`` being the samples of each.
+    """A stage that weighs each worker by ``n``, such as the number of samples in its batch.
 
     With a mean of losses in every worker, the aggregate is then the gradient of the mean over the union of all batches.
 
     Args:
-        n: of this worker; set it anew before an exchange where it changes, zero for a worker that has none.
+        n: the weight of this worker; set it before each exchange where it changes, to zero for a worker that has no batch.
     """
 
     needs_sum = True
 
     def __init__(self, n: float) -> None:
-        """Every worker says its own."""
         self.n = n
         self.mean = 0.0
-        """Of all workers' n in the last exchange."""
+        """The mean of all workers' ``n`` in the last exchange."""
 
+    @override
     def weight(self) -> float:
         """``n``.
 
@@ -32,11 +33,12 @@ class Weigh(Stage):
             raise ValueError(f"a worker's weight is at least 0 and finite, got {self.n}")
         return float(self.n)
 
+    @override
     def send(self, x: Tensor, key: str) -> Tensor:
-        """Times n."""
         return x * self.n
 
+    @override
     def close(self, total: Tensor, key: str, weight: float) -> Tensor:
-        """Over the mean of all n; zero where nobody has anything."""
+        """Divide by the mean of all n; the total of workers that all have none is zero."""
         self.mean = weight
         return total / weight if weight > 0.0 else total

@@ -1,6 +1,7 @@
-"""When do workers talk? Strategies of training together, each a Method for a plain loop."""
+"""Strategies for several workers, each a method for a plain loop: which weights or gradients are exchanged, and when?"""
 
 from noctule.core.phases import Phases
+from noctule.exchange.every_sync import EverySync
 from noctule.parallel.diloco import AVERAGE, NESTEROV, DiLoCo
 from noctule.parallel.gossip import Gossip
 from noctule.parallel.graphs import complete, random, ring, torus
@@ -15,6 +16,7 @@ __all__ = [
     "AVERAGE",
     "NESTEROV",
     "DiLoCo",
+    "EverySync",
     "Gossip",
     "Merge",
     "Phases",

@@ -1,4 +1,4 @@
-"""Train apart, and meet every so many steps: the distance each worker went is a gradient for an outer optimizer.
+"""Local training with a meeting every so many steps, where the workers' mean change is a gradient for an outer optimizer.
 
 Douillard et al. 2023, "DiLoCo", arXiv 2311.08105; with an outer ``SGD(lr=1)`` it is local SGD (McMahan et al. 2017, arXiv
 1602.05629). In fragments, and overlapped with training: Douillard et al. 2025, "Streaming DiLoCo with overlapping communication",
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
+from typing_extensions import override
 
 from noctule.core.delivery import before_forward
 from noctule.core.exchange import Exchange
@@ -20,40 +21,39 @@ from noctule.core.method import Method
 from noctule.core.optim import carry_state
 from noctule.core.remap import Remap
 from noctule.exchange.handshake import agree, agree_on_places
-from noctule.parallel.flights import Flight, Flights, check_own_group
-from noctule.parallel.fragments import cut, last_turn
+from noctule.parallel.fragments import cut, last_due
+from noctule.parallel.pending import PendingExchange, PendingExchanges, check_own_group
 
 NESTEROV = partial(SGD, lr=0.7, momentum=0.9, nesterov=True)
 """The outer optimizer of DiLoCo."""
 AVERAGE = partial(SGD, lr=1.0)
-"""That of local SGD: what comes is the plain mean of the workers' weights."""
+"""The outer optimizer of local SGD: weights become the plain mean of the workers'."""
 
 
 class DiLoCo(Method):
-    """Every ``every`` steps all workers go on from one point: where the outer optimizer takes the last one.
+    """Every ``every`` steps, moves the weights of all workers from the last meeting point to the next by an outer optimizer.
 
-    Between two meetings the workers' weights differ. Connections may move meanwhile only if they move alike on all workers; where
-    they did not, the next meeting refuses.
+    Between two meetings the workers' weights differ. Connections may move meanwhile only if they move alike on all workers; if
+    they did not, the next meeting raises an error.
 
     Fragments meet in turn, each ``every`` steps after its last time, so what is sent at once is a part of the model. With
-    ``overlap`` training goes on while an exchange is under way; what comes of it counts from that step on, however long it took.
-    Workers have the same weights then only after `settle` or `now`.
+    ``overlap`` training goes on during an exchange; its result is used after that number of steps, however long it took. Workers
+    have the same weights then only after `settle` or `now`.
 
     Args:
-        exchange: such as a `Channel`; what travels is how far the weights went since the last meeting, times minus one. With
-            ``overlap`` it must be over a process group of its own: ``TwoPhase(own_group())``.
-        every: steps from one meeting to the next.
-        outer: makes the outer optimizer of a list of parameters.
-        fragments: in how many parts the model meets, cut by layers and balanced by bytes.
-        overlap: steps from the one after which a worker sends to the one after which it takes what has come; 0 waits at once.
-        blend: of its own weights, how much a worker keeps when it takes what has come after ``overlap`` steps: 0 forgets what
-            these steps did to the fragment, 1 would forget what the other workers did.
+        exchange: such as a `Channel`, for the change of the weights since the last meeting, times minus one. With ``overlap`` it
+            must be over a process group of its own: ``TwoPhase(own_group())``.
+        every: the number of steps from one meeting to the next.
+        outer: makes the outer optimizer for a list of parameters.
+        fragments: the number of parts of the model, cut by layers and balanced by bytes.
+        overlap: the number of steps between sending a fragment and using the result; 0 waits at once.
+        blend: the share of its own weights that a worker keeps when it uses a result after ``overlap`` steps: 0 would drop what
+            these steps did to the fragment, 1 what the other workers did.
 
     Raises:
         ValueError: an option is out of its range, or ``overlap`` is to be on the process group of all processes.
 
-    >>> from noctule.core.exchange import Channel
-    >>> from noctule.exchange import Local
+    >>> from noctule.exchange import Channel, Local
     >>> method = DiLoCo(Channel(path=Local.together(1)[0]), every=100, outer=AVERAGE)
     >>> streaming = DiLoCo(Channel(path=Local.together(1)[0]), every=100, fragments=4, overlap=5)
     """
@@ -68,7 +68,6 @@ class DiLoCo(Method):
         overlap: int = 0,
         blend: float = 0.5,
     ) -> None:
-        """Nothing is sent yet."""
         if every < 1:
             raise ValueError(f"workers meet after at least one step, got every={every}")
         if not 1 <= fragments <= every:
@@ -86,16 +85,17 @@ class DiLoCo(Method):
         self.exchange, self.every, self.outer = exchange, every, outer
         self.fragments, self.overlap, self.blend = fragments, overlap, blend
         self.steps = 0
-        """How many are done."""
+        """The number of steps done."""
         self._met = [0] * fragments
 
     @property
     def met(self) -> int:
-        """How many steps were done when the workers last met, with the fragment that waits longest."""
+        """The number of steps that were done at the last meeting of the fragment whose meeting is longest ago."""
         return min(self._met)
 
+    @override
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Note where the worker begins.
+        """Keep the weights as the first meeting point.
 
         Raises:
             ValueError: the model has fewer layers than fragments.
@@ -104,33 +104,35 @@ class DiLoCo(Method):
         self.anchors = {name: nn.Parameter(p.detach().clone()) for name, p in self._parameters().items()}
         self.optimizer = self.outer(list(self.anchors.values()))
         self._fragment = cut(self.anchors, self.fragments)
-        self._flights = Flights(self.exchange)
+        self._pending = PendingExchanges(self.exchange)
         self._moved = self._agreed = False
         self._hook = before_forward(model, self._before_forward)
 
+    @override
     def after_step(self) -> None:
-        """Meet, when it is time."""
         self.steps += 1
         self._meet_if_due()
 
     def now(self) -> None:
-        """Meet with the whole model, whether it is time or not; all workers must.
+        """Meet with the whole model, whether a meeting is due or not; all workers must call it.
 
         Raises:
             ExchangeError: they began with different models, or connections moved differently; LostWorkerError where one is gone.
         """
-        self._land(sent_by=self.steps)
+        self._use_arrived(sent_by=self.steps)
         self._meet(range(self.fragments))
 
+    @override
     def settle(self) -> None:
-        """Meet, where there were steps since the last time; the later meetings come when they would have come."""
-        self._land(sent_by=self.steps)
+        """Meet with the fragments that have had steps since their last meeting; later meetings stay where they were."""
+        self._use_arrived(sent_by=self.steps)
         if late := [fragment for fragment, met in enumerate(self._met) if met < self.steps]:
             self._meet(late)
 
+    @override
     def remapped(self, layer: nn.Module, remap: Remap) -> None:
-        """Anchors, outer momenta, what is under way or owed follow their connections; a new one begins at its first value."""
-        self._flights.wait()
+        """Move anchors, outer momenta, pending exchanges and residuals; the anchor of a new connection is its first value."""
+        self._pending.wait()
         prefix = next(name for name, module in self.model.named_modules() if module is layer)
         for name, p in layer.named_parameters(recurse=False):
             part, key = remap.of(name), f"{prefix}.{name}" if prefix else name
@@ -139,33 +141,36 @@ class DiLoCo(Method):
                 moved = part.apply(old.detach().flatten(), new=p.detach().flatten()).view(p.shape)
                 self.anchors[key] = nn.Parameter(moved)
                 carry_state(self.optimizer, old, self.anchors[key], part)
-                self._flights.remapped(key, part, tuple(p.shape))
+                self._pending.remapped(key, part, tuple(p.shape))
                 self.exchange.remapped(key, part, tuple(p.shape))
         self._moved = True
 
+    @override
     def end(self) -> None:
-        """Stop listening; what is under way ends, and is forgotten."""
+        """Remove the hook, and forget pending exchanges once they have ended."""
         self._hook.remove()
-        self._flights.close()
+        self._pending.close()
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """The last meeting point, the outer optimizer's and the exchange's states; what is under way is waited for, and kept."""
-        flights = self._flights.state_dict()
+        """Wait for pending exchanges; the last meeting point, and the states of those, the outer optimizer and the exchange."""
+        pending = self._pending.state_dict()
         return {
             "steps": self.steps,
             "met": list(self._met),
             "fragment": dict(self._fragment),
-            "flights": flights,
+            "flights": pending,
             "anchors": {name: anchor.detach() for name, anchor in self.anchors.items()},
             "outer": self.optimizer.state_dict(),
             "exchange": self.exchange.state_dict(),
         }
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave.
+        """Restore what `state_dict` gave.
 
         Raises:
-            ValueError: it is of another model, or of another number of fragments.
+            ValueError: the state is of another model, or of another number of fragments.
         """
         found: dict[str, Tensor] = state["anchors"]
         if {n: x.shape for n, x in found.items()} != {n: x.shape for n, x in self.anchors.items()}:
@@ -174,7 +179,7 @@ class DiLoCo(Method):
             )
         if len(state["met"]) != self.fragments:
             raise ValueError(f"this state is of {len(state['met'])} fragments, got fragments={self.fragments}")
-        self._flights.load_state_dict(state["flights"])
+        self._pending.load_state_dict(state["flights"])
         with torch.no_grad():
             for name, anchor in self.anchors.items():
                 anchor.copy_(found[name])
@@ -184,52 +189,52 @@ class DiLoCo(Method):
         self._agreed = False
 
     def _before_forward(self, model: nn.Module, inputs: object) -> None:
-        """A meeting that failed, as when a worker was lost, is made up for before the next step."""
+        """Retry a meeting that failed, as when a worker was lost, before the next step."""
         if model.training:
             self._meet_if_due()
 
     def _meet_if_due(self) -> None:
-        self._land(sent_by=self.steps - self.overlap)
-        away = {fragment for flight in self._flights for fragment in flight.fragments}
-        due = [fragment for fragment in range(self.fragments) if fragment not in away and self._turn(fragment)]
+        self._use_arrived(sent_by=self.steps - self.overlap)
+        away = {fragment for pending in self._pending for fragment in pending.fragments}
+        due = [fragment for fragment in range(self.fragments) if fragment not in away and self._is_due(fragment)]
         if due and self.overlap:
-            self._flights.add(Flight(self.steps, due, self._gone(due)))
+            self._pending.add(PendingExchange(self.steps, due, self._changes(due)))
             self._send()
         elif due:
             self._meet(due)
 
-    def _turn(self, fragment: int) -> bool:
-        """Whether it has not met since it was to."""
-        return last_turn(fragment, self.fragments, every=self.every, steps=self.steps) > self._met[fragment]
+    def _is_due(self, fragment: int) -> bool:
+        """Whether it has not met since its last due step."""
+        return last_due(fragment, self.fragments, every=self.every, steps=self.steps) > self._met[fragment]
 
     def _meet(self, fragments: Iterable[int]) -> None:
-        """Exchange how far these went, and go on from where all are taken; nothing is under way."""
+        """Exchange the changes of these fragments, and move to the next meeting point; nothing is pending."""
         self._agree()
-        gone = self._gone(fragments)
+        changes = self._changes(fragments)
         with torch.no_grad():
-            totals = self.exchange(list(gone.values()), list(gone))
-        self._go_on(dict(zip(gone, totals, strict=True)), own=0.0)
+            totals = self.exchange(list(changes.values()), list(changes))
+        self._step(dict(zip(changes, totals, strict=True)), own=0.0)
         for fragment in fragments:
             self._met[fragment] = self.steps
 
     def _send(self) -> None:
-        """What waits to be sent, be it new or because it failed."""
-        if self._flights.waiting:
+        """Send what is new or has failed."""
+        if self._pending.unsent:
             self._agree()
-            self._flights.send()
+            self._pending.send()
 
-    def _land(self, *, sent_by: int) -> None:
-        """Take what was sent after this step or before, and wait for it where it has not come."""
+    def _use_arrived(self, *, sent_by: int) -> None:
+        """Use the results of what was sent after this step or before, and wait for those that have not arrived."""
         self._send()
-        for flight in self._flights.take(sent_by=sent_by):
-            self._go_on(flight.tensors, own=self.blend if self.steps > flight.step else 0.0)
-            for fragment in flight.fragments:
-                self._met[fragment] = flight.step
+        for pending in self._pending.take(sent_by=sent_by):
+            self._step(pending.tensors, own=self.blend if self.steps > pending.step else 0.0)
+            for fragment in pending.fragments:
+                self._met[fragment] = pending.step
 
     def _agree(self) -> None:
-        """Do all have the same model, and the same connections?"""
+        """Check that all workers have the same model, options and connections."""
         if not self._agreed or self._moved:
-            self._flights.receive()  # one thing at a time on the exchange
+            self._pending.receive()  # the exchange does one thing at a time
         if not self._agreed:
             options = {name: getattr(self, name) for name in ("exchange", "every", "overlap", "blend")}
             cuts = {f"{name} in fragment": fragment for name, fragment in self._fragment.items()}
@@ -239,15 +244,15 @@ class DiLoCo(Method):
             agree_on_places(self.exchange, self.model)
             self._moved = False
 
-    def _gone(self, fragments: Iterable[int]) -> dict[str, Tensor]:
-        """How far the worker went with these since the last meeting, times minus one."""
+    def _changes(self, fragments: Iterable[int]) -> dict[str, Tensor]:
+        """The changes of these fragments since the last meeting, times minus one."""
         which = set(fragments)
         with torch.no_grad():
             parameters = self._parameters().items()
             return {name: self.anchors[name] - p for name, p in parameters if self._fragment[name] in which}
 
-    def _go_on(self, totals: Mapping[str, Tensor], *, own: float) -> None:
-        """Take the outer step with what all went, and go to where it leads, or the way there but for the part that is one's own."""
+    def _step(self, totals: Mapping[str, Tensor], *, own: float) -> None:
+        """Take the outer step with the mean change, and move the weights there, but for the share ``own`` of this worker's."""
         with torch.no_grad():
             for name, total in totals.items():
                 self.anchors[name].grad = total.to(self.anchors[name].device)

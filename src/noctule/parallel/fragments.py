@@ -1,4 +1,4 @@
-"""A model cut in fragments that meet at different steps, so that no meeting has to carry all of it."""
+"""Cut a model in fragments that are exchanged at different steps."""
 
 from collections.abc import Mapping
 
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 def cut(parameters: Mapping[str, Tensor], fragments: int) -> dict[str, int]:
-    """Name of a parameter -> the fragment it is in.
+    """Assign parameters to fragments: the number of the fragment for each name.
 
-    The parameters of one layer stay together. Layers are dealt out, the largest first, each to the fragment that has the fewest
+    The parameters of one layer stay together. Layers are assigned, the largest first, each to the fragment that has the fewest
     bytes: none gets more than an even share and one layer. Layers of one size go round in the order of the model, so that each
     fragment has some near the input and some near the output.
 
@@ -26,17 +26,17 @@ def cut(parameters: Mapping[str, Tensor], fragments: int) -> dict[str, int]:
         raise ValueError(
             f"fragments={fragments} of a model that has trainable parameters in {len(sizes)} layers: a fragment has at least one"
         )
-    filled_bytes, dealt = [0] * fragments, {}
+    filled_bytes, assigned = [0] * fragments, {}
     for layer in sorted(sizes, key=sizes.__getitem__, reverse=True):
-        dealt[layer] = min(range(fragments), key=filled_bytes.__getitem__)
-        filled_bytes[dealt[layer]] += max(1, sizes[layer])  # also one without weights fills a fragment
-    return {name: dealt[_layer(name)] for name in parameters}
+        assigned[layer] = min(range(fragments), key=filled_bytes.__getitem__)
+        filled_bytes[assigned[layer]] += max(1, sizes[layer])  # a layer without weights fills a fragment too
+    return {name: assigned[_layer(name)] for name in parameters}
 
 
-def last_turn(fragment: int, fragments: int, *, every: int, steps: int) -> int:
-    """The last step, of so many, after which a fragment was to meet; zero or less before it ever was.
+def last_due(fragment: int, fragments: int, *, every: int, steps: int) -> int:
+    """The last of ``steps`` steps after which the exchange of a fragment was due; zero or less if none was.
 
-    >>> [last_turn(fragment, 4, every=100, steps=230) for fragment in range(4)]
+    >>> [last_due(fragment, 4, every=100, steps=230) for fragment in range(4)]
     [225, 150, 175, 200]
     """
     first = (fragment + 1) * every // fragments

@@ -1,4 +1,4 @@
-"""Who speaks with whom when everybody speaks with a few only: graphs of workers as plain functions, and the weights that suit them.
+"""Graphs of workers for decentralized averaging, as plain functions, and the mixing weights of their edges.
 
 A graph gives the neighbours of each worker in one meeting; all workers work it out alike. Shapes: W workers.
 """
@@ -9,14 +9,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from noctule.core.random import generator
+
 Neighbours = list[tuple[int, ...]]
-"""Of each worker; who is a neighbour of whom has it as a neighbour."""
+"""The neighbours of each worker, by rank; the relation is symmetric."""
 Graph = Callable[[int, int], Neighbours]
 """(W, number of the meeting) -> neighbours."""
 
 
 def ring(world: int, meeting: int = 0) -> Neighbours:
-    """Each with the one before and the one after.
+    """A ring: each worker has the one before and the one after as neighbours.
 
     >>> ring(4)
     [(1, 3), (0, 2), (1, 3), (0, 2)]
@@ -25,7 +27,7 @@ def ring(world: int, meeting: int = 0) -> Neighbours:
 
 
 def torus(world: int, meeting: int = 0) -> Neighbours:
-    """Each with the four round it on a rectangle, as square as W allows, whose opposite sides are joined.
+    """A torus: each worker has the four round it on a rectangle, as square as W allows, whose opposite sides are joined.
 
     >>> torus(6)[0]
     (1, 2, 3)
@@ -36,19 +38,18 @@ def torus(world: int, meeting: int = 0) -> Neighbours:
     return _joined(world, [*right, *((rank, (rank + columns) % world) for rank in range(world))])
 
 
-def random(world: int, meeting: int = 0, *, seed: int = 0) -> Neighbours:
-    """A ring whose order is drawn anew for each meeting: news reaches everyone in about log W of them.
+def random(world: int, meeting: int = 0) -> Neighbours:
+    """A ring in an order that is drawn anew for each meeting: a change reaches all workers in about log W meetings.
 
     >>> random(9, 0) == random(9, 0), random(9, 0) == random(9, 1)
     (True, False)
     """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + meeting) % 2**63)
-    order = torch.randperm(world, generator=generator).tolist()
+    order = torch.randperm(world, generator=generator("graph", meeting)).tolist()
     return _joined(world, [(order[at], order[(at + 1) % world]) for at in range(world)])
 
 
 def complete(world: int, meeting: int = 0) -> Neighbours:
-    """Each with all others: a meeting is the plain mean.
+    """The complete graph: a meeting is the plain mean.
 
     >>> complete(3)
     [(1, 2), (0, 2), (0, 1)]
@@ -57,11 +58,12 @@ def complete(world: int, meeting: int = 0) -> Neighbours:
 
 
 def weights(neighbours: Sequence[Sequence[int]]) -> Tensor:
-    """(W, W), symmetric, with rows and columns that add up to one: 1 / (1 + the larger of both degrees) for a pair of neighbours
-    (Metropolis weights; Xiao and Boyd 2004).
+    """Metropolis weights (W, W), symmetric, with rows and columns that add up to one (Xiao and Boyd 2004).
+
+    A pair of neighbours has 1 / (1 + the larger of both degrees).
 
     Raises:
-        ValueError: someone is its own neighbour, or is nobody's whose neighbour it is, or is there twice.
+        ValueError: a worker is its own neighbour, is a neighbour in one direction only, or is listed twice.
 
     >>> weights(complete(4))[0].tolist()
     [0.25, 0.25, 0.25, 0.25]
@@ -72,7 +74,7 @@ def weights(neighbours: Sequence[Sequence[int]]) -> Tensor:
         for other in others:
             if not 0 <= other < world or other == rank or rank not in neighbours[other] or others.count(other) > 1:
                 raise ValueError(
-                    f"of {world} workers {rank} has the neighbours {tuple(others)}: each must be another worker, there once, and "
+                    f"of {world} workers {rank} has the neighbours {tuple(others)}: each must be another worker, listed once, and "
                     "have it as a neighbour too"
                 )
             found[rank, other] = 1.0 / (1 + max(len(others), len(neighbours[other])))

@@ -1,10 +1,10 @@
-"""Several workers' networks made one: each connection has the mean of those who hold it, and the largest stay.
+"""Merge the networks of several workers: the mean of each connection over the workers that have it, of which the largest stay.
 
 The merge of WASAP-SGD (Curci, Mocanu and Pechenizkiy 2021, arXiv 2102.01732). Differs from the authors' code: the sum of a
-connection's weights is divided by those who hold it, not by all workers, which shrinks what one of them found; optimizer state is
-merged too; as many connections stay as each worker had, where the code cuts at a quantile of each sign.
+connection's weights is divided by the number of workers that have it, not by that of all, which shrinks what one of them found;
+optimizer state is merged too; as many connections stay as each worker had, where the code cuts at a quantile of each sign.
 
-Shapes: N weights of a layer, K connections that any worker holds.
+Shapes: N weights of a layer, K connections that any worker has.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from noctule.core.errors import ExchangeError
 from noctule.core.exchange import Exchange
@@ -25,18 +26,18 @@ from noctule.core.topology import Topology
 
 @torch.no_grad()
 def merge_workers(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer], exchange: Exchange) -> None:
-    """Leave the same places, weights, buffers and optimizer state on all workers, bit for bit; all must call it.
+    """Merge the workers' models: the same places, weights, buffers and optimizer state on all, bit for bit; all must call it.
 
-    A connection's weight, and what optimizers keep for it, is the mean over the workers that hold it; of each layer as many stay as
-    it had, the largest. Dense parameters, biases, buffers and their state become plain means; what counts, such as steps, the
-    largest. What is frozen is left alone.
+    A connection's weight, and what optimizers keep for it, is the mean over the workers that have it; in each layer as many
+    connections stay as it had, the largest. Dense parameters, biases, buffers and their state become plain means; counters, such
+    as steps, the largest. Frozen parameters are left alone.
 
-    Nothing is changed before all workers have said that they have heard everything: a merge that breaks off until then can be
+    Nothing is changed before all workers have confirmed that they received everything: a merge that fails until then can be
     repeated.
 
     Raises:
-        ExchangeError: the workers' models or optimizers differ in more than numbers and places, or one was lost.
-        ValueError: somebody who keeps state for a sparse layer cannot follow its places.
+        ExchangeError: the workers' models or optimizers differ in more than numbers and places, or a worker was lost.
+        ValueError: what keeps state for a sparse layer cannot follow its places.
     """
     several = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
     layers = {f"{name}.values" if name else "values": layer for name, layer in sparse_layers(model).items()}
@@ -48,8 +49,8 @@ def merge_workers(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer],
     floats = [*dense, *(x for x in model.buffers() if x.is_floating_point())]
     counts = [x for p in trained.values() for x in _counters(several, p)]
     whole = [*counts, *(x for x in model.buffers() if not x.is_floating_point())]
-    merged = [*_means(floats, exchange), *_most(whole, exchange)]
-    exchange.share(b"")  # all have all of it: who changed numbers before would merge them once more after a loss
+    merged = [*_means(floats, exchange), *_largest_counts(whole, exchange)]
+    exchange.share(b"")  # all have received all: numbers changed before would be merged once more after a loss
     for x, new in zip([*floats, *whole], merged, strict=True):
         x.copy_(new)
     for layer, topology, means in sparse:
@@ -60,59 +61,59 @@ def merge_workers(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer],
 
 
 class Merge(Method):
-    """Merges the workers' networks (see `merge_workers`) from time to time; in between each trains, and moves connections, alone.
+    """Merges the workers' networks by `merge_workers` every so many steps; meanwhile each trains and moves connections alone.
 
     Give it to `attach` before a `Rewire`: connections that move after the same step have then moved when networks are merged.
 
     Args:
         exchange: between the workers, such as a `Channel`.
-        every: steps from one time to the next; None: whenever the session settles, as before `fit` judges the weights.
+        every: the number of steps from one merge to the next; None merges whenever the session settles, as `fit` does before it
+            validates.
 
-    >>> from noctule.core.exchange import Channel
-    >>> from noctule.exchange import Local
+    >>> from noctule.exchange import Channel, Local
     >>> method = Merge(Channel(path=Local.together(1)[0]), every=1000)
     """
 
     def __init__(self, exchange: Exchange, *, every: int | None = None) -> None:
-        """Nothing is sent yet."""
         if every is not None and every < 1:
             raise ValueError(f"networks are merged after at least one step, got every={every}")
         self.exchange, self.every = exchange, every
         self.steps = 0
-        """Since the last time."""
+        """The number of steps since the last merge."""
 
+    @override
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Note what is to be merged."""
         self.model, self.optimizers = model, optimizers
 
+    @override
     def after_step(self) -> None:
-        """Merge, when it is time."""
         self.steps += 1
         if self.every is not None and self.steps >= self.every:
             self.now()
 
+    @override
     def settle(self) -> None:
-        """Merge, if that is when it is to be done, or if it could not be done when it was time."""
+        """Merge, if ``every`` is None or a merge that was due has failed."""
         if self.steps >= (self.every or 1):
             self.now()
 
     def now(self) -> None:
-        """Merge, whether it is time or not; all workers must."""
+        """Merge, whether it is due or not; all workers must call it."""
         merge_workers(self.model, self.optimizers, self.exchange)
         self.steps = 0
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """The steps since the last time, and what the exchange keeps."""
         return {"steps": self.steps, "exchange": self.exchange.state_dict()}
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
         self.steps = int(state["steps"])
         self.exchange.load_state_dict(state["exchange"])
 
 
 def largest(topology: Topology, values: Tensor, count: int) -> tuple[Topology, Tensor]:
-    """The places (N,) of the largest of K values, and which of the K they are; of equals the first.
+    """The places (N,) of the largest of K values, and their indices among the K; of equal values the first.
 
     >>> places = Topology.from_keys((1, 4), torch.arange(4))
     >>> largest(places, torch.tensor([1.0, -3.0, 2.0, 1.0]), 3)[1].tolist()
@@ -125,7 +126,7 @@ def largest(topology: Topology, values: Tensor, count: int) -> tuple[Topology, T
 def _merged_layer(
     layer: Any, optimizers: Sequence[Optimizer], exchange: Exchange, name: str
 ) -> tuple[Any, Topology, list[Tensor]]:
-    """A sparse layer, the places it is to have, and the values and state there; it is as it was."""
+    """A sparse layer, still unchanged, with its merged places and the values and state there."""
     old, p = layer.topology, layer.values
     mine = {"": p, **_state(optimizers, p)}
     arrived = _share(exchange, [old.keys(), *mine.values()], name)
@@ -142,23 +143,23 @@ def _merged_layer(
 
 
 def _means(tensors: Sequence[Tensor], exchange: Exchange) -> list[Tensor]:
-    """Of each tensor the mean over all workers."""
-    arrived = zip(tensors, *_share(exchange, tensors, "what is dense"), strict=True)
+    """The mean of each tensor over all workers."""
+    arrived = zip(tensors, *_share(exchange, tensors, "dense parameters"), strict=True)
     return [torch.stack([each.double() for each in several]).mean(0).to(x.dtype) for x, *several in arrived]
 
 
-def _most(counters: Sequence[Tensor], exchange: Exchange) -> list[Tensor]:
-    """Of each counter the largest of all workers'."""
+def _largest_counts(counters: Sequence[Tensor], exchange: Exchange) -> list[Tensor]:
+    """The largest of each counter over all workers."""
     return [torch.stack(several).amax(0) for several in zip(*_share(exchange, counters, "counters"), strict=True)]
 
 
 def _state(optimizers: Sequence[Optimizer], p: Tensor) -> dict[str, Tensor]:
-    """What optimizers keep for each weight of a parameter."""
+    """The optimizer state that has a number for each weight of a parameter."""
     return {key: x for key, x in _kept(optimizers, p) if x.shape == p.shape and not key.endswith(".step")}
 
 
 def _counters(optimizers: Sequence[Optimizer], p: Tensor) -> list[Tensor]:
-    """The other tensors that they keep for it."""
+    """The other tensors in a parameter's optimizer state, such as step counters."""
     state = _state(optimizers, p)
     return [x for key, x in _kept(optimizers, p) if key not in state]
 
@@ -173,7 +174,7 @@ def _kept(optimizers: Sequence[Optimizer], p: Tensor) -> list[tuple[str, Tensor]
 
 
 def _described(name: str, p: Tensor, optimizers: Sequence[Optimizer], layers: Mapping[str, Any]) -> str:
-    """What must be alike."""
+    """A line on a parameter and its optimizer state that must be equal on all workers."""
     matrix = f" of {layers[name].topology.shape}" if name in layers else ""
     state = [f"{key} {x.dtype} {tuple(x.shape)}" for key, x in _kept(optimizers, p)]
     return f"{p.dtype} {tuple(p.shape)}{matrix} with {', '.join(state) or 'no state'}".replace("torch.", "")
@@ -184,7 +185,7 @@ def _agree(exchange: Exchange, mine: Mapping[str, str]) -> None:
         try:
             other = dict(json.loads(message))
         except (ValueError, TypeError) as error:
-            raise ExchangeError(f"worker {worker} said something that is not a handshake: {error}") from error
+            raise ExchangeError(f"worker {worker} sent a message that is not a handshake: {error}") from error
         for name in [*mine, *other]:
             if mine.get(name) != other.get(name):
                 raise ExchangeError(
@@ -195,7 +196,7 @@ def _agree(exchange: Exchange, mine: Mapping[str, str]) -> None:
 
 
 def _share(exchange: Exchange, tensors: Sequence[Tensor], name: str) -> list[list[Tensor]]:
-    """The tensors of every worker, of the shapes that they have here, on the CPU."""
+    """The tensors of every worker, in the shapes that they have here, on the CPU."""
     flat = [x.detach().cpu().contiguous().flatten() for x in tensors]
     sizes, arrived = [x.nbytes for x in flat], list[list[Tensor]]()
     for worker, message in enumerate(exchange.share(b"".join(x.view(torch.uint8).numpy().tobytes() for x in flat))):
@@ -203,7 +204,7 @@ def _share(exchange: Exchange, tensors: Sequence[Tensor], name: str) -> list[lis
             raise ExchangeError(
                 f"worker {worker} sent {len(message)} bytes for {name!r}, where {sum(sizes)} are needed: do all merge at once?"
             )
-        wire, at = torch.frombuffer(bytearray(message + b"\0"), dtype=torch.uint8), 0  # which must not be empty
+        wire, at = torch.frombuffer(bytearray(message + b"\0"), dtype=torch.uint8), 0  # frombuffer takes no empty one
         arrived.append([])
         for x, size in zip(tensors, sizes, strict=True):
             arrived[-1].append(wire[at : at + size].clone().view(x.dtype).view(x.shape))

@@ -58,7 +58,7 @@ def _coded(strategy: Strategy, name: Coding, weigh: Weigh) -> Exchange:
     counted = [weigh] if strategy.equal_weights else []  # the others exchange weights, of which each counts as much
     coding = codec(name)
     if name == "powersgd":
-        return PowerSGD(RANK, over=Channel(*counted, path=AllReduce()))
+        return PowerSGD(RANK, inner=Channel(*counted, path=AllReduce()))
     if coding is None:
         return Channel(*counted, path=AllReduce())
     return Channel(*counted, Compress(coding), path=AllGather() if name == "topk" else TwoPhase())

@@ -1,58 +1,57 @@
-"""An exchange between whoever is in the team now."""
+"""An exchange in a process group that is formed anew when workers are lost or join."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor
+from typing_extensions import override
 
 from noctule.core.errors import LostWorkerError
-from noctule.core.exchange import Exchange, Work
-from noctule.core.remap import Remap
+from noctule.core.exchange import Exchange, Wrapped
 
 
 class Grouped(Protocol):
     """A member of a process group that may be formed anew."""
 
     member: int
-    """Which worker this is, for good."""
+    """The number of this worker, for good."""
     generation: int
-    """How many groups it has been in."""
-
+    """The number of groups it has been in."""
     broken: bool
-    """Whether the group is no more."""
+    """Whether the group is to be left."""
 
-    def check(self, *, heeds_calls: bool) -> None:
-        """LostWorkerError where one of the group is gone or, to an exchange that heeds it, where the others wait for a new one."""
+    def check(self, *, leave_for_new_group: bool) -> None:
+        """Raise LostWorkerError if a worker is lost or, with ``leave_for_new_group``, if other workers wait for a new group."""
         ...
 
 
-class Elastic(Exchange):
-    """Made anew by ``make`` in every group; what it kept comes back with the state that the training resumes from.
+class Elastic(Wrapped):
+    """An exchange that is made anew in every group; its state is restored with that of the training.
 
-    What a worker owes is its own: one that goes on from another's state owes nothing.
+    Residuals belong to a worker: a worker that resumes from another's state owes nothing.
 
     Args:
-        team: whose group it is.
-        make: the exchange, in a group that is new.
-        heeds_calls: whether it leaves a group that is whole, where the others wait for a new one.
+        team: the member whose groups these are.
+        make: makes the exchange in a new group.
+        leave_for_new_group: raise LostWorkerError also while this group works, if another worker waits to join.
     """
 
-    def __init__(self, team: Grouped, make: Callable[[], Exchange], *, heeds_calls: bool = True) -> None:
-        """Nothing is made yet."""
-        self._team, self._make, self._heeds_calls = team, make, heeds_calls
+    def __init__(self, team: Grouped, make: Callable[[], Exchange], *, leave_for_new_group: bool = True) -> None:
+        self._team, self._make, self._leave_for_new_group = team, make, leave_for_new_group
         self._inner: Exchange | None = None
         self._generation = -1
-        self._loaded: dict[str, Any] | None = None  # waits for the group
+        self._loaded: dict[str, Any] | None = None  # kept until there is a group
         self._finished = 0
 
     def forget(self) -> None:
-        """Let go of the group that there was: as long as somebody holds it, its connections stay open and the others wait."""
+        """Drop the exchange of the last group: as long as it is referenced, its connections stay open and the others wait."""
         self._inner = self._loaded = None
 
     @property
+    @override
     def inner(self) -> Exchange:
-        """That of the group as it is."""
+        """The exchange in the present group."""
         if self._inner is None or self._generation != self._team.generation:
             self._inner, self._generation = self._make(), self._team.generation
             if self._loaded is not None:
@@ -62,49 +61,41 @@ class Elastic(Exchange):
                 self._loaded = None
         return self._inner
 
+    @override
     def __call__(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> list[Tensor]:
-        """See `Exchange`; LostWorkerError where the group is no more."""
+        """The aggregates; raises LostWorkerError if the group is to be left."""
         with self._noticing():
             totals = self.inner(tensors, keys)
         self._finished += 1
         return totals
 
+    @override
     def share(self, message: bytes) -> list[bytes]:
-        """See `Exchange`; LostWorkerError where the group is no more."""
+        """The messages of all workers; raises LostWorkerError if the group is to be left."""
         with self._noticing():
             return self.inner.share(message)
 
-    def rehearse(self, tensors: Sequence[Tensor], keys: Sequence[str]) -> Work:
-        """See `Exchange`."""
-        return self.inner.rehearse(tensors, keys)
-
-    def release(self) -> dict[str, Tensor]:
-        """See `Exchange`."""
-        return self.inner.release()
-
-    def remapped(self, key: str, remap: Remap, shape: tuple[int, ...]) -> None:
-        """See `Exchange`."""
-        self.inner.remapped(key, remap, shape)
-
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """What is kept, and of which worker it is; nothing before the first group."""
+        """The state of the exchange, and the worker that it is of; nothing before the first group."""
         if self._loaded is not None or self._inner is None:
             return self._loaded or {}
         return {"member": self._team.member, "finished": self._finished, "kept": self._inner.state_dict()}
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back; of another worker's, what that one owes stays with it."""
+        """Restore what `state_dict` gave, in the next group; without the residuals if it is another worker's."""
         self._inner, self._loaded, self._finished = None, state or None, int(state.get("finished", 0))
 
     @contextmanager
     def _noticing(self) -> Iterator[None]:
         try:
-            self._team.check(heeds_calls=self._heeds_calls)
+            self._team.check(leave_for_new_group=self._leave_for_new_group)
             yield
         except LostWorkerError:
             self._team.broken = True
             raise
 
+    @override
     def __repr__(self) -> str:
-        """What must be alike on all workers."""
         return repr(self.inner)

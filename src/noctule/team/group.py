@@ -71,9 +71,9 @@ class Together(Team):
         self.weigh = Weigh(1.0)
         # A group that is whole ends where no step is half done: before its gradients are exchanged, or see `before_batch`.
         self.exchange = Elastic(
-            self, lambda: building.exchange(strategy, self.weigh), heeds_calls=strategy.equal_weights
+            self, lambda: building.exchange(strategy, self.weigh), leave_for_new_group=strategy.equal_weights
         )
-        self._sights = Elastic(self, lambda: Channel(path=AllReduce()), heeds_calls=False)
+        self._sights = Elastic(self, lambda: Channel(path=AllReduce()), leave_for_new_group=False)
         self.broken = False
         self._link: LinkEstimate | None = None
         self._noise: NoiseScale | None = None
@@ -92,9 +92,9 @@ class Together(Team):
         if self.world > 1 and b"" in Group().share(b"" if self._link is None else b"known"):
             self._link = probe_link(Group(), repeats=3, seconds=0.05, most_bytes=1 << 20)
 
-    def check(self, *, heeds_calls: bool) -> None:
+    def check(self, *, leave_for_new_group: bool) -> None:
         """See `noctule.team.elastic.Grouped`."""
-        if self.rendezvous.lost or (heeds_calls and self.rendezvous.called):
+        if self.rendezvous.lost or (leave_for_new_group and self.rendezvous.called):
             raise LostWorkerError(_CALLED)
 
     def before_batch(self, step: int, *, first: bool) -> None:

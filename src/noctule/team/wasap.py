@@ -51,7 +51,7 @@ class Merging(Apart):
         self.exchange = Elastic(self, lambda: Channel(path=AllGather()))
         self._moving: dict[str, Any] | None = None
 
-    def check(self, *, heeds_calls: bool) -> None:
+    def check(self, *, leave_for_new_group: bool) -> None:
         """Meet, at the first word to the others."""
         if not self._together:
             self.meeting.form()

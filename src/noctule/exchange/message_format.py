@@ -1,4 +1,4 @@
-"""What one worker sends to another: a few numbers, then each tensor as the codec writes it."""
+"""The bytes of a message between workers: a few numbers, then each tensor as the codec encodes it."""
 
 import time
 from collections.abc import Sequence
@@ -11,14 +11,16 @@ from noctule.core.errors import ExchangeError
 from noctule.core.exact import Exact
 
 _LENGTH = 8
-"""Bytes that say how long a tensor of no fixed length is."""
+"""The bytes of the length that goes before an encoded tensor of no fixed size."""
 
 
-class Format:
-    """How tensors of these shapes and dtypes lie in a message; all workers have the same."""
+class MessageFormat:
+    """The layout of messages with tensors of these shapes and dtypes, equal on all workers.
+
+    Made anew for every exchange: it costs microseconds.
+    """
 
     def __init__(self, tensors: Sequence[Tensor], codec: Codec | None, numbers: int) -> None:
-        """Made anew for every exchange: it costs microseconds."""
         self.codec = Exact() if codec is None else codec
         self.likes = [(tuple(x.shape), x.dtype) for x in tensors]
         self.numbers = numbers
@@ -30,7 +32,7 @@ class Format:
 
     @property
     def nbytes(self) -> int | None:
-        """Of every message; None where it depends on the numbers in the tensors."""
+        """The size of every message; None where it depends on the numbers in the tensors."""
         if None in self.fixed:
             return None
         return 8 * self.numbers + sum(size for size in self.fixed if size is not None)
@@ -38,12 +40,12 @@ class Format:
     def write(
         self, tensors: Sequence[Tensor], numbers: Sequence[float], generator: torch.Generator
     ) -> tuple[Tensor, list[Tensor]]:
-        """The message (uint8), and what will be read from it."""
+        """The message (uint8), and the tensors that will be read from it."""
         parts, read = self.encode(tensors, generator)
         return self.message(numbers, parts), read
 
     def encode(self, tensors: Sequence[Tensor], generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
-        """What the message has after its numbers, and what will be read from it."""
+        """The parts of the message after its numbers, and the tensors that will be read from it."""
         parts, read = [], []
         for x, size in zip(tensors, self.fixed, strict=True):
             payload = self.codec.encode(x, generator)
@@ -54,7 +56,7 @@ class Format:
         return parts, read
 
     def message(self, numbers: Sequence[float], parts: Sequence[Tensor]) -> Tensor:
-        """The message of what `encode` made."""
+        """The message made of the parts from `encode`."""
         return torch.cat([torch.tensor(numbers, dtype=torch.float64, device="cpu").view(torch.uint8), *parts])
 
     def read(self, wire: Tensor, sender: int, keys: Sequence[str]) -> tuple[list[Tensor], list[float]]:
@@ -84,8 +86,8 @@ class Format:
 
 
 def coding(tensors: Sequence[Tensor], codec: Codec | None) -> tuple[float, float, int]:
-    """Seconds to write and to read a message of such tensors, and its bytes."""
-    form, generator = Format(tensors, codec, 0), torch.Generator().manual_seed(0)
+    """The seconds it takes to write and to read a message of such tensors, and its size in bytes."""
+    form, generator = MessageFormat(tensors, codec, 0), torch.Generator().manual_seed(0)
     started = time.perf_counter()
     wire, _ = form.write(tensors, (), generator)
     written = time.perf_counter()
@@ -94,7 +96,7 @@ def coding(tensors: Sequence[Tensor], codec: Codec | None) -> tuple[float, float
 
 
 def bundled(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """All numbers of each dtype as one vector, so that a collective adds them up at once."""
+    """One vector for all tensors of each dtype, so that a collective adds them up at once."""
     return [torch.cat([x.flatten() for x in tensors if x.dtype is dtype]) for dtype in _dtypes(tensors)]
 
 
