@@ -232,7 +232,7 @@ def refuse_occupied(path: Path) -> None:
             raise UsageError(f"{path} is a file, and a run needs a folder of that name. Choose another one.")
         if (path / "run.json").exists():
             raise UsageError(f"{path} already holds a run. Go on with it by --resume {path}, or choose another folder.")
-        if any(entry.name != ".run.json.partial" for entry in path.iterdir()):
+        if any(not entry.name.startswith(".run.json.") for entry in path.iterdir()):
             raise UsageError(f"{path} is not empty and not a run. Choose another folder, or empty it yourself.")
     except OSError as error:
         raise UsageError(f"{path} cannot be used for a run: {error}. Choose another folder.") from error
