@@ -15,7 +15,7 @@ MOST_LAYERS = 12
 
 @dataclass(frozen=True)
 class Across:
-    """What a chart is drawn against: a key of the records, how many of its units make one of the axis, and words."""
+    """The x axis of a chart: a key of the records, the number of its units in a unit of the axis, label and title."""
 
     key: str
     per: float
@@ -23,13 +23,13 @@ class Across:
     title: str
 
     def chart(self, lines: Sequence[Line], what: str, unit: str = "") -> LineChart:
-        """The chart of `what` against this."""
+        """The chart of `what` against this axis."""
         epochs = self.key == "epoch"
         title = f"{what} by {self.title}"
         return line_chart(lines, title=title, x_label=self.label, unit=unit, whole_x=epochs, zero_x=not epochs)
 
     def points(self, records: Records, value: Callable[[Mapping[str, Any]], float | None]) -> list[Point]:
-        """Where each record is and its value there, in order; records that do not say where they are have no point."""
+        """The points of the records in order; records without the key have none."""
         found = [(number(record, self.key), value(record)) for record in records]
         return sorted(((at / self.per, y) for at, y in found if at is not None), key=lambda point: point[0])
 
@@ -112,7 +112,7 @@ def _layer(name: str) -> str:
 
 
 def titled(what: str, notes: list[str]) -> str:
-    """A title and, in brackets, what is to be said of it."""
+    """A title with notes in brackets."""
     return f"{what} ({', '.join(notes)})" if notes else what
 
 

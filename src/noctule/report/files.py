@@ -20,7 +20,7 @@ def refuse(value: object) -> Any:
 def plain(value: object, *, other: Callable[[object], Any] = refuse) -> Any:
     """`value` in JSON's own words: NaN and infinities are None, a tensor or array of one element is its number.
 
-    `other` is asked about whatever JSON cannot hold; by default it raises ValueError.
+    `other` converts what JSON cannot hold; by default it raises ValueError.
 
     >>> plain({"loss": float("nan"), "shape": (2, 3)})
     {'loss': None, 'shape': [2, 3]}

@@ -1,4 +1,4 @@
-"""The table of what each series reached and what it cost, beside the dense baseline."""
+"""The table of results and costs of each series, beside the dense baseline."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -109,7 +109,7 @@ _OF_NUMBERS: dict[str, Callable[[Outcome], str]] = {
     "Test error, root mean square": _of("test_rmse"),
     "Test error, mean absolute": _of("test_mae"),
 }
-"""What is said of a regression in place of the accuracy; errors are in the unit of the target."""
+"""The rows of a regression in place of the accuracy; errors are in the unit of the target."""
 
 
 def _best_epoch(own: Outcome) -> str:
@@ -118,7 +118,7 @@ def _best_epoch(own: Outcome) -> str:
 
 
 def _twin(dense: Outcome) -> list[str]:
-    """How the dense twin was trained, and what else was tried."""
+    """How the dense twin was trained, and which other ways were timed."""
     way, ways = dense.get("way"), mapping(dense, "ways_seconds")
     if not isinstance(way, str):
         return []

@@ -79,7 +79,7 @@ _UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\uf
 
 @functools.cache
 def templates() -> Environment:
-    """The templates of the page; whatever they show is escaped unless it is Markup."""
+    """The templates of the page; every value is escaped unless it is Markup."""
     return Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -91,7 +91,7 @@ def templates() -> Environment:
 
 
 def _others(folder: RunFolder) -> dict[int, list[dict[str, Any]]]:
-    """What the workers in the folder wrote; one whose records cannot be read is as one that has none."""
+    """The records of the other workers; unreadable records count as none."""
     found = {}
     for other in folder.workers()[1:]:
         try:
@@ -131,7 +131,7 @@ def _learning_notes(about: Mapping[str, Any], records: Sequence[Mapping[str, Any
 
 
 def _each_worker(workers: int) -> str:
-    """What a table of one process does not say of several."""
+    """How to read the table of one process where there were several workers."""
     return (
         f"Memory is that of one of the {count(workers)} workers, of which each needs as much. Multiply-adds are "
         "those of one sample, which one worker takes. Times are those of all workers together, energy that of this machine."

@@ -1,4 +1,4 @@
-"""How a run was measured and how to repeat it, as its page tells it."""
+"""How a run was measured and how to repeat it."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ class Provenance:
     command: Sequence[str]
     """The words of the command line, quoted for a shell."""
     under: str
-    """What the command has to be started by, in words; empty where it runs by itself."""
+    """The launcher that the command needs, in words; empty where it needs none."""
     entries: Mapping[str, Any]
     """Facts by their names; None is not recorded."""
     options: Sequence[str]
@@ -48,7 +48,7 @@ def provenance(
 
 
 def command(about: Mapping[str, Any]) -> list[str]:
-    """The words of the command line that was typed, or of one that says the same.
+    """The words of the command line that was typed, or of an equivalent command line.
 
     >>> " ".join(command({"recipe": "sparse_mlp", "options": {"hidden": [300, 100], "rewire": False}, "seed": 3}))
     'noctule run sparse_mlp --hidden 300,100 --no-rewire --seed 3'

@@ -1,4 +1,4 @@
-"""What several workers had to do with one another: who they were, what they sent, how long they waited."""
+"""The section about several workers: their pace, what they sent, how long they waited."""
 
 import re
 from collections import Counter
@@ -16,23 +16,23 @@ from noctule.report.units import GAP, MISSING, count, digits, percent, size
 from noctule.report.useful_batch import useful_batch
 
 Workers = Mapping[int, Records]
-"""The records of each worker by its number; none of one whose folder is lost, or who has finished no epoch."""
+"""The records of each worker by its number; empty where its folder is lost or no epoch has finished."""
 
 MOST_WORKERS = 12
-"""That have lines of their own in a chart."""
+"""The most workers with their own lines in a chart."""
 MOST_STALE = 10
-"""From so many pushes on they share a bar."""
+"""The staleness from which on all pushes share a bar."""
 _MOST_ROWS = 100
 
 
 def how_many(about: Mapping[str, Any], records: Records) -> int:
-    """How many workers trained; 0 where a process trained by itself."""
+    """The number of workers; 0 in a run without a team."""
     said = [number(mapping(about, "together"), "workers"), *(number(r, "together", "workers") for r in records)]
     return max(0, *(int(workers) for workers in said if workers is not None), 0)
 
 
 def how(about: Mapping[str, Any], records: Records) -> list[str]:
-    """How many workers trained, how they met and what they sent, in words; none where a process trained by itself.
+    """The number of workers, their strategy, codec and options, in words; none in a run without a team.
 
     >>> how({"together": {"workers": 3, "strategy": "diloco", "codec": "natural", "meet": 50}}, [])
     ['3 workers', 'diloco', 'natural', 'meet 50']
@@ -50,11 +50,11 @@ _SAID_OTHERWISE = ("workers", "strategy", "codec", "ticket")
 
 
 def everyone(about: Mapping[str, Any], records: Records, others: Workers) -> dict[int, Records]:
-    """All workers of a run: those that there should be, and those whose records there are.
+    """The records of all workers of a run, the expected ones and the found ones.
 
     Args:
-        records: of the worker whose page it is.
-        others: of those whose folders are inside of its own.
+        records: of the worker of this page.
+        others: of the workers whose folders are inside this worker's folder.
     """
     mine = number(about, "worker") or next((n for r in reversed(records) if (n := number(r, "together", "worker"))), 0)
     if mine > 0:  # its own page: that of worker 0 tells of all
@@ -118,7 +118,7 @@ def _table(workers: Workers, caption: str) -> Table:
 
 
 def _adding_up(head: str, value: Callable[[Records], float | None], words: Callable[[float | None], str]) -> _Column:
-    """A column whose numbers make one of all workers, where all are known."""
+    """A column with a sum over all workers, where all are known."""
 
     def total(everyone: Sequence[Records]) -> str:
         known = [found for records in everyone if (found := value(records)) is not None]
@@ -180,9 +180,9 @@ def _notes(teams: Sequence[Workers]) -> list[str]:
     return notes
 
 
-def _link(said: object) -> str:
-    """As recorded, but 4.25e+03 is 4,250."""
-    words = re.sub(r"\d[.\d]*e\+\d+", lambda found: f"{float(found[0]):,.0f}", str(said))
+def _link(recorded: object) -> str:
+    """The recorded link, with 4,250 for 4.25e+03."""
+    words = re.sub(r"\d[.\d]*e\+\d+", lambda found: f"{float(found[0]):,.0f}", str(recorded))
     return words.replace(" M", f"{GAP}M").replace(" ms", f"{GAP}ms")
 
 
@@ -254,7 +254,7 @@ def _sent_in_all(records: Records) -> float | None:
 
 
 def _sent_per_step(records: Records) -> float | None:
-    """In the typical epoch that came right after another."""
+    """Bytes per step, the median over the epochs that followed directly on another."""
     found, before = [], 0.0
     for at, record in enumerate(records):
         step, sent = number(record, "step"), _sent(record)
@@ -274,7 +274,7 @@ def _typical(values: Sequence[float]) -> float | None:
 
 
 def _staleness(records: Records) -> Counter[int]:
-    """How many pushes were how stale; a worker that was started again has counted anew."""
+    """The number of pushes by their staleness; a restarted worker counts from zero again."""
     lives: list[Counter[int]] = []
     for record in records:
         said = mapping(mapping(record, "together"), "staleness")
