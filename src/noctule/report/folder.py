@@ -96,7 +96,7 @@ class RunFolder:
 
     @classmethod
     def create_in(cls, parent: str | Path, name: str, **about: Any) -> Self:
-        """Start a run in a new folder inside another one, with a number behind its name where that is taken; `about` are arguments of `create`."""
+        """Start a run in a new folder inside another one, numbered where the name is taken; `about` are arguments of `create`."""
         for number in count(1):
             path = Path(parent) / (name if number == 1 else f"{name}-{number}")
             try:
