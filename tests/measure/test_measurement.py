@@ -98,13 +98,14 @@ def test_watchers_of_one_mark_each_see_the_peak_of_their_own_time(events):
 
 
 def test_time_on_the_clock_and_on_the_cores():
+    clock, cores = time.perf_counter(), time.process_time()
     with measure() as cost:
         time.sleep(0.1)
         end = time.process_time() + 0.05
         while time.process_time() < end:
             pass
-    assert 0.149 < cost.seconds < 3
-    assert 0.049 < cost.cpu_seconds < 0.14
+    assert 0.149 < cost.seconds < time.perf_counter() - clock
+    assert 0.049 < cost.cpu_seconds < time.process_time() - cores
 
 
 def test_an_exception_still_fills_in_the_numbers():
@@ -139,10 +140,10 @@ def test_operations_add_up_over_nested_blocks_and_threads():
 
 def test_counting_costs_next_to_nothing_while_nobody_listens():
     def seconds():
-        start = time.perf_counter()
+        start = time.thread_time()
         for _ in range(10_000):
             count(5)
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
     assert min(seconds() for _ in range(5)) / 10_000 < 2e-6
 

@@ -19,11 +19,18 @@ def test_functions_take_turns_and_the_warmup_is_not_timed():
     assert all(len(timing.samples) == 4 for timing in timings.values())
 
 
-def test_a_sleep_takes_as_long_as_it_takes():
-    timings = interleave({"long": lambda: time.sleep(0.02), "short": lambda: time.sleep(0.002)}, rounds=7, warmup=0)
-    assert 0.02 <= timings["long"].minimum <= timings["long"].median_seconds < 0.2
-    found = ratio(timings["long"], timings["short"])
-    assert 2 < found.value < 12
+def test_each_call_takes_the_time_between_two_looks_at_the_clock(monkeypatch):
+    now = 0
+
+    def passing(nanoseconds):
+        nonlocal now
+        now += nanoseconds
+
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: now)
+    timings = interleave({"long": lambda: passing(20), "short": lambda: passing(2)}, rounds=7, warmup=0)
+    assert timings["long"].samples == (20e-9,) * 7
+    assert timings["short"].minimum == 2e-9
+    assert ratio(timings["long"], timings["short"]).value == pytest.approx(10)
 
 
 def test_garbage_is_not_collected_meanwhile_and_is_afterwards():

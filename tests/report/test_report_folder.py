@@ -38,7 +38,7 @@ def test_what_was_given_and_what_was_found_are_recorded(tmp_path):
 
 
 def test_an_empty_folder_is_good_enough_even_after_a_kill_during_create(tmp_path):
-    (tmp_path / ".run.json.partial").write_text('{"reci')
+    (tmp_path / ".run.json.123-4f.tmp").write_text('{"reci')
     RunFolder.create(tmp_path, **GIVEN)
     assert snapshot(tmp_path).keys() == {"run.json"}
 

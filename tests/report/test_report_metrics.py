@@ -1,12 +1,16 @@
 """The metrics file: what is logged is read back, whatever killed the process that logged it."""
 
+import errno
 import math
+import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -88,38 +92,73 @@ def test_a_killed_writer_leaves_every_line_before_the_last(tmp_path):
     assert [record["epoch"] for record in metrics.read(path)] == [*found, -1]
 
 
-@pytest.fixture
-def full_disk():
-    """Lets no file of this process grow past a size, as a full disk would."""
+@contextmanager
+def files_at_most(size):
+    """Let no file of this process grow past a size, as a full disk would."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    def limit(size: int) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
 
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_says_so_and_loses_no_line(tmp_path, full_disk):
+def test_a_full_disk_says_so_and_loses_no_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics.append(path, {"epoch": 1})
-    full_disk(path.stat().st_size + 5)
-    with pytest.raises(NoctuleError, match=r"metrics\.jsonl.*room"):
+    with files_at_most(path.stat().st_size + 5), pytest.raises(NoctuleError, match=r"metrics\.jsonl.*room"):
         metrics.append(path, {"epoch": 2})
     assert metrics.read(path) == [{"epoch": 1}]
-    full_disk(10_000)
     metrics.append(path, {"epoch": 2})
     assert metrics.read(path) == [{"epoch": 1}, {"epoch": 2}]
 
 
-def test_a_full_disk_leaves_the_old_file_whole(tmp_path, full_disk):
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
     path = tmp_path / "summary.json"
     files.replace(path, b"old")
-    full_disk(5)
-    with pytest.raises(NoctuleError, match=r"summary\.json"):
+    with files_at_most(5), pytest.raises(NoctuleError, match=r"summary\.json"):
         files.replace(path, b"new and longer")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of os.fsync and os.replace in their order; `calls.fails` makes the sync of a folder raise."""
+
+    class Calls(list):
+        fails = None
+
+    made, replace = Calls(), os.replace
+
+    def fsync(handle):
+        folder = stat.S_ISDIR(os.fstat(handle).st_mode)
+        made.append("sync folder" if folder else f"sync {os.fstat(handle).st_size} bytes")
+        if folder and made.fails:
+            raise OSError(made.fails, os.strerror(made.fails))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda *paths: (made.append("replace"), replace(*paths)))
+    return made
+
+
+def test_content_is_on_the_disk_before_its_name_is(tmp_path, calls):
+    files.replace(tmp_path / "summary.json", b"123")
+    assert calls == ["sync 3 bytes", "replace", "sync folder"]
+
+
+def test_a_folder_that_cannot_be_synced_is_no_error_but_a_broken_disk_is(tmp_path, calls):
+    calls.fails = errno.EINVAL
+    files.replace(tmp_path / "summary.json", b"123")
+    calls.fails = errno.EIO
+    with pytest.raises(NoctuleError, match=r"summary\.json"):
+        files.replace(tmp_path / "summary.json", b"456")
+
+
+def test_a_run_folder_that_vanished_is_not_made_again(tmp_path):
+    with pytest.raises(NoctuleError, match="gone"):
+        files.replace(tmp_path / "gone" / "summary.json", b"123")
+    assert not (tmp_path / "gone").exists()
 
 
 def test_a_folder_that_vanished_is_named(tmp_path):

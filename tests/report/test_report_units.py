@@ -1,6 +1,5 @@
-"""Numbers in words, checked by eye, and safe text."""
+"""Numbers in words, checked by eye."""
 
-import html
 import math
 
 import pytest
@@ -8,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up import law
 
-from noctule.report import facts, markup, units
+from noctule.report import facts, units
 
 
 @pytest.mark.parametrize(
@@ -62,25 +61,6 @@ def test_bytes_say_the_value_to_three_digits(value):
     number, unit = units.size(value).split("\u00a0")
     power = ["B", "kB", "MB", "GB"].index(unit)
     assert math.isclose(float(number.replace(",", "")) * 1000**power, value, rel_tol=6e-3)
-
-
-@law
-@given(st.text())
-def test_escaped_text_reads_as_itself_and_never_as_markup(value):
-    safe = markup.text(value)
-    assert not set(safe) & set("<>\"'")
-    readable = html.unescape(safe)
-    assert len(readable) == len(value)
-    assert all(a == b or b == "\ufffd" for a, b in zip(value, readable, strict=True))
-    safe.encode("utf-8")
-
-
-@law
-@given(st.text(), st.integers(3, 40))
-def test_shortened_text_fits_and_keeps_both_ends(value, most):
-    short = markup.shorten(value, most)
-    assert len(short) <= max(most, 0)
-    assert short == value or (short[0], short[-1], len(short)) == (value[0], value[-1], most)
 
 
 @pytest.mark.parametrize("odd", [None, "7", True, math.nan, math.inf, -math.inf, 1e200, [1], {}])

@@ -1,4 +1,4 @@
-"""Downloading one file so that it is there whole and right, or not at all."""
+"""The download of one file: whole and checked, or not there at all."""
 
 import errno
 import http.client

@@ -8,19 +8,18 @@ from torch import Tensor, nn
 
 
 class Kept:
-    """The storages that autograd keeps, each counted once."""
+    """The bytes of the storages that autograd keeps, each counted once."""
 
     def __init__(self) -> None:
-        """Nothing is kept yet."""
         self._sizes: dict[int, int] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of them."""
+        """Bytes of all storages together."""
         return sum(self._sizes.values())
 
     def see(self, tensor: Tensor) -> None:
-        """Take a tensor into account."""
+        """Count the storage of a tensor."""
         storage = tensor.untyped_storage()
         self._sizes[storage.data_ptr()] = storage.nbytes()
 

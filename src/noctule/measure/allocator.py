@@ -1,4 +1,4 @@
-"""How the C library gives memory back to the system, and how to have it not do so."""
+"""Settings of the C library's allocator that keep freed memory in the process."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ _HUGE = "THP_MEM_ALLOC_ENABLE"
 
 
 def keep_freed_memory() -> bool:
-    """Have this process keep freed memory for its next tensors; returns whether the C library can.
+    """Keep freed memory in this process for its next tensors; returns whether the C library can.
 
     glibc gives large blocks back to the system as they are freed and gets them anew, page by page, until it has learnt their
     sizes; where sizes change it never has. For activations of some megabytes that costs more than a sparse layer itself. From now
@@ -26,10 +26,10 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def keep_memory() -> Iterator[None]:
-    """The same within the block, for blocks of any size, and in huge pages where the system has them.
+    """Keep freed memory within the block, of any size, in huge pages where the system has them.
 
-    A third of the time of a step whose tensors take gigabytes. Torch asks for huge pages only if it is told so before the first
-    tensor of the process; without glibc nothing happens.
+    Saves a third of the time of a step whose tensors take gigabytes. Torch asks for huge pages only if the environment says so
+    before the first tensor of the process; without glibc nothing happens.
     """
     before = os.environ.get(_HUGE)
     os.environ.setdefault(_HUGE, "1")

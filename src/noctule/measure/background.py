@@ -1,4 +1,4 @@
-"""Call a function again and again from a thread of its own while a block runs."""
+"""Repeated calls of a function from a background thread while a block runs."""
 
 import threading
 from collections.abc import Callable, Iterator

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 
 def break_even(speedups: Mapping[float, float]) -> tuple[float | None, str]:
-    """Up to which density sparse beats dense, from its speed-up at several densities, and how that is known.
+    """The density up to which sparse beats dense, from speed-ups at several densities, and how that is known.
 
-    Between two of them the speed-up is taken as a power of the density. None: dense wins everywhere.
+    Between two densities the speed-up is taken as a power of the density. None: dense wins everywhere.
 
     >>> break_even({0.01: 16.0, 0.04: 4.0, 0.64: 0.25})
     (0.16, 'interpolated')

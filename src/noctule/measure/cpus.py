@@ -1,11 +1,11 @@
-"""How many processors this process may use: those it is allowed on, as far as its control group's share of time goes."""
+"""The number of processors this process may use, by its affinity and the quota of its control group."""
 
 import os
 from pathlib import Path
 
 
 def available_cpus(root: Path = Path("/")) -> int:
-    """At least 1; a container that may use one and a half processors has 2.
+    """The processors of this process, at least 1; a quota of one and a half is 2.
 
     Args:
         root: of the file system in which Linux shows control groups.
@@ -16,7 +16,7 @@ def available_cpus(root: Path = Path("/")) -> int:
 
 
 def _shares(root: Path) -> list[float]:
-    """Processors' worth of time that this process's control group, and each one above it, may use."""
+    """The quotas, in processors, of this process's control group and its parents."""
     found = []
     for hierarchy, names, path in _groups(root):
         mounted = root / "sys/fs/cgroup" / (names if hierarchy != "0" else "")
@@ -34,7 +34,7 @@ def _shares(root: Path) -> list[float]:
 
 
 def _groups(root: Path) -> list[tuple[str, str, str]]:
-    """Of version 2 (hierarchy 0) and, of version 1, that of processors: hierarchy, controllers, path."""
+    """The control groups of this process that limit processor time: hierarchy (0 is version 2), controllers, path."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:  # not Linux

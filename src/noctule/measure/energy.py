@@ -10,7 +10,7 @@ POWERCAP = Path("/sys/class/powercap")
 
 
 class Meter:
-    """Adds up what the energy counters gained since it was made, each a number that wraps round at its own limit."""
+    """The sum of what the energy counters gained since its construction; each counter wraps at its own limit."""
 
     def __init__(self, root: Path = POWERCAP) -> None:
         """Look for packages and the memory beside them under `root`, and remember where their counters stand."""
@@ -31,7 +31,7 @@ class Meter:
         return bool(self._last)
 
     def update(self) -> None:
-        """Add what was gained since the last update; must be called more often than a counter wraps."""
+        """Add the gains since the last update; call it more often than a counter wraps."""
         values = self._read() if self._last else None
         if values is None:
             self._last = {}

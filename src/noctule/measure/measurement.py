@@ -87,9 +87,11 @@ def measure(*, dense_operations: bool = False) -> Iterator[Measurement]:
 
 
 def _dense(flops: Any) -> int:
-    """The multiply-adds that torch counted, but for those of our own kernels, which tell it too."""
-    told = flops.get_flop_counts().get("Global", {})
-    return (flops.get_total_flops() - sum(n for op, n in told.items() if str(op) == "noctule.multiply_adds")) // 2
+    """The multiply-adds that torch counted, without those of our own kernels, which report to torch too."""
+    by_operator = flops.get_flop_counts().get("Global", {})
+    return (
+        flops.get_total_flops() - sum(n for op, n in by_operator.items() if str(op) == "noctule.multiply_adds")
+    ) // 2
 
 
 def _flop_counter(stack: ExitStack) -> Any:

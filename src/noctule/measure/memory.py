@@ -17,7 +17,6 @@ class Peak:
     """The highest value seen, in bytes, and how it was found where that is not exact."""
 
     def __init__(self, *, note: str | None = None) -> None:
-        """Start at zero."""
         self.peak_bytes = 0
         self.note = note
 
@@ -27,13 +26,13 @@ class Peak:
 
 
 class HighWater:
-    """A high-water mark kept by someone else, shared by any number of nested or concurrent watchers.
+    """A high-water mark that the system keeps, shared by any number of nested or concurrent watchers.
 
-    Starting to watch resets the mark; what it showed until then goes to those who were already watching.
+    A new watcher resets the mark; what it showed until then goes to the watchers that are there.
     """
 
     def __init__(self, read: Callable[[], int], reset: Callable[[], None]) -> None:
-        """`read` gives the bytes of the mark, `reset` lowers it to what is in use now."""
+        """`read` returns the bytes of the mark, `reset` lowers it to what is in use now."""
         self._read = read
         self._reset = reset
         self._watchers: list[Peak] = []
@@ -44,17 +43,17 @@ class HighWater:
         """Watch while the block runs."""
         peak = Peak()
         with self._lock:
-            self._tell()
+            self._update()
             self._reset()
             self._watchers.append(peak)
         try:
             yield peak
         finally:
             with self._lock:
-                self._tell()
+                self._update()
                 self._watchers.remove(peak)
 
-    def _tell(self) -> None:
+    def _update(self) -> None:
         if self._watchers:
             value = self._read()
             for watcher in self._watchers:
@@ -75,7 +74,7 @@ def resident_peak() -> AbstractContextManager[Peak]:
 
 @contextmanager
 def sampled_peak(*, every_seconds: float = 0.005) -> Iterator[Peak]:
-    """Watch resident memory by looking at it now and then: short peaks can be missed."""
+    """Watch resident memory by sampling: short peaks can be missed."""
     peak = Peak(note=f"sampled every {every_seconds * 1000:g} ms: shorter peaks of memory may be missing")
     with repeating(lambda: peak.see(resident_bytes() or 0), every_seconds=every_seconds):
         yield peak
@@ -83,7 +82,7 @@ def sampled_peak(*, every_seconds: float = 0.005) -> Iterator[Peak]:
 
 @contextmanager
 def lifetime_peak() -> Iterator[Peak]:
-    """Report the peak of the whole life of the process, where nothing better is to be had."""
+    """Report the peak since the process started, where the system offers nothing better."""
     peak = Peak(note="the peak of memory is that of the whole process so far, not of the block alone")
     try:
         yield peak

@@ -1,4 +1,4 @@
-"""Count the multiply-adds that kernels execute, at almost no cost while nobody listens."""
+"""Count the multiply-adds that kernels execute, at almost no cost while nothing listens."""
 
 import threading
 from collections.abc import Iterator
@@ -6,10 +6,9 @@ from contextlib import contextmanager
 
 
 class Counter:
-    """How many multiply-adds were executed, in all threads, while it listened."""
+    """The number of multiply-adds executed, in all threads, while the counter listened."""
 
     def __init__(self) -> None:
-        """Start at zero."""
         self.multiply_adds = 0
 
 
@@ -18,7 +17,7 @@ _lock = threading.Lock()
 
 
 def count(multiply_adds: int) -> None:
-    """Say that a kernel executed so many multiply-adds; every listener, nested or in another thread, hears it."""
+    """Add multiply-adds that a kernel executed to every listening counter, nested ones and those of other threads included."""
     if _listeners:
         with _lock:
             for counter in _listeners:

@@ -1,4 +1,4 @@
-"""Paired comparisons: what a difference is, and how sure that is."""
+"""Paired comparisons: the mean difference and its confidence interval."""
 
 import math
 import statistics

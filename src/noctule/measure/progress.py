@@ -10,7 +10,7 @@ from typing import TextIO
 class Progress:
     """A progress line on stderr: redrawn in place on a terminal, else a new line every so many seconds.
 
-    Work that ends before the first such line says nothing where there is no terminal.
+    Without a terminal, work that ends before the first such line prints nothing.
 
     >>> with Progress(1000, label="training", unit="steps") as progress:
     ...     for step in range(1000):
@@ -42,7 +42,7 @@ class Progress:
         self._closed = False
 
     def advance(self, n: int = 1, *, note: str | None = None) -> None:
-        """Say that `n` more units are done; `note` (a loss, say) is shown at the end of the line from now on."""
+        """Count `n` more units; `note` (a loss, say) is shown at the end of the line from now on."""
         self.done += n
         if note is not None:
             self._note = note
@@ -91,7 +91,7 @@ class Progress:
         try:
             self._stream.write(text + ("\n" if last or not self._terminal else ""))
             self._stream.flush()
-        except (OSError, ValueError):  # whoever read the line has gone: that must not end the work
+        except (OSError, ValueError):  # the reader has gone, which must not end the work
             self._every_seconds = float("inf")
 
 

@@ -1,4 +1,4 @@
-"""Say on which machine and which commit a number was measured, as one line of JSON."""
+"""A result as one line of JSON, with the machine and the commit it was measured on."""
 
 import functools
 import json
@@ -13,7 +13,7 @@ import torch
 
 
 def machine() -> dict[str, Any]:
-    """What this process runs on, now: plain JSON."""
+    """The machine, threads and load of this process, as plain JSON."""
     return {
         **_fixed(),
         "threads": torch.get_num_threads(),

@@ -1,7 +1,7 @@
-"""Processes that take turns: each library works in one of its own, and only one of them works at a time.
+"""Processes that take turns: each library works in its own process, and only one process works at a time.
 
-Two OpenMP runtimes in one process wait for each other in busy loops, and a library may bring its own: in a process of its own
-it hurts nobody else, and it is timed as its users meet it.
+Two OpenMP runtimes in one process wait for each other in busy loops, and a library may bring its own. In its own process it
+disturbs no other library and is timed as its users meet it.
 """
 
 import gc
@@ -38,7 +38,7 @@ class Unavailable(NoctuleError):
 
 @dataclass(frozen=True)
 class Process:
-    """Which process something is measured in, and what is in that one's environment."""
+    """A process to measure in: its name, and its environment variables."""
 
     name: str
     environment: tuple[tuple[str, str], ...] = ()
@@ -46,7 +46,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Turns:
-    """How long the calls of something took."""
+    """How long the calls of a prepared step took."""
 
     timing: Timing
     """Seconds a call, one sample for each turn."""
@@ -60,7 +60,6 @@ class Workers:
     """Processes with so many threads each, started when they are first needed."""
 
     def __init__(self, threads: int) -> None:
-        """Nothing starts yet."""
         self.threads = threads
         self._pools: dict[Process, ProcessPoolExecutor] = {}
         self._where: dict[str, Process] = {}
@@ -102,7 +101,7 @@ class Workers:
         }
 
     def forget(self) -> None:
-        """Drop what is prepared, with its memory; the processes stay."""
+        """Drop all prepared steps with their memory; the processes stay."""
         for process in self._pools:
             self.run(process, _forget)
         self._where.clear()
@@ -130,7 +129,7 @@ _at_forget: list[Callable[[], None]] = []
 
 
 def at_forget(function: Callable[[], None]) -> None:
-    """Have a function called in this process when what is prepared is dropped."""
+    """Register a function for this process to call when the prepared steps are dropped."""
     if function not in _at_forget:
         _at_forget.append(function)
 

@@ -56,7 +56,7 @@ def _rows(folder: RunFolder, run: str) -> list[tuple[str, ...]]:
 
 
 def _names(folders: Sequence[RunFolder]) -> list[str]:
-    """Last parts of the paths; whole paths where two of those are the same."""
+    """The last parts of the paths; whole paths where two last parts are the same."""
     short = [folder.path.name or str(folder.path) for folder in folders]
     return [str(f.path) if short.count(name) > 1 else name for f, name in zip(folders, short, strict=True)]
 

@@ -13,7 +13,6 @@ class Events:
     """Mirrors metrics records under `path`; opens nothing before the first, and does nothing without `tensorboard`."""
 
     def __init__(self, path: Path) -> None:
-        """Nothing is opened or made yet."""
         self._path = path
         self._writers: dict[str, Any] = {}
         self._available = True

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ def refuse(value: object) -> Any:
 def plain(value: object, *, other: Callable[[object], Any] = refuse) -> Any:
     """`value` in JSON's own words: NaN and infinities are None, a tensor or array of one element is its number.
 
-    `other` is asked about whatever JSON cannot hold; by default it raises ValueError.
+    `other` converts what JSON cannot hold; by default it raises ValueError.
 
     >>> plain({"loss": float("nan"), "shape": (2, 3)})
     {'loss': None, 'shape': [2, 3]}
@@ -56,18 +55,12 @@ def writing(path: Path) -> Iterator[None]:
 
 def replace(path: Path, content: bytes) -> None:
     """Put `content` at `path` in one step: a reader, or a killed process, sees the old file or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
+    from noctule.checkpoint.atomic import replacing  # brings torch
+
     with writing(path):
-        try:
-            with open(partial, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
+        path.parent.stat()  # a run's folder that has vanished is not made again
+        with replacing(path) as file:
+            file.write(content)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -79,13 +72,3 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{path} holds a {type(value).__name__}, not a JSON object: restore it or start a new run.")
     return value
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "nt":  # Windows opens no folders, and renames durably by itself
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

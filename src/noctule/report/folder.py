@@ -1,4 +1,4 @@
-"""The folder of one run: who ran what where, its metrics as they come, and its summary."""
+"""The folder of one run: its command and machine, its metrics as they come, and its summary."""
 
 import fcntl
 import os
@@ -34,10 +34,10 @@ class RunFolder:
         self._summary = self.path / "summary.json"
         self._events = Events(self.path / "tensorboard")
         self.on_begin: Callable[[], None] | None = None
-        """Called once, when the first of its series is about to be trained: what was refused before has not begun."""
+        """A hook called once, when the first series is about to be trained; a run refused before that has not begun."""
 
         self.new = False
-        """Whether `create` has made it, in this process."""
+        """Whether this process created the run."""
 
     @classmethod
     def create(
@@ -96,7 +96,7 @@ class RunFolder:
 
     @classmethod
     def create_in(cls, parent: str | Path, name: str, **about: Any) -> Self:
-        """Start a run in a new folder inside another one, with a number behind its name where that is taken; see `create`."""
+        """Start a run in a new folder inside another one, numbered where the name is taken; `about` are arguments of `create`."""
         for number in count(1):
             path = Path(parent) / (name if number == 1 else f"{name}-{number}")
             try:
@@ -115,7 +115,7 @@ class RunFolder:
 
     @classmethod
     def of_worker(cls, run: Self, worker: int) -> Self:
-        """Where one of several workers keeps its records: worker 0 in the run's own folder, another in one of its own inside."""
+        """The folder for the records of a worker: the run's own for worker 0, a folder inside it for the others."""
         if worker == 0:
             return cls(run.path)
         path = run.path / "workers" / str(worker)
@@ -126,11 +126,11 @@ class RunFolder:
 
     @property
     def whole(self) -> Path:
-        """The folder of the whole run, also where this is that of one of its workers."""
+        """The folder of the whole run, also where this is the folder of a worker."""
         return self.path.parent.parent if self.path.parent.name == "workers" else self.path
 
     def workers(self) -> list[Self]:
-        """Of a run by several workers the folder of each, in their order; of any other this one alone."""
+        """The folders of all workers in their order; this one alone in a run by a single process."""
         others = [p for p in (self.path / "workers").glob("*/run.json") if p.parent.name.isdecimal()]
         return [self, *(type(self)(path.parent) for path in sorted(others, key=lambda path: int(path.parent.name)))]
 
@@ -232,7 +232,7 @@ def refuse_occupied(path: Path) -> None:
             raise UsageError(f"{path} is a file, and a run needs a folder of that name. Choose another one.")
         if (path / "run.json").exists():
             raise UsageError(f"{path} already holds a run. Go on with it by --resume {path}, or choose another folder.")
-        if any(entry.name != ".run.json.partial" for entry in path.iterdir()):
+        if any(not entry.name.startswith(".run.json.") for entry in path.iterdir()):
             raise UsageError(f"{path} is not empty and not a run. Choose another folder, or empty it yourself.")
     except OSError as error:
         raise UsageError(f"{path} cannot be used for a run: {error}. Choose another folder.") from error

@@ -1,6 +1,6 @@
-"""The table of what each series reached and what it cost, beside the dense baseline."""
+"""The table of results and costs of each series, beside the dense baseline."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from noctule.report.facts import (
@@ -13,20 +13,18 @@ from noctule.report.facts import (
     predicts_numbers,
     training_bytes,
 )
-from noctule.report.markup import text
+from noctule.report.tables import EMPTY, Cell, Row, Table, value_cell
 from noctule.report.units import GAP, MISSING, TIMES, count, duration, energy, ratio, signed, size
 
 Outcome = Mapping[str, Any]
-_NO_CELL = '<td class="none"></td>'
 
 
-def footprint(summary: Outcome) -> str:
-    """The table as HTML; a sentence when no series has finished."""
+def footprint(summary: Outcome) -> Table | None:
+    """The table; None when no series has finished."""
     series = outcomes(summary)
     if not series:
-        return "<p>The table of results and costs is written when the run has finished.</p>"
-    dense = series.get(BASELINE)
-    others = {name: own for name, own in series.items() if own is not dense} if dense is not None else {}
+        return None
+    dense, others = series.get(BASELINE), _compared(series)
     rows = []
     scores = _OF_NUMBERS if predicts_numbers(list(series.values())) else {"Test accuracy": _accuracy}
     epoch = (
@@ -36,19 +34,20 @@ def footprint(summary: Outcome) -> str:
     )
     for label, show in {**scores, "Test loss": _loss, epoch: _best_epoch}.items():
         first = show is _accuracy
-        beside = [_points(summary, name, own, dense) if first else _NO_CELL for name, own in others.items()]
-        rows.append(_row(label, [show(own) for own in series.values()], beside, "total" if first else ""))
+        beside = [_points(summary, name, own, dense) if first else EMPTY for name, own in others.items()]
+        cells = [value_cell(show(own)) for own in series.values()]
+        rows.append(Row(label, cells + beside, "total" if first else ""))
     for label, kind, get, show in _COSTS:
-        beside = [_NO_CELL if "whole" in kind else _ratio(get(dense or {}), get(own)) for own in others.values()]
-        rows.append(_row(label, [show(get(own)) for own in series.values()], beside, kind))
-    heads = [*series, *(f"dense / {name}" for name in series if name != BASELINE and others)]
-    head = "".join(f'<th scope="col">{text(name)}</th>' for name in ("Measure", *heads))
+        beside = [EMPTY if "whole" in kind else _ratio(get(dense or {}), get(own)) for own in others.values()]
+        rows.append(Row(label, [value_cell(show(get(own))) for own in series.values()] + beside, kind))
+    heads = ["Measure", *series, *(f"dense / {name}" for name in others)]
     caption = "Results and costs of each series" + (", beside the dense baseline" if others else "")
-    return (
-        f'<div class="scroll" role="region" aria-label="{caption}" tabindex="0"><table><caption>{caption}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        f'<p class="note">{" ".join(_notes(summary, compared=bool(others)))}</p>'
-    )
+    return Table(caption, heads, rows)
+
+
+def _compared(series: Mapping[str, Outcome]) -> dict[str, Outcome]:
+    """The series that are measured against the baseline; none without one."""
+    return {name: own for name, own in series.items() if name != BASELINE} if BASELINE in series else {}
 
 
 def _key(name: str) -> Callable[[Outcome], float | None]:
@@ -71,25 +70,20 @@ _COSTS: tuple[tuple[str, str, Callable[[Outcome], float | None], Callable[[float
 )
 
 
-def _row(label: str, values: Sequence[str], beside: Sequence[str], kind: str) -> str:
-    cells = "".join(f"<td{' class=none' if value == MISSING else ''}>{text(value)}</td>" for value in values)
-    return f'<tr class="{kind}"><th scope="row">{label}</th>{cells}{"".join(beside)}</tr>'
-
-
-def _ratio(dense: float | None, own: float | None) -> str:
+def _ratio(dense: float | None, own: float | None) -> Cell:
     if not dense or not own:
-        return _NO_CELL
-    return f"<td{' class=worse' if dense < own else ''}>{ratio(dense / own)}</td>"
+        return EMPTY
+    return Cell(ratio(dense / own), "worse" if dense < own else "")
 
 
-def _points(summary: Outcome, name: str, own: Outcome, dense: Outcome | None) -> str:
+def _points(summary: Outcome, name: str, own: Outcome, dense: Outcome | None) -> Cell:
     mine, theirs = number(own, "test_accuracy"), number(dense, "test_accuracy")
     if mine is None or theirs is None:
-        return _NO_CELL
+        return EMPTY
     found = apart(summary, name)
     points, margin = found or (100 * (mine - theirs), None)
     words = signed(points, 2) + ("" if margin is None else f" ±{GAP}{margin:.2f}") + f"{GAP}points"
-    return f'<td class="points">{words}</td>'
+    return Cell(words, "points")
 
 
 def _accuracy(own: Outcome) -> str:
@@ -115,7 +109,7 @@ _OF_NUMBERS: dict[str, Callable[[Outcome], str]] = {
     "Test error, root mean square": _of("test_rmse"),
     "Test error, mean absolute": _of("test_mae"),
 }
-"""What is said of a regression in place of the accuracy; errors are in the unit of the target."""
+"""The rows of a regression in place of the accuracy; errors are in the unit of the target."""
 
 
 def _best_epoch(own: Outcome) -> str:
@@ -124,24 +118,25 @@ def _best_epoch(own: Outcome) -> str:
 
 
 def _twin(dense: Outcome) -> list[str]:
-    """How the dense twin was trained, and what else was tried."""
+    """How the dense twin was trained, and which other ways were timed."""
     way, ways = dense.get("way"), mapping(dense, "ways_seconds")
     if not isinstance(way, str):
         return []
-    tried = ", ".join(f"{text(name)} {duration(taken)}" for name in ways if (taken := number(ways, name)) is not None)
+    tried = ", ".join(f"{name} {duration(taken)}" for name in ways if (taken := number(ways, name)) is not None)
     if not tried:
-        return [f"Dense was trained in {text(way)}; which way is the fastest here was not measured."]
-    return [f"Dense was trained in {text(way)}, the fastest way here (forward and backward of a step: {tried})."]
+        return [f"Dense was trained in {way}; which way is the fastest here was not measured."]
+    return [f"Dense was trained in {way}, the fastest way here (forward and backward of a step: {tried})."]
 
 
-def _notes(summary: Outcome, *, compared: bool) -> list[str]:
+def footprint_notes(summary: Outcome) -> str:
+    """What to know about the figures of the table."""
     notes = [
         "Stored from step to step are weights, indices, gradients and optimizer state, counted tensor by tensor. The peak is the "
         "most memory that the process had at once: that, activations, and all that was there before (Python, torch, the data, and "
         "what an earlier series left), so the peaks of two series do not compare. "
         "Multiply-adds count the forward pass and both gradients."
     ]
-    if compared:
+    if _compared(outcomes(summary)):
         notes.append(f"Above 1{TIMES}, dense needs that many times as much; points are the difference from dense.")
         notes.extend(_twin(outcomes(summary)[BASELINE]))
         if mapping(summary, "difference"):
@@ -154,4 +149,4 @@ def _notes(summary: Outcome, *, compared: bool) -> list[str]:
             f"On {count(samples)} test samples an accuracy is known to about ±{100 * max(margins):.1f}{GAP}points "
             f"(95{GAP}% interval of one seed)."
         )
-    return notes
+    return " ".join(notes)

@@ -21,7 +21,7 @@ STORED = "memory for weights, gradients and optimizer state"
 
 
 def headline(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    """What came out, gains and costs alike; of an unfinished run how far it got."""
+    """The results of a run, gains and costs alike; of an unfinished run its progress."""
     finished = outcomes(summary)
     if not finished:
         return _unfinished(records)

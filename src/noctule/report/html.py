@@ -1,21 +1,25 @@
 """`report.html`: one page about one run that needs nothing but itself."""
 
 import base64
+import functools
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from noctule.core.errors import DataError
 from noctule.report import files
 from noctule.report.curves import learning, structure
 from noctule.report.facts import mapping, number, outcomes
 from noctule.report.folder import RunFolder
-from noctule.report.footprint import footprint
+from noctule.report.footprint import footprint, footprint_notes
 from noctule.report.headline import headline
-from noctule.report.markup import text
+from noctule.report.palette import COLORS, COLORS_DARK, INK, INK_DARK, variables
 from noctule.report.provenance import provenance
-from noctule.report.style import SCRIPT, STYLE
 from noctule.report.together import Workers, everyone, how, how_many, together
 from noctule.report.units import count, duration
 
@@ -24,9 +28,7 @@ def write_report(folder: RunFolder) -> Path:
     """Write `report.html` into the run's folder, in one step, from whatever the run has recorded by now."""
     path = folder.path / "report.html"
     written = page(folder.about(), folder.metrics(), folder.summary(), others=_others(folder))
-    files.replace(
-        path, written.encode(errors="surrogateescape")
-    )  # a path's bytes, where the locale knew no letters for them
+    files.replace(path, written.encode())
     return path
 
 
@@ -43,41 +45,53 @@ def page(
         others: records of the other workers of a run, by their numbers.
     """
     recipe, name = str(about.get("recipe") or "run"), mapping(summary, "data").get("name")
-    title = f"{recipe} on {name}" if name else recipe
-    script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{script}'"
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{text(title)} · Noctule</title>
-<link rel="icon" href="data:,">
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
-<p class="kind">{text(title)}</p>
-<h1>{text(headline(summary, records))}</h1>
-<p class="facts">{_facts(about, records)}</p>
-</header>
-<main>
-{_learning(about, records)}
-{_together(everyone(about, records, others or {}))}
-{_structure(records)}
-<section><h2>Footprint</h2>{footprint(summary)}{_each(about, records, summary)}</section>
-<section><h2>How this was measured</h2>{provenance(about, summary, records)}</section>
-</main>
-<footer>Written by Noctule from run.json, metrics.jsonl and summary.json beside this page.</footer>
-<script>{SCRIPT}</script>
-</body>
-</html>
-"""
+    script = (TEMPLATES / "script.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        templates()
+        .get_template("page.html")
+        .render(
+            title=f"{recipe} on {name}" if name else recipe,
+            policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'",
+            light=Markup(variables(INK, COLORS)),
+            dark=Markup(variables(INK_DARK, COLORS_DARK)),
+            script=Markup(script),
+            headline=headline(summary, records),
+            facts=_facts(about, records),
+            learning=learning(records) if records else [],
+            learning_notes=_learning_notes(about, records),
+            together=together(everyone(about, records, others or {})),
+            structure=structure(records),
+            footprint=footprint(summary),
+            footprint_notes=footprint_notes(summary),
+            paces=_paces(summary, workers) if (workers := how_many(about, records)) > 1 else [],
+            each_worker=_each_worker(workers) if workers > 1 and outcomes(summary) else "",
+            repeated=provenance(about, summary, records),
+        )
+    )
+
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+# Control characters, lone surrogates and non-characters: HTML has no way to hold them.
+_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+
+
+@functools.cache
+def templates() -> Environment:
+    """The templates of the page; every value is escaped unless it is Markup."""
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else _UNFIT.sub("\ufffd", str(value)),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
 
 
 def _others(folder: RunFolder) -> dict[int, list[dict[str, Any]]]:
-    """What the workers in the folder wrote; one whose records cannot be read is as one that has none."""
+    """The records of the other workers; unreadable records count as none."""
     found = {}
     for other in folder.workers()[1:]:
         try:
@@ -87,7 +101,7 @@ def _others(folder: RunFolder) -> dict[int, list[dict[str, Any]]]:
     return found
 
 
-def _facts(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
+def _facts(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[str]:
     seed, threads, cpu = about.get("seed"), number(about, "threads"), mapping(about, "machine").get("cpu")
     worker = number(about, "worker")
     team = ", ".join(how(about, records)) or None
@@ -98,12 +112,10 @@ def _facts(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> st
         cpu,
         str(about.get("started") or "")[:10] or None,
     ]
-    return "".join(f"<span>{text(fact)}</span>" for fact in facts if fact)
+    return [str(fact) for fact in facts if fact]
 
 
-def _learning(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    if not records:
-        return "<section><h2>Learning</h2><p>No epoch finished yet, so there is nothing to draw.</p></section>"
+def _learning_notes(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
     lost = sum(
         key in record and number(record, key) is None for record in records for key in ("train_loss", "validation_loss")
     )
@@ -115,28 +127,19 @@ def _learning(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) ->
         ]
     if lost:
         notes.append(f"{lost} recorded losses were not finite: the curves have gaps there.")
-    charts = "\n".join(learning(records))
-    return f'<section><h2>Learning</h2><div class="grid2">{charts}</div><p class="note">{" ".join(notes)}</p></section>'
+    return " ".join(notes)
 
 
-def _together(workers: Workers) -> str:
-    found = together(workers)
-    return f"<section><h2>Workers</h2>{found}</section>" if found else ""
-
-
-def _each(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
-    """What a table of one process does not say of several."""
-    workers = how_many(about, records)
-    if workers < 2 or not outcomes(summary):
-        return ""
-    return _pace(summary, workers) + (
-        f'<p class="note">Memory is that of one of the {count(workers)} workers, of which each needs as much. Multiply-adds are '
-        "those of one sample, which one worker takes. Times are those of all workers together, energy that of this machine.</p>"
+def _each_worker(workers: int) -> str:
+    """How to read the table of one process where there were several workers."""
+    return (
+        f"Memory is that of one of the {count(workers)} workers, of which each needs as much. Multiply-adds are "
+        "those of one sample, which one worker takes. Times are those of all workers together, energy that of this machine."
     )
 
 
-def _pace(summary: Mapping[str, Any], workers: int) -> str:
-    """The workers beside one process with all of their threads."""
+def _paces(summary: Mapping[str, Any], workers: int) -> list[str]:
+    """The workers beside one process with all of their threads, a sentence for each series."""
     said = []
     for name, own in outcomes(summary).items():
         took, alone, threads = (
@@ -145,12 +148,7 @@ def _pace(summary: Mapping[str, Any], workers: int) -> str:
         if took is not None and alone is not None and threads is not None:
             faster = "without --workers it is faster here" if alone < took else "the workers are faster here"
             said.append(
-                f"{name}: {count(workers)} workers took {duration(took)} an epoch; one process with {count(threads)} threads takes "
-                f"about {duration(alone)}, as measured over some steps: {faster}."
+                f"{name[:1].upper()}{name[1:]}: {count(workers)} workers took {duration(took)} an epoch; one process with "
+                f"{count(threads)} threads takes about {duration(alone)}, as measured over some steps: {faster}."
             )
-    return "".join(f"<p>{text(words[:1].upper() + words[1:])}</p>" for words in said)
-
-
-def _structure(records: Sequence[Mapping[str, Any]]) -> str:
-    charts = "\n".join(structure(records))
-    return f'<section><h2>Connections</h2><div class="grid2">{charts}</div></section>' if charts else ""
+    return said

@@ -16,7 +16,6 @@ class Journal:
     series: str
 
     def __post_init__(self) -> None:
-        """Training begins."""
         self.run.begin()
 
     @property
@@ -29,7 +28,7 @@ class Journal:
         self.run.log({"series": self.series, **record})
 
     def rewind(self, epoch: int) -> None:
-        """Forget this series' records past an epoch, which are about to be made again."""
+        """Remove this series' records past an epoch, before they are made again."""
         if any(self._past(record, epoch) for record in self.run.metrics()):
             self.run.truncate_metrics(lambda record: not self._past(record, epoch))
 

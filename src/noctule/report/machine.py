@@ -1,4 +1,4 @@
-"""What a run was run on: the versions and the host, as recorded in `run.json`."""
+"""The versions and the host of a run, as recorded in `run.json`."""
 
 import importlib.metadata
 import os

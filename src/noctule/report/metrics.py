@@ -11,7 +11,7 @@ from noctule.report import files
 
 
 def append(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Add one line and hand back what it says; a torn last line goes first. ValueError unless `record` is a mapping."""
+    """Append one line and return its record; a torn last line is removed first. ValueError unless `record` is a mapping."""
     if not isinstance(record, Mapping):
         raise ValueError(f"A metrics record is a dict, not {type(record).__name__}: {record!r}.")
     stored = files.plain(record)

@@ -1,10 +1,10 @@
 """The colours of the page, light and dark, that stay apart for colour-blind readers too."""
 
 COLORS = ("#0072d3", "#aa2f00", "#0b4f3a", "#d0409f", "#b08b00", "#41207a")
-"""Of the lines on a light page: at least 3:1 against it, 20 CIELAB units apart in every kind of colour blindness."""
+"""Colours of lines on a light page: at least 3:1 against it, 20 CIELAB units apart in every kind of colour blindness."""
 
 COLORS_DARK = ("#5caef5", "#ff9346", "#008b66", "#ffa3d4", "#fff08b", "#8f6bff")
-"""The same on a dark page."""
+"""Colours of lines on a dark page."""
 
 INK = {
     "page": "#ffffff",
@@ -14,7 +14,7 @@ INK = {
     "panel": "#f6f8fa",
     "accent": "#0067b8",
 }
-"""Of the page itself, its text, what is secondary, rules and tracks, panels, and the one accent."""
+"""Colours of the page, its text, secondary text, rules and tracks, panels, and the accent."""
 
 INK_DARK = {
     "page": "#12161c",
@@ -24,7 +24,7 @@ INK_DARK = {
     "panel": "#1b2129",
     "accent": "#6cb8f5",
 }
-"""The same on a dark page."""
+"""Colours of a dark page."""
 
 
 def variables(ink: dict[str, str], colors: tuple[str, ...]) -> str:

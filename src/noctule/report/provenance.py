@@ -1,19 +1,33 @@
-"""How a run was measured and how to repeat it, as its page tells it."""
+"""How a run was measured and how to repeat it."""
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from noctule.report.facts import mapping, number
-from noctule.report.markup import text
 from noctule.report.together import how, how_many
 from noctule.report.units import count
 
 
-def provenance(about: Mapping[str, Any], summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The command and the list of everything that was recorded about the run, as HTML."""
+@dataclass(frozen=True)
+class Provenance:
+    """How to repeat a run, and everything that was recorded about it."""
+
+    command: Sequence[str]
+    """The words of the command line, quoted for a shell."""
+    under: str
+    """The launcher that the command needs, in words; empty where it needs none."""
+    entries: Mapping[str, Any]
+    """Facts by their names; None is not recorded."""
+    options: Sequence[str]
+
+
+def provenance(
+    about: Mapping[str, Any], summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]] = ()
+) -> Provenance:
+    """Find what `run.json`, the summary and the records say about how a run was made."""
     machine, versions = mapping(about, "machine"), mapping(about, "versions")
-    options = "".join(f"<code>{text(f'{k} = {_value(v)}')}</code>" for k, v in mapping(about, "options").items())
     entries = {
         "Recipe": about.get("recipe"),
         "Data": data(summary),
@@ -27,16 +41,14 @@ def provenance(about: Mapping[str, Any], summary: Mapping[str, Any], records: Se
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or None,
         "Started": str(about.get("started") or "").replace("T", " ") or None,
     }
-    rows = {name: "not recorded" if value is None else text(value) for name, value in entries.items()}
-    items = "".join(f"<dt>{name}</dt><dd>{row}</dd>" for name, row in (rows | {"Options": options or "none"}).items())
-    words = " ".join(f"<span>{text(shlex.quote(word))}</span>" for word in command(about))
     several = how_many(about, records)
     under = f", by torchrun with {several} workers" if several and "workers" not in mapping(about, "together") else ""
-    return f"<p>To repeat it{under}:</p><pre><code>{words}</code></pre><dl>{items}</dl>"
+    options = [f"{name} = {_value(value)}" for name, value in mapping(about, "options").items()]
+    return Provenance([shlex.quote(word) for word in command(about)], under, entries, options)
 
 
 def command(about: Mapping[str, Any]) -> list[str]:
-    """The words of the command line that was typed, or of one that says the same.
+    """The words of the command line that was typed, or of an equivalent command line.
 
     >>> " ".join(command({"recipe": "sparse_mlp", "options": {"hidden": [300, 100], "rewire": False}, "seed": 3}))
     'noctule run sparse_mlp --hidden 300,100 --no-rewire --seed 3'

@@ -1,4 +1,4 @@
-"""What several workers had to do with one another: who they were, what they sent, how long they waited."""
+"""The section about several workers: their pace, what they sent, how long they waited."""
 
 import re
 from collections import Counter
@@ -7,32 +7,32 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
+from noctule.report.charts import Bar, BarChart, Line, LineChart
 from noctule.report.curves import EPOCHS, Records, titled
 from noctule.report.facts import baseline_last, by_series, mapping, number
-from noctule.report.markup import text
 from noctule.report.palette import COLORS
-from noctule.report.svg import Bar, Line, bar_chart
+from noctule.report.tables import Cell, Row, Table, value_cell
 from noctule.report.units import GAP, MISSING, count, digits, percent, size
 from noctule.report.useful_batch import useful_batch
 
 Workers = Mapping[int, Records]
-"""The records of each worker by its number; none of one whose folder is lost, or who has finished no epoch."""
+"""The records of each worker by its number; empty where its folder is lost or no epoch has finished."""
 
 MOST_WORKERS = 12
-"""That have lines of their own in a chart."""
+"""The most workers with their own lines in a chart."""
 MOST_STALE = 10
-"""From so many pushes on they share a bar."""
+"""The staleness from which on all pushes share a bar."""
 _MOST_ROWS = 100
 
 
 def how_many(about: Mapping[str, Any], records: Records) -> int:
-    """How many workers trained; 0 where a process trained by itself."""
+    """The number of workers; 0 in a run without a team."""
     said = [number(mapping(about, "together"), "workers"), *(number(r, "together", "workers") for r in records)]
     return max(0, *(int(workers) for workers in said if workers is not None), 0)
 
 
 def how(about: Mapping[str, Any], records: Records) -> list[str]:
-    """How many workers trained, how they met and what they sent, in words; none where a process trained by itself.
+    """The number of workers, their strategy, codec and options, in words; none in a run without a team.
 
     >>> how({"together": {"workers": 3, "strategy": "diloco", "codec": "natural", "meet": 50}}, [])
     ['3 workers', 'diloco', 'natural', 'meet 50']
@@ -50,11 +50,11 @@ _SAID_OTHERWISE = ("workers", "strategy", "codec", "ticket")
 
 
 def everyone(about: Mapping[str, Any], records: Records, others: Workers) -> dict[int, Records]:
-    """All workers of a run: those that there should be, and those whose records there are.
+    """The records of all workers of a run, the expected ones and the found ones.
 
     Args:
-        records: of the worker whose page it is.
-        others: of those whose folders are inside of its own.
+        records: of the worker of this page.
+        others: of the workers whose folders are inside this worker's folder.
     """
     mine = number(about, "worker") or next((n for r in reversed(records) if (n := number(r, "together", "worker"))), 0)
     if mine > 0:  # its own page: that of worker 0 tells of all
@@ -65,18 +65,29 @@ def everyone(about: Mapping[str, Any], records: Records, others: Workers) -> dic
     }
 
 
-def together(workers: Workers) -> str:
-    """A table for each series, words and charts as HTML; nothing where no worker has a record of what it had to do with others."""
+@dataclass(frozen=True)
+class Together:
+    """What the page shows of several workers."""
+
+    tables: Sequence[Table]
+    notes: str
+    hints: Sequence[str]
+    charts: Sequence[LineChart | BarChart]
+
+
+def together(workers: Workers) -> Together | None:
+    """A table for each series, words and charts; None where no record tells of exchanges with other workers."""
     own = {worker: by_series([r for r in records if mapping(r, "together")]) for worker, records in workers.items()}
     names = baseline_last([name for series in own.values() for name in series])
     if not names:
-        return ""
+        return None
     teams = {name: {worker: series.get(name, []) for worker, series in own.items()} for name in names}
-    tables = [_table(team, f"What each worker did{_of(name, names)}") for name, team in teams.items()]
-    charts = [chart for name, team in teams.items() for chart in _charts(team, name if len(names) > 1 else "")]
-    grid = f'<div class="grid2">{"".join(charts)}</div>' if charts else ""
-    hints = [f"<p>{text(hint)}</p>" for name, team in teams.items() if (hint := useful_batch(team, _of(name, names)))]
-    return f'{"".join(tables)}<p class="note">{text(" ".join(_notes(list(teams.values()))))}</p>{"".join(hints)}{grid}'
+    return Together(
+        [_table(team, f"What each worker did{_of(name, names)}") for name, team in teams.items()],
+        " ".join(_notes(list(teams.values()))),
+        [hint for name, team in teams.items() if (hint := useful_batch(team, _of(name, names)))],
+        [chart for name, team in teams.items() for chart in _charts(team, name if len(names) > 1 else "")],
+    )
 
 
 def _of(name: str, names: Sequence[str]) -> str:
@@ -93,30 +104,21 @@ class _Column:
     total: Callable[[Sequence[Records]], str] = lambda _: ""
 
 
-def _table(workers: Workers, caption: str) -> str:
+def _table(workers: Workers, caption: str) -> Table:
     recorded = [records for records in workers.values() if records]
     columns = [column for column in _columns() if any(column.cell(records) != MISSING for records in recorded)]
-    head = "".join(f'<th scope="col">{text(name)}</th>' for name in ("Worker", *(column.head for column in columns)))
-    lost = f'<td class="none" colspan="{len(columns)}">no records</td>'
-    rows = []
-    for worker, records in workers.items():
-        cells = "".join(_cell(column.cell(records)) for column in columns) if records else lost
-        rows.append(f'<tr><th scope="row">{worker}</th>{cells}</tr>')
+    lost = [Cell("no records", "none", span=len(columns))]
+    rows = [
+        Row(str(worker), [value_cell(column.cell(records)) for column in columns] if records else lost)
+        for worker, records in workers.items()
+    ]
     if 1 < len(workers) == len(recorded):
-        cells = "".join(_cell(column.total(recorded)) for column in columns)
-        rows.append(f'<tr class="total"><th scope="row">all</th>{cells}</tr>')
-    return (
-        f'<div class="scroll" role="region" aria-label="{text(caption)}" tabindex="0"><table><caption>{text(caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _cell(words: str) -> str:
-    return f"<td{' class=none' if words == MISSING else ''}>{text(words)}</td>"
+        rows.append(Row("all", [value_cell(column.total(recorded)) for column in columns], "total"))
+    return Table(caption, ["Worker", *(column.head for column in columns)], rows)
 
 
 def _adding_up(head: str, value: Callable[[Records], float | None], words: Callable[[float | None], str]) -> _Column:
-    """A column whose numbers make one of all workers, where all are known."""
+    """A column with a sum over all workers, where all are known."""
 
     def total(everyone: Sequence[Records]) -> str:
         known = [found for records in everyone if (found := value(records)) is not None]
@@ -178,22 +180,22 @@ def _notes(teams: Sequence[Workers]) -> list[str]:
     return notes
 
 
-def _link(said: object) -> str:
-    """As recorded, but 4.25e+03 is 4,250."""
-    words = re.sub(r"\d[.\d]*e\+\d+", lambda found: f"{float(found[0]):,.0f}", str(said))
+def _link(recorded: object) -> str:
+    """The recorded link, with 4,250 for 4.25e+03."""
+    words = re.sub(r"\d[.\d]*e\+\d+", lambda found: f"{float(found[0]):,.0f}", str(recorded))
     return words.replace(" M", f"{GAP}M").replace(" ms", f"{GAP}ms")
 
 
 # Charts over the epochs, and how stale pushes were.
 
 
-def _charts(workers: Workers, series: str) -> list[str]:
+def _charts(workers: Workers, series: str) -> list[LineChart | BarChart]:
     stale = sum((_staleness(records) for records in workers.values()), Counter[int]())
     several = {worker: records for worker, records in workers.items() if len(records) > 1}
     notes = [series] if series else []
     cut = [f"the first {MOST_WORKERS} of {len(several)} workers"] if len(several) > MOST_WORKERS else []
     shown = dict(list(several.items())[:MOST_WORKERS])
-    charts = []
+    charts: list[LineChart | BarChart] = []
     if shown:
         paces = _lines(shown, lambda record: number(record, "samples_per_second"))
         charts.append(EPOCHS.chart(paces, titled("Samples per second", notes + cut)))
@@ -205,7 +207,7 @@ def _charts(workers: Workers, series: str) -> list[str]:
             lines = [replace(lines[0], name="each worker")]
         charts.append(EPOCHS.chart(lines, titled("Sent in an epoch", [*notes, unit, *cut]), f"{GAP}{unit}"))
     if stale:
-        charts.append(bar_chart(_bars(stale), title=titled("Staleness of pushes", notes)))
+        charts.append(BarChart(titled("Staleness of pushes", notes), _bars(stale)))
     return charts
 
 
@@ -252,7 +254,7 @@ def _sent_in_all(records: Records) -> float | None:
 
 
 def _sent_per_step(records: Records) -> float | None:
-    """In the typical epoch that came right after another."""
+    """Bytes per step, the median over the epochs that followed directly on another."""
     found, before = [], 0.0
     for at, record in enumerate(records):
         step, sent = number(record, "step"), _sent(record)
@@ -272,7 +274,7 @@ def _typical(values: Sequence[float]) -> float | None:
 
 
 def _staleness(records: Records) -> Counter[int]:
-    """How many pushes were how stale; a worker that was started again has counted anew."""
+    """The number of pushes by their staleness; a restarted worker counts from zero again."""
     lives: list[Counter[int]] = []
     for record in records:
         said = mapping(mapping(record, "together"), "staleness")

@@ -1,4 +1,4 @@
-"""How many samples in a step are worth their time, in words: what the noise of several workers' gradients says."""
+"""The useful batch size, in words, from the noise of several workers' gradients (the gradient noise scale)."""
 
 from collections.abc import Mapping
 
