@@ -142,7 +142,7 @@ def run(words: list[str]) -> int:
             if resume is None and out is not None:
                 refuse_occupied(out)
     with ended_by_signals():
-        from noctule import start
+        from noctule.cli import start
 
     command = ["noctule", "run", name, *words]
     asked = start.Asked(canonical(name), recipe, given, threads=threads, together=together, command=command)
