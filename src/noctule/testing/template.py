@@ -107,6 +107,8 @@ def _template_of(process: int) -> Template:  # a fork of us has its own
 
 def main() -> None:
     """Fork a worker for each plan, and tell how workers ended, until the socket does."""
+    import torch._dynamo  # noqa: F401  (which the first optimizer of a process imports, in a second)
+
     from noctule.testing import worker  # torch, once
 
     orders = socket.socket(fileno=int(sys.argv[1]))
