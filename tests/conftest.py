@@ -37,12 +37,11 @@ def noctule_command(tmp_path: Path, command_server: Server):
     `place` are words before it that bring it to its place; `killed` has it kill itself, see `forked.die_at_save`.
     """
     started: list[subprocess.Popen[str] | Command] = []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def start(
         *args: object, place: Sequence[str] = (), killed: tuple[int, str] | None = None
     ) -> subprocess.Popen[str] | Command:
-        words = [*map(str, args)]
+        words, environment = [*map(str, args)], {**os.environ, "OMP_NUM_THREADS": "1"}
         if not place:
             started.append(Command(command_server, words, tmp_path, environment, killed))
         else:
