@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 # The exact torch, first: a plain `torch` would bring gigabytes of CUDA where the CPU build is meant.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-tools check docs figures bench bench-env clean
+.PHONY: demo test test-slow test-tools check docs figures bench bench-env clean
 
 demo: $(VENV)/installed
 	$(BIN)/noctule run sparse_mlp --data digits --epochs 100
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What takes long: wider products of cases, more examples, more kills, bounds for a quiet machine.
+test-slow: $(VENV)/installed
+	NOCTULE_TESTS=full $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or wide"
 
 # The tests with other people's tools (Trainer, accelerate, Lightning, peft), which `make test` skips where they are missing.
 test-tools: $(VENV)/tools

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from forked import Command, Server
+
 
 @pytest.fixture(autouse=True)
 def one_seed_and_one_thread():
@@ -20,22 +22,34 @@ def one_seed_and_one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def noctule_command(tmp_path: Path):
-    """Start ``noctule ARGS`` in ``tmp_path`` without waiting for it, behind the words that bring it to its place, if any."""
-    started: list[subprocess.Popen[str]] = []
+@pytest.fixture(scope="session")
+def command_server():
+    """A process that is forked for each command, so that none waits for its imports."""
+    server = Server()
+    yield server
+    server.close()
 
-    def start(*args: object, place: Sequence[str] = ()) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [*place, sys.executable, "-m", "noctule.cli", *map(str, args)],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
+
+@pytest.fixture
+def noctule_command(tmp_path: Path, command_server: Server):
+    """Start ``noctule ARGS`` in ``tmp_path`` without waiting for it.
+
+    `place` are words before it that bring it to its place; `killed` has it kill itself, see `forked.die_at_save`.
+    """
+    started: list[subprocess.Popen[str] | Command] = []
+
+    def start(
+        *args: object, place: Sequence[str] = (), killed: tuple[int, str] | None = None
+    ) -> subprocess.Popen[str] | Command:
+        words, environment = [*map(str, args)], {**os.environ, "OMP_NUM_THREADS": "1"}
+        if not place:
+            started.append(Command(command_server, words, tmp_path, environment, killed))
+        else:
+            words = [*place, sys.executable, "-m", "noctule.cli", *words]
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True)
+            started.append(process)
+        return started[-1]
 
     yield start
     for process in started:

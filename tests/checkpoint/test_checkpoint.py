@@ -1,15 +1,17 @@
+import errno
 import fcntl
 import io
 import json
 import os
 import pickle
 import resource
+import stat
 import struct
 import subprocess
 import sys
 import zipfile
 from collections import OrderedDict, defaultdict, namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from noctule.checkpoint import Checkpoints, load, load_model, save, save_model
+from noctule.checkpoint.atomic import replacing
 from noctule.checkpoint.file import DTYPES
 from noctule.core.errors import CheckpointError
 from noctule.measure import measure
@@ -430,6 +433,42 @@ def test_only_what_the_dead_left_is_removed(tmp_path):
     assert not living.exists(), "also where only that file is saved again"
 
 
+def test_a_file_that_is_being_written_stays_while_another_save_clears_up(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    with replacing(checkpoints.path(1)) as file:
+        file.write(b"whole")
+        checkpoints.save(2, {})
+        save(checkpoints.path(1), {})  # the same file, by another writer
+        assert sum(name.endswith(".tmp") for name in os.listdir(tmp_path)) == 1
+    assert checkpoints.path(1).read_bytes() == b"whole"
+    assert ".tmp" not in "".join(os.listdir(tmp_path))
+
+
+@pytest.mark.parametrize("refusal", [None, errno.EINVAL, errno.EIO])
+def test_the_file_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(tmp_path, monkeypatch, refusal):
+    path, done, sync, rename = tmp_path / "x", [], os.fsync, os.replace
+
+    def recorded_sync(descriptor):
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        if done[-1] == "file":
+            assert os.fstat(descriptor).st_size == 5, "what is written is behind the buffer"
+        elif refusal is not None:
+            raise OSError(refusal, os.strerror(refusal))
+        sync(descriptor)
+
+    def recorded_rename(source, target):
+        done.append("name")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_sync)
+    monkeypatch.setattr(os, "replace", recorded_rename)
+    told = pytest.raises(CheckpointError, match="Input/output") if refusal == errno.EIO else nullcontext()
+    with told, replacing(path) as file:
+        file.write(b"whole")
+    assert done == ["file", "name", "folder"]
+    assert path.read_bytes() == b"whole"
+
+
 KILLED = """
 import os, random, signal, sys, time, torch
 from noctule.checkpoint import Checkpoints
@@ -437,6 +476,7 @@ torch.set_num_threads(1)
 random.seed(0)
 before = -1
 for _ in range(10):
+    heard, saved = os.pipe()
     child = os.fork()
     if child == 0:
         checkpoints = Checkpoints(sys.argv[1])
@@ -444,15 +484,16 @@ for _ in range(10):
         while True:
             step += 1
             checkpoints.save(step, {"step": step, "x": torch.full((600_000,), float(step))})
-    time.sleep(random.uniform(0.02, 0.12))
+            os.write(saved, b".")
+    os.close(saved)
+    assert os.read(heard, 1) == b"."  # it has saved once, however slow the machine is
+    time.sleep(random.uniform(0.0, 0.1))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    found = Checkpoints(sys.argv[1]).latest()
-    if found is not None:
-        step, state = found
-        assert state["step"] == step >= before and (state["x"] == step).all(), (step, before, state)
-        before = step
-assert before > 0
+    os.close(heard)
+    step, state = Checkpoints(sys.argv[1]).latest()
+    assert state["step"] == step > before and (state["x"] == step).all(), (step, before, state)
+    before = step
 Checkpoints(sys.argv[1]).save(before + 1, {})
 print(*sorted(os.listdir(sys.argv[1])))
 """

@@ -192,9 +192,9 @@ def test_missing_is_uniform(weights, count):
 
 def test_few_missing_places_are_found_at_once():
     topology = Topology.random((1000, 1000), 1_000_000 - 20, generator=seeded())
-    start = time.perf_counter()
+    start = time.process_time()
     assert topology.missing(10, generator=seeded()).numel() == 10
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 def test_equality_is_of_shape_and_places():
@@ -209,13 +209,13 @@ def test_equality_is_of_shape_and_places():
 
 
 def test_five_million_features_take_what_the_weights_take():
-    start = time.perf_counter()
+    start = time.process_time()
     topology = Topology.random((5_000_000, 5_000_000), 100_000, generator=seeded())
     assert topology.missing(100_000, generator=seeded()).numel() == 100_000
     assert topology.size == 100_000
     assert topology.transposed.columns.dtype == torch.int32
     assert topology.nbytes < 60e6  # two row pointers of 20 MB; a dense mask would be 25 TB
-    assert time.perf_counter() - start < 10.0
+    assert time.process_time() - start < 10.0
 
 
 # -- keeping it ---------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """An epoch uses every sample once, in an order that is a function of seed, epoch and position alone."""
 
-import time
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from noctule.data import Batches, Dataset
 
@@ -93,16 +94,29 @@ def test_bad_numbers_are_refused_at_the_call() -> None:
             Batches(make(4), 2, seed=0).epoch(0, start)
 
 
-def test_gathering_an_epoch_of_60000_pictures_takes_well_under_a_quarter_second() -> None:
-    pictures = Dataset(torch.zeros(60_000, 784), torch.zeros(60_000).long(), name="toy", classes=1)
-    batches, threads, seconds = Batches(pictures, 128, seed=0), torch.get_num_threads(), []
-    torch.set_num_threads(1)
-    try:
-        for epoch in range(5):
-            began = time.perf_counter()
-            for _ in batches.epoch(epoch):
-                pass
-            seconds.append(time.perf_counter() - began)
-    finally:
-        torch.set_num_threads(threads)
-    assert min(seconds) < 0.25
+class Counted(TorchDispatchMode):
+    """How often each operation runs, and how many bytes it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.made_bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.__name__.partition(".")[0]
+        self.calls[name] += 1
+        self.made_bytes[name] += result.nbytes if isinstance(result, torch.Tensor) else 0
+        return result
+
+
+def test_gathering_an_epoch_copies_each_sample_once_and_draws_one_permutation() -> None:
+    pictures = Dataset(torch.zeros(6_000, 784), torch.zeros(6_000).long(), name="toy", classes=1)
+    batches = Batches(pictures, 128, seed=0)
+    with Counted() as counted:
+        assert sum(len(targets) for _, targets in batches.epoch(0)) == 6_000
+    copies = {"index", "index_select", "_to_copy", "clone", "copy_"} & counted.calls.keys()
+    assert counted.calls["randperm"] == 1
+    assert sum(counted.calls[name] for name in copies) <= 2 * len(batches)
+    assert sum(counted.made_bytes[name] for name in copies) <= pictures.inputs.nbytes + pictures.targets.nbytes
+    assert sum(counted.calls.values()) <= 8 * len(batches)

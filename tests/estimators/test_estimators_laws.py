@@ -130,7 +130,10 @@ def test_every_epoch_sees_all_samples_in_an_order_of_its_own():
             return super()._loss(predicted, targets, *weights)
 
     X, y = numbers(100)
+    Recording(**{**SMALL, "random_state": 1}).fit(X, y)
+    elsewhere = [seen.pop(0) for _ in range(len(seen))]
     Recording(**SMALL).fit(X, y)
+    assert not any(torch.equal(a, b) for a, b in zip(seen, elsewhere, strict=True)), "the order is that of the seed"
     assert [len(batch) for batch in seen[:4]] == [32, 32, 32, 4]
     epochs = [torch.cat(seen[n : n + 4]) for n in range(0, len(seen), 4)]
     assert all(torch.equal(epoch.sort().values, epochs[0].sort().values) for epoch in epochs)

@@ -1,6 +1,7 @@
 """Bias, activation and dropout in the product: torch's own operations with the mask that was drawn."""
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from noctule import kernels
+from noctule.core.topology import Topology
 from noctule.kernels import IDENTITY, Epilogue, Kept, native, reference
 
 needs_native = pytest.mark.skipif(not SETS, reason="noctule._native is not built")
@@ -21,8 +23,37 @@ def mask(epilogue: Epilogue, rows: int, batch: int) -> Tensor:
     return reference.random_words(epilogue.seed, rows, batch) >= epilogue.drop_below
 
 
-def bits(packed: Tensor, batch: int) -> Tensor:
-    return reference._unpack(packed, batch)
+@pytest.mark.parametrize(("dropout", "scale"), [(0.0, 1.0), (0.5, 2.0), (0.75, 4.0), (0.9, 10.0)])
+def test_what_dropout_keeps_is_scaled_by_one_over_the_kept_fraction(dropout, scale):
+    assert Epilogue(dropout=dropout).scale == pytest.approx(scale, rel=1e-12)
+
+
+@pytest.mark.parametrize("product", [reference, pytest.param(native, marks=needs_native)], ids=["reference", "native"])
+@pytest.mark.parametrize("p", [0.3, 0.8])
+def test_dropout_leaves_the_mean_of_outputs_and_gradients(product, p):
+    topology, values, x, bias = matrix(6, 5, "all"), numbers(30), numbers(5, 1).expand(5, 4000), numbers(6, seed=2)
+    plain, _ = product.spmm(topology, values, x, bias, IDENTITY, False)
+    y, kept = product.spmm(topology, values, x, bias, Epilogue(dropout=p, seed=9), True)
+    dz, _ = product.epilogue_backward(torch.ones(6, 4000), kept, False)
+    sigma = (p / (1 - p) / 4000) ** 0.5  # of the mean of 4000 draws, relative
+    assert ((y.mean(1) / plain[:, 0] - 1).abs() < 5 * sigma).all()
+    assert ((dz.mean(1) - 1).abs() < 5 * sigma).all()
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.1, -0.6])
+@pytest.mark.parametrize("implementation", ["reference", *SETS])
+def test_the_gradient_at_exactly_zero_is_that_of_torch(implementation, slope):
+    # a neuron without weights and with a bias of 0
+    topology, dy = Topology.from_places((2, 3), torch.tensor([1, 1]), torch.tensor([0, 2])), numbers(2, 19)
+    z = torch.zeros(19, requires_grad=True)
+    F.leaky_relu(z, slope).backward(dy[0])
+    product = reference if implementation == "reference" else native
+    with nullcontext() if product is reference else running(implementation):
+        y, kept = product.spmm(topology, numbers(2), numbers(3, 19), torch.zeros(2), Epilogue(slope), True)
+        dz, dbias = product.epilogue_backward(dy, kept, True)
+    assert (y[0] == 0).all()
+    assert torch.equal(dz[0], z.grad)
+    torch.testing.assert_close(dbias[0], z.grad.sum())
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
@@ -42,7 +73,7 @@ def test_forward_and_backward_are_those_of_torch(slope, dropout, batch, with_bia
     product, _ = kernels.spmm(topology, values, x, bias=None if bias is None else bias.detach())
     z = product.requires_grad_()
     shifted = z if bias is None else z + (bias - bias.detach())[:, None]
-    expected = F.leaky_relu(shifted, slope) * mask(epilogue, 13, batch) * epilogue.scale
+    expected = F.leaky_relu(shifted, slope) * mask(epilogue, 13, batch) / (1 - dropout)
     y, kept = kernels.spmm(topology, values, x, None if bias is None else bias.detach(), epilogue, keep=True)
     torch.testing.assert_close(y, expected)
     dy = numbers(13, batch, seed=3)

@@ -1,5 +1,7 @@
 """The compiled products are those of the reference, for every shape, layout, instruction set and number of threads."""
 
+import itertools
+
 import hypothesis
 import pytest
 import torch
@@ -63,10 +65,18 @@ def test_native_is_reference(instruction_set, dtype, topology, batch, layout, se
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("batch", [*BATCHES, 31, 32, 33, 65])
 def test_every_batch_with_every_layout(instruction_set, batch, dtype):
-    topology = matrix(19, 21, "some")
     with running(instruction_set):
-        for layout in LAYOUTS:
-            check_products(topology, batch, layout, dtype=dtype)
+        for kind, layout in itertools.product(("some", "all"), LAYOUTS):
+            check_products(matrix(19, 21, kind), batch, layout, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_sums_over_several_tiles_of_the_batch_in_full_rows(instruction_set, dtype):
+    # rows of 70 weights: groups of sixteen and some left over; batches of one tile of 128 columns and of more
+    with running(instruction_set):
+        for batch in (127, 128, 129, 255, 257, 385, 902):
+            check_products(matrix(40, 70, "all"), batch, dtype=dtype)
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
@@ -249,6 +259,9 @@ def test_gradients_that_do_not_fit_are_refused():
         kernels.sddmm(topology, torch.zeros(20, 4), torch.zeros(30, 5))
     with pytest.raises(ValueError, match="feature-major"):
         kernels.sddmm(topology, torch.zeros(30, 5), torch.zeros(30, 5))
+    for rows in (29, 31):  # fewer would be read past their end
+        with pytest.raises(ValueError, match="the input must be"):
+            kernels.sddmm(topology, torch.zeros(20, 4), torch.zeros(rows, 4))
     with pytest.raises(ValueError, match="feature-major"):
         kernels.spmm_t(topology, torch.zeros(10), torch.zeros(30, 5))
 

@@ -32,12 +32,16 @@ def run(capsys, name, options, *, rows):
     return kinds, captured.err
 
 
-def test_layers(capsys, tmp_path):
+LAYERS = ["noctule", "dense fp32", "torch CSR, own backward"]
+FASHION = ["noctule", "dense fp32", "torch CSR", "sparselab"]
+
+
+@pytest.mark.parametrize("rows", [LAYERS, pytest.param([*LAYERS, "noctule bf16"], marks=pytest.mark.slow)], ids=len)
+def test_layers(capsys, tmp_path, rows):
     out = tmp_path / "results" / "layers.jsonl"
     options = (
         f"--threads 1 --densities 0.01 --sweep 0.9 --large 64 --rounds 1 --large-rounds 1 --block-ms 1 --out {out}"
     )
-    rows = ["noctule", "noctule bf16", "dense fp32", "torch CSR, own backward"]
     kinds, tables = run(capsys, "layers", options, rows=rows)
     assert len(out.read_text().splitlines()) == sum(map(len, kinds.values()))
 
@@ -65,19 +69,20 @@ def test_layers(capsys, tmp_path):
     assert "layers: targets" in tables
 
 
-def test_fashion(capsys):
+@pytest.mark.parametrize(
+    "rows",
+    [
+        FASHION,
+        pytest.param(
+            [*FASHION, "noctule, not fused", "noctule bf16 autocast", "dense bf16 autocast"], marks=pytest.mark.slow
+        ),
+    ],
+    ids=len,
+)
+def test_fashion(capsys, rows):
     options = "--threads 1 --data random --samples 256 --steps 2 --rounds 2"
-    rows = [
-        "noctule",
-        "noctule, not fused",
-        "noctule bf16 autocast",
-        "dense fp32",
-        "dense bf16 autocast",
-        "torch CSR",
-        "sparselab",
-    ]
     kinds, tables = run(capsys, "fashion", options, rows=rows)
-    assert [line["row"] for line in kinds["fashion"]] == rows
+    assert sorted(line["row"] for line in kinds["fashion"]) == sorted(rows)
     for line in kinds["fashion"]:
         assert (line["data"], line["samples"], line["steps_per_epoch"]) == ("random", 256, 2)
         if "error" not in line:

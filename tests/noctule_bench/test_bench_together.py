@@ -20,12 +20,16 @@ def run(capsys, *words):
     return kinds, captured.err
 
 
-def test_workers_are_compared_with_one_in_pairs(capsys, tmp_path):
+@pytest.mark.parametrize(
+    "kinds_", [("sparse",), pytest.param(("dense", "sparse"), marks=pytest.mark.slow)], ids="-".join
+)
+def test_workers_are_compared_with_one_in_pairs(capsys, tmp_path, kinds_):
     out = tmp_path / "together.jsonl"
     words = ["--epochs", "2", "--seeds", "0", "1", "--link", "--methods", "one", "natural", "diloco", "--out", str(out)]
+    words += ["--kinds", *kinds_]
     kinds, table = run(capsys, *words)
     trained = {(line["kind"], line["method"], line["seed"]): line for line in kinds["together"]}
-    assert len(trained) == 2 * 2 * 3
+    assert len(trained) == 2 * 3 * len(kinds_)
     for (_, method, _), line in trained.items():
         assert line["workers"] == (1 if method == "one" else 2)
         assert (line["sent_bytes_per_step"] > 0) == (method != "one")

@@ -27,19 +27,20 @@ def run(capsys, song, *options):
     return kinds, captured.err
 
 
-def test_speed_and_profile(capsys, song, monkeypatch):
+@pytest.mark.parametrize("widths", [(128,), pytest.param((64, 128), marks=pytest.mark.slow)])
+def test_speed_and_profile(capsys, song, monkeypatch, widths):
     monkeypatch.setattr(transformer, "TARGET_FROM", 128)
-    options = ("--widths", 64, 128, "--parts", "speed", "profile")
+    options = ("--widths", *widths, "--parts", "speed", "profile")
     kinds, tables = run(capsys, song, *options)
     rows = ["noctule", "noctule bf16 autocast", "dense fp32", "dense bf16 autocast"]
-    assert [(line["row"], line["width"]) for line in kinds["transformer"]] == [(r, w) for w in (64, 128) for r in rows]
+    assert [(line["row"], line["width"]) for line in kinds["transformer"]] == [(r, w) for w in widths for r in rows]
     for line in kinds["transformer"]:
         assert line["characters_per_second"] == pytest.approx(48 / line["timing"]["median_seconds"], abs=1)
     (target,) = kinds["transformer.target"]
     assert target["width"] == 128
     assert target["holds"] == (target["speedup"]["ratio"] >= 1.5)
     profiles = {(line["row"], line["width"]): line["shares"] for line in kinds["transformer.profile"]}
-    assert len(profiles) == 8
+    assert len(profiles) == 4 * len(widths)
     for (row, _), shares in profiles.items():
         assert set(shares) == {*KINDS, REST}
         assert sum(shares.values()) == pytest.approx(1.0, abs=0.01)

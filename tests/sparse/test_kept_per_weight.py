@@ -1,5 +1,6 @@
 """What is kept for each weight is what a dense masked twin keeps, whatever the layer, optimizer, method and wrapper."""
 
+import pytest
 import schedulefree
 import torch
 from hypothesis import given, settings
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from examples import examples
 from noctule.core.method import attach
 from noctule.sparse.average import ExponentialAverage
 from noctule.sparse.follow import follow
@@ -158,7 +160,8 @@ class Twin:
         return found
 
 
-@settings(max_examples=200, deadline=None)
+@pytest.mark.wide
+@settings(max_examples=examples(200), deadline=None)
 @given(
     kind=st.sampled_from(["linear", "no bias", "convolution"]),
     optimizer=st.sampled_from(sorted(OPTIMIZERS)),

@@ -52,17 +52,22 @@ def test_three_workers_are_one_and_go_on_when_any_is_killed(noctule_command, tmp
     killed = noctule_command(*words, "--workers", 3, "--out", "killed")
     run = tmp_path / "killed"
 
-    def workers() -> int:
-        return records(run)[-1]["together"]["workers"]
+    def until_workers(count: int, after: int) -> int:
+        """Wait for a record of so many workers among those behind the first `after`; where it is."""
+
+        def found() -> list[int]:
+            return [n for n, r in enumerate(records(run)) if n >= after and r["together"]["workers"] == count]
+
+        until(found, killed)
+        return found()[0]
 
     until(lambda: len(records(run)) > 2, killed)
-    assert workers() == 3
+    assert {record["together"]["workers"] for record in records(run)} == {3}
     os.kill(workers_of(killed)[1], signal.SIGKILL)
-    until(lambda: workers() == 2, killed)
-    until(lambda: workers() == 3, killed)
+    until_workers(3, until_workers(2, 0))
     os.kill(workers_of(killed)[0], signal.SIGKILL)  # which keeps the run's records
     before = len(records(run))
-    until(lambda: len(records(run)) > before + 2 and workers() == 3, killed)
+    until_workers(3, before + 2)
     killed.send_signal(signal.SIGINT)
     _, err = killed.communicate(timeout=60)
     assert killed.returncode == 130, err

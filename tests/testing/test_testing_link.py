@@ -68,18 +68,22 @@ def within(seconds: float, condition) -> bool:
     [(LINK, 4_000_000), (Link(megabits=20, delay_ms=25), 1_500_000), (Link(megabits=400, delay_ms=1), 12_000_000)],
     ids=lambda value: f"{value.megabits:g} Mbit" if isinstance(value, Link) else None,
 )
-def test_bandwidth_is_that_of_the_link(pair, link_of_pair, link, size):
+def test_bandwidth_is_never_above_that_of_the_link(pair, link_of_pair, link, size):
     link_of_pair(link)
     payload = (1500 - 52) / 1500  # of a packet with the headers of IP and TCP
-    closest = float("inf")
-    for _ in range(5):
-        seconds, megabits = stream(pair, size)
-        assert (
-            seconds > size * 8e-6 / (link.megabits * payload) + link.delay_ms / 1000
-        )  # never faster, whatever else runs here
-        closest = min(closest, abs(megabits / (link.megabits * payload) - 1))
-        if closest < 0.08:
-            break
+    seconds, _ = stream(pair, size)
+    assert seconds > size * 8e-6 / (link.megabits * payload) + link.delay_ms / 1000  # whatever else runs here
+
+
+@pytest.mark.slow
+@needs_network
+@pytest.mark.parametrize(
+    ("megabits", "delay_ms", "size"), [(20, 25, 1_500_000), (100, 5, 4_000_000), (400, 1, 12_000_000)]
+)
+def test_a_quiet_machine_uses_the_bandwidth_of_the_link(pair, link_of_pair, megabits, delay_ms, size):
+    link_of_pair(Link(megabits=megabits, delay_ms=delay_ms))
+    payload = (1500 - 52) / 1500
+    closest = min(abs(stream(pair, size)[1] / (megabits * payload) - 1) for _ in range(5))
     assert closest < 0.15
 
 
@@ -92,17 +96,33 @@ def test_the_kernel_limits_bandwidth_without_a_relay_and_in_use():
             pieces = 4 * link.counted_bytes(2)  # what may pass at once, after a pause, at the sender and at the hub
             seconds, _ = stream(network, size)
             assert seconds > (size - pieces) * 8e-6 / megabits  # never faster, whatever else runs here
-            again = min(stream(network, size)[0] for _ in range(3))
-            assert min(seconds, again) < 1.25 * size * 8e-6 / megabits
         network.change(Link())
-        assert min(stream(network, 12_000_000)[0] for _ in range(3)) < 0.05
+        unlimited = min(stream(network, 12_000_000)[0] for _ in range(3))
+        assert unlimited < 12_000_000 * 8e-6 / 100  # faster than the first link allows, also on a slow machine
+
+
+@pytest.mark.slow
+@needs_network
+def test_a_quiet_machine_uses_what_the_kernel_lets_through():
+    with shaped_network(2, link=Link(megabits=100)) as network:
+        for megabits, size in ((100, 4_000_000), (400, 12_000_000), (20, 1_500_000)):
+            network.change(Link(megabits=megabits))
+            assert min(stream(network, size)[0] for _ in range(4)) < 1.25 * size * 8e-6 / megabits
 
 
 @needs_network
 @pytest.mark.parametrize("delay_ms", [0.5, 5, 25])
 def test_a_round_trip_takes_the_delay_twice(pair, link_of_pair, delay_ms):
     link_of_pair(Link(megabits=100, delay_ms=delay_ms))
-    assert 2 * delay_ms <= min(round_trip_ms(pair) for _ in range(2)) < 2 * delay_ms + 4
+    assert 2 * delay_ms <= min(round_trip_ms(pair) for _ in range(2))
+
+
+@pytest.mark.slow
+@needs_network
+@pytest.mark.parametrize("delay_ms", [0.5, 5, 25])
+def test_on_a_quiet_machine_a_round_trip_takes_little_more(pair, link_of_pair, delay_ms):
+    link_of_pair(Link(megabits=100, delay_ms=delay_ms))
+    assert min(round_trip_ms(pair) for _ in range(5)) < 2 * delay_ms + 4
 
 
 @needs_network
@@ -198,9 +218,9 @@ def test_three_workers_reach_each_other_and_two_share_the_line_of_the_third():
 
 @needs_network
 def test_opposite_directions_do_not_share():
-    size, megabits, taken = 800_000, 10, []  # so slow that it hardly matters what else the machine has to do
+    size, megabits, taken = 400_000, 2, []  # so slow that it hardly matters what else the machine has to do
     with shaped_network(2, link=Link(megabits=megabits, delay_ms=5)) as network:
-        for _ in range(3):
+        while len(taken) < 3 and min(taken, default=99.0) > 1.6 * size * 8e-6 / megabits:
             with connection(network, 0, 1) as (near, far):
                 there, back = Receiving(far, size), Receiving(near, size)
                 begin = time.monotonic()

@@ -6,12 +6,17 @@ import pytest
 import torch
 from torch import nn
 
+from exchange_cases import together
 from noctule import FuseEpilogue, RunFolder, SparseLinear, ToSparse, convert_, evaluate, fit, gse, mlp, param_groups
 from noctule.core.errors import CheckpointError, NonFiniteError
+from noctule.core.exchange import Channel
 from noctule.core.method import Method
 from noctule.data import Batches, Dataset
+from noctule.parallel import DiLoCo
 from noctule.report import Journal
 from noctule.train.interrupt import deferred_interrupt
+
+DRAWING = threading.Lock()
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +214,81 @@ def test_evaluate_puts_the_mode_back_and_weighs_the_last_batch(toy):
     loss, accuracy = evaluate(model, toy, batch_size=64)
     assert model.training
     assert evaluate(model, toy, batch_size=200) == pytest.approx((loss, accuracy), rel=1e-5)
+
+
+class Accuracies(nn.Module):
+    """Any scores wanted: at each validation, the next fraction of the samples is right; one weight counts the steps."""
+
+    def __init__(self, toy: Dataset, *right: float) -> None:
+        super().__init__()
+        self.steps = nn.Parameter(torch.zeros(1))
+        self.toy, self.right = toy, list(right)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            return self.steps.expand(len(inputs), 2) * torch.tensor([1.0, 0.0])
+        outputs = torch.zeros(len(inputs), 2) + self.steps
+        right = torch.arange(len(inputs)) < self.right.pop(0) * len(inputs)
+        outputs[torch.arange(len(inputs)), torch.where(right, self.toy.targets, 1 - self.toy.targets)] += 1
+        return outputs
+
+
+@pytest.mark.parametrize(
+    ("right", "best"), [((0.9, 0.5, 0.7), 1), ((0.5, 0.9, 0.9), 2), ((0.5, 0.5, 0.5), 1), ((0.2, 0.4, 0.6), 3)]
+)
+def test_the_best_epoch_is_the_first_of_the_best_and_keeps_its_weights(toy, right, best):
+    model, weights = Accuracies(toy, *right), []
+
+    class Recorded(Batches):
+        def epoch(self, epoch, start=0):
+            yield from super().epoch(epoch, start)
+            weights.append(model.steps.item())
+
+    fitted = fit(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), Recorded(toy, 50, seed=0), validation=toy, epochs=3
+    )
+    assert fitted.best_epoch == best
+    assert fitted.best_accuracy == pytest.approx(max(right))
+    assert len(set(weights)) == 3
+    assert fitted.best_state["steps"].item() == weights[best - 1]
+
+
+def test_best_state_is_the_model_that_had_the_best_accuracy(toy):
+    model, _, _ = training(dropout=0.0)
+    fit(model, torch.optim.Adam(model.parameters(), 0.01), Batches(toy, 32, seed=3), validation=toy, epochs=5)
+    worse = torch.optim.SGD(model.parameters(), lr=0.05, maximize=True)  # gets worse from epoch to epoch
+    fitted = fit(model, worse, Batches(toy, 32, seed=3), validation=toy, epochs=4)
+    assert fitted.best_accuracy > evaluate(model, toy)[1]
+    model.load_state_dict(fitted.best_state)
+    assert evaluate(model, toy)[1] == fitted.best_accuracy
+
+
+def test_workers_that_meet_rarely_are_together_whenever_they_are_judged(toy):
+    def work(path):
+        with DRAWING:
+            torch.manual_seed(0)
+            model = mlp(12, 8, 2)
+        optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+
+        class Judged(Method):
+            def observe(self, **scores):
+                losses.append(scores["validation_loss"])
+
+        method = DiLoCo(Channel(path=path), every=7)  # ten steps an epoch
+        fit(
+            model,
+            optimizer,
+            Batches(toy, 20, seed=path.rank),
+            validation=toy,
+            epochs=3,
+            methods=[method, Judged()],
+        )
+        return losses, [p.detach().clone() for p in model.parameters()]
+
+    (losses, weights), (other_losses, other_weights) = together(2, work)
+    assert len(set(losses)) == 3
+    assert losses == other_losses
+    assert all(torch.equal(a, b) for a, b in zip(weights, other_weights, strict=True))
 
 
 def test_fit_works_outside_the_main_thread(toy):

@@ -105,6 +105,8 @@ def _server_of(process: int) -> ForkServer:  # a forked copy of this process has
 
 def main() -> None:
     """Fork a worker for each plan and report exit codes until the socket ends."""
+    import torch._dynamo  # noqa: F401  (which the first optimizer of a process imports, in a second)
+
     from noctule.testing import worker  # torch, once
 
     requests = socket.socket(fileno=int(sys.argv[1]))

@@ -382,6 +382,25 @@ def test_the_best_epoch_is_one_of_the_network_that_is_left(toy):
     assert evaluate(model, toy)[1] == fitted.best_accuracy
 
 
+def test_a_better_epoch_of_a_wider_network_is_forgotten(toy):
+    model = network(fused=True)
+    fit(model, Adam(model.parameters(), lr=0.01), Batches(toy, 32, seed=3), validation=toy, epochs=10)
+    before = evaluate(model, toy)[1]
+    method = ImportancePruning(every=100, percentile=90.0, start=5)  # in the third of four epochs
+    optimizer = SGD(model.parameters(), lr=0.0)
+    records = []
+
+    class Told(Method):
+        def observe(self, **scores):
+            records.append((scores["validation_accuracy"], widths(model)))
+
+    fitted = fit(model, optimizer, Batches(toy, 100, seed=3), validation=toy, epochs=4, methods=[method, Told()])
+    assert records[0][0] == before > records[-1][0], "the wider network is the better one"
+    assert records[0][1] > records[-1][1]
+    model.load_state_dict(fitted.best_state)
+    assert fitted.best_accuracy == evaluate(model, toy)[1] == records[-1][0]
+
+
 def test_a_checkpoint_of_a_network_that_began_otherwise_is_refused(toy, tmp_path):
     kept = journal(tmp_path)
     make, how = OPTIMIZERS["adam"], {"kind": "sparse", "fused": True}

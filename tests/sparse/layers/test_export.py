@@ -130,18 +130,20 @@ for name in {[*KINDS]}:
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=tmp_path)
 
 
-def test_a_saved_trace_needs_no_noctule(tmp_path, case):
-    model, x = case
-    torch.jit.trace(model, x).save(tmp_path / "traced.pt")
-    torch.jit.script(model).save(tmp_path / "scripted.pt")
-    torch.save((x, model(x).detach()), tmp_path / "example.pt")
-    for name in ("traced", "scripted"):
-        check(torch.jit.load(tmp_path / f"{name}.pt"), model, x)
-    code = """
+def test_a_saved_trace_needs_no_noctule(tmp_path):
+    for kind, make in KINDS.items():
+        model, x = make()
+        torch.jit.trace(model, x).save(tmp_path / f"{kind}-traced.pt")
+        torch.jit.script(model).save(tmp_path / f"{kind}-scripted.pt")
+        torch.save((x, model(x).detach()), tmp_path / f"{kind}.pt")
+        for name in ("traced", "scripted"):
+            check(torch.jit.load(tmp_path / f"{kind}-{name}.pt"), model, x)
+    code = f"""
 import sys, torch
-x, y = torch.load("example.pt")
-for name in ("traced", "scripted"):
-    torch.testing.assert_close(torch.jit.load(name + ".pt")(x), y, atol=1e-5, rtol=1e-4)
+for kind in {[*KINDS]}:
+    x, y = torch.load(kind + ".pt")
+    for name in ("-traced.pt", "-scripted.pt"):
+        torch.testing.assert_close(torch.jit.load(kind + name)(x), y, atol=1e-5, rtol=1e-4)
 assert "noctule" not in sys.modules
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=tmp_path)
