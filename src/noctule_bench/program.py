@@ -1,5 +1,6 @@
 """What the benchmark programs share: options from a signature, JSON lines as they come, a table at the end."""
 
+import importlib
 import json
 import os
 import sys
@@ -11,6 +12,36 @@ from noctule.cli.signature import Parser, add_options
 from noctule.core.errors import UsageError
 from noctule.core.place import nearest
 from noctule.measure import result_line
+
+BENCHMARKS = (
+    "layers",
+    "convolution",
+    "codecs",
+    "fashion",
+    "memory",
+    "accuracy",
+    "original",
+    "rewiring",
+    "shrinking",
+    "bat_brain",
+    "transformer",
+    "together",
+    "asynchronous",
+    "link",
+    "faults",
+)
+
+
+def main(words: list[str]) -> int:
+    """Run a benchmark by its name: the function behind ``noctule bench``."""
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: noctule bench NAME [--option value ...]\n\nbenchmarks: {', '.join(BENCHMARKS)}")
+        return 0 if words else 2
+    if words[0] not in BENCHMARKS:
+        raise UsageError(
+            f"there is no benchmark {words[0]}{nearest(words[0], BENCHMARKS)}. Benchmarks: {', '.join(BENCHMARKS)}"
+        )
+    return importlib.import_module(f"noctule_bench.{words[0]}").main(words[1:]) or 0
 
 
 def run(name: str, benchmark: Callable[..., None], argv: Sequence[str] | None) -> int:

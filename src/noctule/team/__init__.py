@@ -1,4 +1,4 @@
-"""How a recipe trains with other workers: one file a way of meeting them."""
+"""How does a recipe train with other workers? A team for each kind of place where they meet, and one strategy a file."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
