@@ -178,7 +178,7 @@ def test_a_server_ticket_is_a_secret_file_that_is_also_a_ticket(listening, tmp_p
     with pytest.raises(ValueError, match="does not say how many workers"):
         ServerTicket.load(path)
     for change, text in (
-        ({"strategy": "sink"}, "there is no strategy sink .did you mean ssp"),
+        ({"strategy": "sink"}, "there is no strategy sink"),
         ({"strategy": "ssp", "codec": "natrual"}, "did you mean natural"),
         ({"bound": 3}, "downpour has no --bound"),
         ({"strategy": "wasap"}, "does not serve"),

@@ -1,13 +1,32 @@
 """Each strategy of the list trains two workers from the command line; real processes."""
 
 import json
+import os
+import signal
+import time
+from pathlib import Path
 
 import pytest
 
 from noctule.team.strategies import names
 
 OPTIONS = [
-    *("--hidden", 16, "--density", 0.3, "--every", 5, "--batch", 256, "--epochs", 4, "--dropout", 0, "--compare", "none"),
+    *(
+        "--hidden",
+        16,
+        "--density",
+        0.3,
+        "--every",
+        5,
+        "--batch",
+        256,
+        "--epochs",
+        4,
+        "--dropout",
+        0,
+        "--compare",
+        "none",
+    ),
     *("--workers", 2, "--threads", 1, "--learning-rate", 0.01),
 ]
 OWN = {
@@ -40,3 +59,45 @@ def test_it_trains_two_workers(noctule_command, tmp_path, words):
         assert records[-1]["together"]["sent_bytes"] > 0
         assert records[-1]["validation_loss"] < 2.2
     assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--strategy", "gossip", "--meet", 2],
+        ["--strategy", "diloco", "--meet", 6, "--fragments", 2, "--overlap", 2],
+        ["--per-machine", 2],
+        ["--strategy", "sandblaster"],
+    ],
+    ids=lambda words: words[1] if "--strategy" in words else "two levels",
+)
+def test_a_worker_that_is_killed_comes_back(noctule_command, tmp_path, words):
+    options = [*OPTIONS[:-4], "--workers", 3, "--threads", 1, "--epochs", 10000, "--checkpoint-seconds", 1]
+    process = noctule_command("run", "sparse_mlp", *options, *words, "--out", "run")
+
+    def records() -> list[dict]:
+        path = tmp_path / "run" / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def until(condition) -> None:
+        deadline = time.monotonic() + 200
+        while not condition():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    until(lambda: len(records()) > 2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    before = len(records())
+    again = tmp_path / "run" / "workers" / "2" / "metrics.jsonl"
+    was = again.stat().st_mtime_ns
+    until(lambda: again.stat().st_mtime_ns > was and len(records()) > before + 2)
+    until(lambda: records()[-1]["together"]["workers"] == 3)
+    epochs = [record["epoch"] for record in records()]
+    assert epochs == list(range(1, len(epochs) + 1))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 130, err
+    assert err.count("was ended by SIGKILL") == 1

@@ -24,7 +24,7 @@ from noctule.team.journal import TeamJournal
 from noctule.team.member import Team
 from noctule.team.share import Share
 from noctule.team.strategy import GroupStrategy
-from noctule.train.fit import Journal, Source
+from noctule.train.fit import Journal, Loss, Source
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.002
@@ -108,7 +108,7 @@ class GroupTeam(Team):
                 raise LostWorkerError(_CALLED)
 
     @override
-    def share(self, batches: Batches) -> Source:
+    def share(self, batches: Batches, *, loss_fn: Loss | None = None) -> Source:
         self._batch = batches.batch_size
         return Share(batches, self, self.weigh)
 

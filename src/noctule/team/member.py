@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from noctule.core.method import Method
 from noctule.data import Batches
 from noctule.sparse.rewire import Rewire
-from noctule.train.fit import Journal, Source
+from noctule.train.fit import Journal, Loss, Source
 
 T = TypeVar("T")
 UNTRAINED = (
@@ -42,8 +42,13 @@ class Team:
     trained = False
     """Whether `train` was called: a recipe that never does trains each worker by itself."""
 
-    def share(self, batches: Batches) -> Source:
-        """This worker's part of every batch."""
+    def share(self, batches: Batches, *, loss_fn: Loss | None = None) -> Source:
+        """This worker's part of every batch.
+
+        Args:
+            batches: of all workers together.
+            loss_fn: of the recipe; needed by strategies that compute the loss of several batches in one step.
+        """
         return batches
 
     def before_batch(self, step: int, *, first: bool) -> None:

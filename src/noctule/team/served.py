@@ -15,7 +15,7 @@ from noctule.team.journal import TeamJournal
 from noctule.team.member import Team
 from noctule.team.share import Share
 from noctule.team.strategy import TensorCoding
-from noctule.train.fit import Journal, Source
+from noctule.train.fit import Journal, Loss, Source
 from noctule.transport.ticket import Ticket
 
 
@@ -64,7 +64,7 @@ class ServedTeam(Team):
         self._pushing: PushPull | None = None
 
     @override
-    def share(self, batches: Batches) -> Source:
+    def share(self, batches: Batches, *, loss_fn: Loss | None = None) -> Source:
         self._shared = Share(batches, self)
         return self._shared
 

@@ -21,7 +21,7 @@ from noctule.team.elastic import Elastic
 from noctule.team.member import Team
 from noctule.team.served import Pushing, ServedTeam
 from noctule.team.strategy import Meeting
-from noctule.train.fit import Journal, Source
+from noctule.train.fit import Journal, Loss, Source
 from noctule.transport.ticket import Ticket
 
 T = TypeVar("T")
@@ -60,7 +60,7 @@ class WasapTeam(Team):
             self.generation, self._in_group = self.generation + 1, True
 
     @override
-    def share(self, batches: Batches) -> Source:
+    def share(self, batches: Batches, *, loss_fn: Loss | None = None) -> Source:
         return self.at_server.share(batches)
 
     @override
