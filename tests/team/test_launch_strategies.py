@@ -12,7 +12,7 @@ from noctule.exchange import EverySync
 from noctule.parallel import DiLoCo
 from noctule.team import strategies
 from noctule.team.building import codec
-from noctule.team.strategies import made, names
+from noctule.team.strategies import made, names, workers_and_strategy
 from noctule.team.strategies.diloco import Diloco
 
 
@@ -36,6 +36,14 @@ from noctule.team.strategies.diloco import Diloco
         ({"strategy": "ssp", "bound": -1}, "bound is at least 0"),
         ({"strategy": "downpour", "server_rate": 0.0}, "server_rate above 0"),
         ({"strategy": "downpour", "shards": 0}, "shards is at least 1"),
+        ({"strategy": "diloco", "meet": 5, "fragments": 6}, "fragments is from 1 to meet"),
+        ({"strategy": "diloco", "meet": 5, "overlap": 6}, "overlap from 0 to meet"),
+        ({"strategy": "diloco", "blend": 1.0}, "blend from 0 to less than 1"),
+        ({"strategy": "sync", "per_machine": -1}, "per_machine is at least 0"),
+        ({"strategy": "sync", "per_machine": 2, "codec": "auto"}, "a codec other than auto"),
+        ({"strategy": "gossip", "meet": 0}, "at least one step"),
+        ({"strategy": "gossip", "graph": "rings"}, "did you mean ring"),
+        ({"strategy": "sandblaster", "history": 0}, "history at least 1"),
     ],
 )
 def test_refused(options, text):
@@ -57,6 +65,13 @@ def test_a_strategy_is_its_facts_and_a_file_of_its_name(name):
     assert made(json.loads(json.dumps(strategy.facts()))) == strategy
     assert strategy.changed() == {"strategy": name}
     assert made(strategy.changed()) == strategy
+
+
+def test_a_run_that_kept_its_options_flat_is_resumed_as_it_was():
+    together = {"workers": 2, "strategy": "diloco", "meet": 20}
+    assert workers_and_strategy(together) == (2, Diloco(meet=20))
+    assert workers_and_strategy({"workers": 3, "codec": "natural"}) == (3, made({"codec": "natural"}))
+    assert workers_and_strategy({}) == (None, made({}))
 
 
 def test_what_workers_attach():

@@ -1,1 +1,1 @@
-"""The command line: one file a command."""
+"""What does `noctule COMMAND` do? One file a command."""

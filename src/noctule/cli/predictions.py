@@ -1,4 +1,4 @@
-"""Predictions of a finished run for other data: ``noctule predict`` and the function behind it."""
+"""Predictions of a finished run for other data: the function behind ``noctule predict``."""
 
 import csv
 import io
@@ -32,7 +32,7 @@ _ROWS_AT_A_TIME = 1000
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a model says of samples, in their order."""
+    """The predictions for samples, in their order."""
 
     labels: tuple[Label, ...]
     """The classes; none where numbers are predicted."""
@@ -170,7 +170,7 @@ def _inputs(samples: Samples, preparation: Preparation) -> Iterator[torch.Tensor
 def _score(
     values: np.ndarray, truth: np.ndarray | None, samples: Samples, preparation: Preparation
 ) -> tuple[str, float] | None:
-    """How right they are, where every sample has its target and each class is known."""
+    """The accuracy or R2, if every sample has its target and each class is known."""
     if truth is None:
         return None
     try:

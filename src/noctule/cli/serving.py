@@ -105,6 +105,6 @@ def _watch(server: "Server") -> None:
                 print(f"worker {worker} takes part", flush=True)
             elif not seat.live and worker in there:
                 silent = server.shards[0].now() - seat.heard > PATIENCE_SECONDS
-                print(f"worker {worker} {'is silent: nobody waits for it' if silent else 'has left'}", flush=True)
+                print(f"worker {worker} {'is silent: it is not waited for' if silent else 'has left'}", flush=True)
         there = {worker for worker, seat in seats.items() if seat.live}
         time.sleep(_POLL_SECONDS)

@@ -33,7 +33,7 @@ from noctule.team.strategy import GroupStrategy, Strategy
 from noctule.train.interrupt import default_signals
 
 _OWN = {"run.json", "data.json", "twin.json", "workers", "worker.log", "server", "tensorboard"}
-"""What is in a run's folder before anything is trained."""
+"""The names in a run's folder before anything is trained."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _without_supervisor(together: dict[str, Any], where: str) -> GroupStrategy:
 
 
 def _create_or_open(asked: Asked, path: Path | None, here: dict[str, Any]) -> RunFolder:
-    """The run's folder; one that is there has to be of the same run."""
+    """The run's folder, new or of the same run."""
     if path is None or not (path / "run.json").is_file():
         return _create(asked, path, here)
     folder = RunFolder(path)
@@ -178,7 +178,7 @@ def _create_or_open(asked: Asked, path: Path | None, here: dict[str, Any]) -> Ru
 
 
 def _prepare(threads: int | None, workers: int) -> dict[str, Any]:
-    """Set this process up; what a run is bit for bit the same with."""
+    """Set this process up; return what must be alike for a run to be the same bit for bit."""
     keep_freed_memory()
     if threads is None:
         most = torch.get_num_threads()  # as OMP_NUM_THREADS says, or one for each core that it may run on
@@ -224,10 +224,10 @@ def _run(asked: Asked, folder: RunFolder, options: dict[str, Any], workers: int 
 
 @contextmanager
 def _explaining(folder: RunFolder, *, again: str | None = None) -> Iterator[None]:
-    """After a stop say how to go on, or, where nothing was trained yet, leave no trace of it.
+    """After a stop print how to resume, or remove the folder if nothing was trained yet.
 
     Args:
-        again: how, where it is not by ``--resume``; nothing is said where that is empty.
+        again: how to resume, if not by ``--resume``; empty for no message.
     """
     try:
         yield
@@ -250,7 +250,7 @@ def _explaining(folder: RunFolder, *, again: str | None = None) -> Iterator[None
 
 
 def announce(folder: RunFolder, more: str = "") -> None:
-    """Have a run say where it is when its training begins."""
+    """Have a run print its folder when its training begins."""
     folder.on_begin = lambda: print(f"run: {folder.path}{more}", flush=True)
 
 

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from noctule.checkpoint import Checkpoints, load, save
+from noctule.checkpoint import load, save
 from noctule.core.errors import LostWorkerError
 from noctule.exchange import Group
 from noctule.team.strategy import GroupStrategy
+from noctule.train.fit import SavedStates
 
 
 class Sharing(Protocol):
@@ -29,7 +30,7 @@ class Sharing(Protocol):
         ...
 
 
-class SharedCheckpoints(Checkpoints):
+class SharedCheckpoints:
     """A worker's checkpoints, compared with those of the others before the training resumes from one.
 
     Args:
@@ -38,17 +39,17 @@ class SharedCheckpoints(Checkpoints):
         steps: of the whole training: a worker that has done all of them does not ask the others.
     """
 
-    def __init__(self, own: Checkpoints, team: Sharing, *, steps: int) -> None:
-        super().__init__(own.folder, keep=own.keep)
-        self._team, self._steps = team, steps
+    def __init__(self, own: SavedStates, team: Sharing, *, steps: int) -> None:
+        self.folder = own.folder
+        self._own, self._team, self._steps = own, team, steps
         self._held: tuple[int, Any] | None = None
 
-    def save(self, step: int, state: Any) -> Path:
+    def save(self, step: int, state: Any) -> None:
         """Write a state; after the loss of the group keep it in memory instead, since the training is about to resume."""
         if self._team.broken:
             self._held = step, state
-            return self.path(step)
-        return super().save(step, state)
+        else:
+            self._own.save(step, state)
 
     def latest(self) -> tuple[int, Any] | None:
         """The state of the worker that is furthest; this worker's own where that is as far.
@@ -56,7 +57,7 @@ class SharedCheckpoints(Checkpoints):
         Raises:
             LostWorkerError: a worker was lost meanwhile.
         """
-        mine, self._held = self._held or super().latest(), None
+        mine, self._held = self._held or self._own.latest(), None
         if mine is not None and mine[0] >= self._steps and not mine[1]["progress"]["batch"]:
             return mine
         try:

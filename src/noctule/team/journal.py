@@ -3,10 +3,9 @@
 import time
 from typing import Any
 
-from noctule.checkpoint import Checkpoints
 from noctule.exchange.group import TRAFFIC
 from noctule.team.member import Team
-from noctule.train.fit import Journal
+from noctule.train.fit import Journal, SavedStates
 
 
 class TeamJournal:
@@ -18,7 +17,7 @@ class TeamJournal:
         checkpoints: instead of the journal's.
     """
 
-    def __init__(self, journal: Journal, team: Team, checkpoints: Checkpoints) -> None:
+    def __init__(self, journal: Journal, team: Team, checkpoints: SavedStates) -> None:
         self.journal, self.team, self.checkpoints = journal, team, checkpoints
         self._since = _so_far()
 

@@ -18,7 +18,7 @@ class Regrouped(Method):
     """Makes the method anew in each session, and so in each group; its state comes back with the state that training resumes from.
 
     Args:
-        member: the worker, which is told when the group has lost a worker.
+        member: the worker, marked as `broken` when the group has lost a worker.
         make: the method, in the group as it is.
     """
 
