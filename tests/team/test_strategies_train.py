@@ -30,23 +30,23 @@ OPTIONS = [
     *("--workers", 2, "--threads", 1, "--learning-rate", 0.01),
 ]
 OWN = {
-    "diloco": ["--meet", 5],
+    "sync": ["--per-machine", 2, "--codec", "natural"],
+    "diloco": ["--meet", 5, "--fragments", 2, "--overlap", 2, "--codec", "natural"],
     "local": ["--meet", 5, "--codec", "bf16"],
     "ssp": ["--bound", 2, "--server-rate", 0.05],
     "wasap": ["--server-rate", 0.02],
     "gossip": ["--meet", 2],
 }
 """Options of some."""
-MORE = {
-    "sync on two levels": ["--per-machine", 2, "--codec", "natural"],
-    "diloco in fragments": ["--strategy", "diloco", "--meet", 5, "--fragments", 2],
-    "diloco overlapped": ["--strategy", "diloco", "--meet", 5, "--fragments", 2, "--overlap", 2, "--codec", "natural"],
-}
-CASES = {name: ["--strategy", name, *OWN.get(name, [])] for name in names()} | MORE
+ELSEWHERE = ("ssp", "wasap")
+"""Those that train in `test_launch_together` whenever the tests are run."""
 
 
-@pytest.mark.parametrize("words", CASES.values(), ids=CASES)
-def test_it_trains_two_workers(noctule_command, tmp_path, words):
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ELSEWHERE)) for name in names()]
+)
+def test_it_trains_two_workers(noctule_command, tmp_path, name):
+    words = ["--strategy", name, *OWN.get(name, [])]
     process = noctule_command("run", "sparse_mlp", *OPTIONS, *words, "--out", "run")
     _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
