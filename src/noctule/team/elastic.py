@@ -83,8 +83,9 @@ class Elastic(Exchange):
         return self.inner.release()
 
     def remapped(self, key: str, remap: Remap, shape: tuple[int, ...]) -> None:
-        """See `Exchange`."""
-        self.inner.remapped(key, remap, shape)
+        """See `Exchange`; nothing is kept in a group that has not exchanged, where only some workers may move connections."""
+        if self._inner is not None or self._loaded is not None:
+            self.inner.remapped(key, remap, shape)
 
     def state_dict(self) -> dict[str, Any]:
         """What is kept, and of which worker it is; nothing before the first group."""
