@@ -117,7 +117,7 @@ def test_the_servers_optimizer_has_the_rate_that_was_asked_for(name, rule):
     [
         (["--codec", "natural"], "--codec needs --workers"),
         (["--workers", "0"], "--workers must be at least 1"),
-        (["--workers", "2", "--meet", "3"], "sync has no --meet: it is an option of bsp and diloco"),
+        (["--workers", "2", "--meet", "3"], "sync has no --meet: it is an option of bsp, diloco"),
         (["--workers", "2", "--strategy", "sync", "--bound=9"], "sync has no --bound: it is an option of ssp"),
         (["--workers", "2", "--strategy", "difoco"], "did you mean diloco"),
         (["--workers", "2", "--strategy", "local", "--codec", "bf61"], "did you mean bf16"),

@@ -62,7 +62,7 @@ def no_option(kind: type[Strategy], option: str) -> str:
     """Says that a strategy does not have an option, and which have it, or which option of its own is nearest."""
     owners, flag = owners_of(option), option.replace("_", "-")
     if owners:
-        return f"{kind.name} has no --{flag}: it is an option of {' and '.join(owners)}"
+        return f"{kind.name} has no --{flag}: it is an option of {', '.join(owners)}"
     own = [f"--{each.replace('_', '-')}" for each in options_of(kind)]
     return f"{kind.name} has no --{flag}{nearest(f'--{flag}', own)}. Its options: {', '.join(own) or 'none'}"
 
