@@ -21,8 +21,10 @@ from noctule.exchange.group import TRAFFIC
 from noctule.models import mlp
 from noctule.recipes.training import falling_rate, falling_rewire
 from noctule.sparse.layers import FuseEpilogue, ToSparse
-from noctule.team import Strategy, Team, as_member_of
-from noctule.team.group import Together
+from noctule.team import Team, as_member_of
+from noctule.team.group import GroupTeam
+from noctule.team.strategies import made
+from noctule.team.strategy import GroupStrategy
 from noctule.train.fit import Fitted, evaluate, fit
 
 HIDDEN = {"dense": (300, 100), "sparse": (1000, 1000)}
@@ -107,9 +109,11 @@ def train(rank: int, plan: dict[str, Any], *, stop: bool) -> Trained:
     splits = standardize(load(plan["data"], data_dir=plan["data_dir"] and Path(plan["data_dir"]), seed=plan["seed"]))
     batches = Batches(splits.train, plan["batch"], seed=plan["seed"])
     steps = plan["epochs"] * len(batches)
-    team = Together(InGroup(), member=rank, strategy=Strategy(**plan["strategy"])) if plan["strategy"] else Team()
+    strategy = made(plan["strategy"])
+    assert isinstance(strategy, GroupStrategy)
+    team = GroupTeam(InGroup(), member=rank, strategy=strategy) if plan["strategy"] else Team()
     with as_member_of(team):
-        if isinstance(team, Together):
+        if isinstance(team, GroupTeam):
             team.form()
         model, optimizer = network(plan["kind"], splits.train.features, splits.train.classes, plan["seed"])
         assert splits.validation is not None
@@ -157,7 +161,7 @@ def trained(rank: int, world: int, plan: dict[str, Any]) -> dict[str, Any]:
 
 def raced(rank: int, world: int, plan: dict[str, Any]) -> tuple[int, float] | None:
     """After how many steps and seconds the network was good enough, where the training ends; it is looked at when workers meet."""
-    meet = Strategy(**plan["strategy"]).meet_every
+    meet = made(plan["strategy"]).meet_every
     return train(rank, {**plan, "look_every": -(-plan["look_every"] // meet) * meet}, stop=True).reached
 
 

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 
 from noctule.cli.main import main
-from noctule.cli.serving import invitation
+from noctule.cli.serving import server_ticket
 from noctule.core.errors import ExchangeError
-from noctule.launch.invitation import Invitation
-from noctule.launch.server import listen
-from noctule.team import Strategy
-from noctule.team.strategy import Serving
+from noctule.launch.server_ticket import ServerTicket
+from noctule.team.serving import Serving
+from noctule.team.strategies import made
 from noctule.testing.link import available, shaped_network
 from noctule.transport.reach import check_ticket
 from noctule.transport.sockets import new_pair
@@ -31,10 +30,10 @@ TRAIN = [
 
 @pytest.fixture
 def listening(tmp_path):
-    """A server with a folder, in this process, and the invitation of worker 0 out of two."""
-    serving = Serving(workers=2, strategy="downpour")
-    with listen(serving.together, workers=2, folder=tmp_path / "server") as server:
-        yield server, invitation(serving, server.ticket(0))
+    """A server with a folder, in this process, and the ticket of worker 0 out of two."""
+    serving = Serving.made({"workers": 2})
+    with closing(serving.strategy.serve(workers=2, folder=tmp_path / "server")) as server:
+        yield server, server_ticket(serving, server.ticket(0))
 
 
 def epochs(run: Path) -> list[int]:
@@ -120,9 +119,9 @@ def test_machines_of_their_own_go_on_when_the_server_or_a_worker_is_killed(noctu
 
 def test_a_ticket_of_another_model_is_refused_and_the_server_serves_on(noctule_command, listening, tmp_path, capsys):
     server, _ = listening
-    serving = Serving(workers=2)
+    serving = Serving.made({"workers": 2})
     for worker in range(2):
-        invitation(serving, server.ticket(worker)).save(tmp_path / f"{worker}.ticket")
+        server_ticket(serving, server.ticket(worker)).save(tmp_path / f"{worker}.ticket")
     first = noctule_command(*TRAIN, "--epochs", 3, "--ticket", "0.ticket", "--out", "first")
     until(lambda: server.shards[0].parameters, first)
     train = [*TRAIN, "--epochs", "3", "--ticket", str(tmp_path / "1.ticket")]
@@ -138,15 +137,15 @@ def test_a_ticket_of_another_model_is_refused_and_the_server_serves_on(noctule_c
 
 
 def test_a_ticket_that_the_server_does_not_know_is_refused_at_once(listening, tmp_path, capsys):
-    _, invitation = listening
-    check_ticket(invitation.ticket)
+    _, own = listening
+    check_ticket(own.ticket)
     public, secret = (key.decode() for key in new_pair())
-    stranger = replace(invitation.ticket, public_key=public, secret_key=secret)
+    stranger = replace(own.ticket, public_key=public, secret_key=secret)
     began = time.monotonic()
     with pytest.raises(ExchangeError, match="does not know the ticket of worker 0"):
         check_ticket(stranger)
     assert time.monotonic() - began < 5.0
-    replace(invitation, ticket=stranger).save(tmp_path / "stranger.ticket")
+    replace(own, ticket=stranger).save(tmp_path / "stranger.ticket")
     assert main([*TRAIN, "--ticket", str(tmp_path / "stranger.ticket"), "--out", str(tmp_path / "run")]) == 1
     said = capsys.readouterr()
     assert "does not know the ticket" in said.err
@@ -155,32 +154,43 @@ def test_a_ticket_that_the_server_does_not_know_is_refused_at_once(listening, tm
 
 
 def test_a_ticket_of_another_server_is_refused_at_once(listening):
-    _, invitation = listening
+    _, own = listening
     with pytest.raises(ExchangeError, match="is not the server that gave the ticket of worker 0"):
-        check_ticket(replace(invitation.ticket, server_key=new_pair()[0].decode()))
+        check_ticket(replace(own.ticket, server_key=new_pair()[0].decode()))
 
 
 def test_nobody_is_waited_for_in_vain(listening):
-    server, invitation = listening
+    server, own = listening
     server.close()
     with pytest.raises(ExchangeError, match=r"no answer from tcp://127\.0\.0\.1:"):
-        check_ticket(invitation.ticket, timeout_seconds=0.3)
+        check_ticket(own.ticket, timeout_seconds=0.3)
 
 
-def test_an_invitation_is_a_secret_file_that_is_also_a_ticket(listening, tmp_path):
-    _, invitation = listening
+def test_a_server_ticket_is_a_secret_file_that_is_also_a_ticket(listening, tmp_path):
+    _, own = listening
     path = tmp_path / "worker.ticket"
-    invitation.save(path)
+    own.save(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert Invitation.load(path) == invitation
-    assert Ticket.load(path) == invitation.ticket
-    assert invitation.ticket.secret_key not in f"{invitation} {invitation!r}"
-    invitation.ticket.save(path)
+    assert ServerTicket.load(path) == own
+    assert Ticket.load(path) == own.ticket
+    assert own.ticket.secret_key not in f"{own} {own!r}"
+    own.ticket.save(path)
     with pytest.raises(ValueError, match="does not say how many workers"):
-        Invitation.load(path)
+        ServerTicket.load(path)
+    for change, text in (
+        ({"strategy": "sink"}, "there is no strategy sink"),
+        ({"strategy": "ssp", "codec": "natrual"}, "did you mean natural"),
+        ({"bound": 3}, "downpour has no --bound"),
+        ({"strategy": "wasap"}, "does not serve"),
+    ):
+        own.save(path)
+        facts = json.loads(path.read_text())
+        path.write_text(json.dumps(facts | {"strategy": facts["strategy"] | change}))
+        with pytest.raises(ValueError, match=text):
+            ServerTicket.load(path)
     path.write_text("{}")
     with pytest.raises(ValueError, match="holds no ticket"):
-        Invitation.load(path)
+        ServerTicket.load(path)
 
 
 @pytest.mark.parametrize(
@@ -192,28 +202,31 @@ def test_an_invitation_is_a_secret_file_that_is_also_a_ticket(listening, tmp_pat
     ],
 )
 def test_a_ticket_says_how_its_worker_trains(listening, tmp_path, capsys, monkeypatch, words, text):
-    _, invitation = listening
+    _, own = listening
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
     Path("run", "run.json").write_text('{"recipe": "sparse_mlp", "options": {}}')
-    invitation.save(Path("worker.ticket"))
+    own.save(Path("worker.ticket"))
     assert main(["run", "sparse_mlp", "--ticket", "worker.ticket", *words]) == 2
     assert text in capsys.readouterr().err
 
 
 def test_a_recipe_that_knows_of_no_workers_says_so(listening, tmp_path, capsys):
-    _, invitation = listening
+    _, own = listening
     (tmp_path / "own.py").write_text("def own(run, *, seed: int = 0):\n    pass\n")
-    invitation.save(tmp_path / "worker.ticket")
+    own.save(tmp_path / "worker.ticket")
     words = ["run", str(tmp_path / "own.py"), "--ticket", str(tmp_path / "worker.ticket"), "--out", str(tmp_path / "r")]
     assert main(words) == 2
     assert "does not ask noctule.team.member()" in capsys.readouterr().err
 
 
 def test_a_finished_run_needs_no_server(tmp_path, capsys):
-    serving, words = Serving(workers=1), [*TRAIN, "--epochs", "1", "--ticket", str(tmp_path / "worker.ticket")]
-    with listen(serving.together, workers=1) as server:
-        invitation(serving, server.ticket(0)).save(tmp_path / "worker.ticket")
+    serving, words = (
+        Serving.made({"workers": 1}),
+        [*TRAIN, "--epochs", "1", "--ticket", str(tmp_path / "worker.ticket")],
+    )
+    with closing(serving.strategy.serve(workers=1)) as server:
+        server_ticket(serving, server.ticket(0)).save(tmp_path / "worker.ticket")
         assert main([*words, "--out", str(tmp_path / "run")]) == 0
         assert server.versions[0] > 0
     capsys.readouterr()
@@ -234,8 +247,9 @@ def test_a_finished_run_needs_no_server(tmp_path, capsys):
         (["--workers", "2", "--host", "nowhere.example"], "a network interface of this machine"),
         (["--workers", "2", "--public-host", "10.0.0.5:5555"], "without a port"),
         (["--workers", "2", "--port", "65535", "--shards", "2"], "2 ports from --port on"),
-        (["--workers", "2", "--strategy", "wasap"], "invalid choice: 'wasap'"),
-        (["--workers", "2", "--bound", "-1"], "bound is at least 0"),
+        (["--workers", "2", "--strategy", "wasap"], "does not serve wasap: bsp, downpour, ssp"),
+        (["--workers", "2", "--strategy", "ssp", "--bound", "-1"], "bound is at least 0"),
+        (["--workers", "2", "--bound", "1"], "downpour has no --bound: it is an option of ssp"),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path, capsys, words, text):
@@ -255,9 +269,9 @@ def test_a_folder_is_of_one_server(tmp_path, capsys):
 
 
 def test_a_server_is_reached_under_its_public_name(tmp_path):
-    serving = Serving(workers=1, host="0.0.0.0", public_host="localhost", shards=2)
-    assert serving.together == Strategy(strategy="downpour", meet=1, shards=2)
-    with closing(listen(serving.together, folder=tmp_path / "server", workers=1, host="0.0.0.0")) as server:
-        ticket = invitation(serving, server.ticket(0)).ticket
+    serving = Serving.made({"workers": 1, "host": "0.0.0.0", "public_host": "localhost", "shards": 2})
+    assert serving.strategy == made({"strategy": "downpour", "meet": 1, "shards": 2})
+    with closing(serving.strategy.serve(folder=tmp_path / "server", workers=1, host="0.0.0.0")) as server:
+        ticket = server_ticket(serving, server.ticket(0)).ticket
         assert [address.rpartition(":")[0] for address in ticket.addresses] == ["tcp://localhost"] * 2
         check_ticket(ticket)

@@ -13,7 +13,7 @@ import torch
 
 from noctule import load_model
 from noctule.cli.main import main
-from noctule.cli.predict import predict
+from noctule.cli.predictions import predict
 from noctule.core.errors import DataError, UsageError
 from noctule.data import load, standardize
 from noctule.recipes import sparse_mlp

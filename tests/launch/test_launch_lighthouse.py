@@ -16,8 +16,8 @@ from noctule.checkpoint import load
 from noctule.cli.main import main
 from noctule.core.errors import UsageError
 from noctule.launch.lighthouse import Lighthouse
-from noctule.team.group import Together
-from noctule.team.strategy import Strategy
+from noctule.team.group import GroupTeam
+from noctule.team.strategies import made
 from noctule.testing.processes import Workers
 
 os.environ.setdefault("RUST_LOG", "error")  # torchft tells of every quorum, and reads this when it is imported
@@ -47,7 +47,7 @@ def exchange_until(rank: int, workers: int, address: str, member: int, flag: str
     """Exchange until there is a file, and say among how many workers that was, one after the other."""
     told, seen = Path(f"{flag}-{rank}"), []
     with Lighthouse(address, member=member, timeout_seconds=3.0) as rendezvous:
-        team = Together(rendezvous, member=member, strategy=Strategy())
+        team = GroupTeam(rendezvous, member=member, strategy=made({}))
 
         def training() -> list[int]:
             while True:

@@ -6,6 +6,7 @@ import torch
 from noctule.codecs import TopK
 from noctule.core.errors import LostWorkerError
 from noctule.core.exchange import Channel
+from noctule.core.remap import Remap
 from noctule.exchange import Compress, Local
 from noctule.team.elastic import Elastic
 
@@ -59,3 +60,13 @@ def test_the_team_hears_that_its_group_is_no_more():
     team.broken = False
     assert Elastic(team, make, leave_for_new_group=False).share(b"x") == [b"x"]
     assert not team.broken
+
+
+def test_a_worker_that_takes_over_places_makes_no_exchange_before_the_others_do():
+    """Making one can be a collective call: where it makes process groups, the others would wait for it, or it for them."""
+    made = []
+    elastic = Elastic(Alone(), lambda: made.append(make()) or made[-1])
+    elastic.remapped("x", Remap(torch.arange(4), 4), (4,))
+    assert not made
+    elastic([torch.tensor([4.0, 3.0, 2.0, 1.0])], ["x"])
+    assert len(made) == 1

@@ -1,7 +1,6 @@
 """The real loop at a real parameter server and then apart: a worker that is lost in the merge costs nothing but time."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,9 +13,8 @@ from noctule.core.errors import LostWorkerError
 from noctule.data import Batches, Dataset
 from noctule.parallel.server.listen import serve
 from noctule.sparse.rewire.set import anywhere
-from noctule.team.building import server_optimizer
-from noctule.team.strategy import Strategy
-from noctule.team.wasap import Merging
+from noctule.team.strategies import made
+from noctule.team.wasap import WasapTeam
 from noctule.train.fit import fit
 
 
@@ -55,10 +53,10 @@ def test_a_merge_in_which_a_worker_was_lost_is_made_up_for(tmp_path, lost, rewir
     draws = torch.Generator().manual_seed(0)
     inputs, targets = torch.randn(40, 6, generator=draws), torch.randint(3, (40,), generator=draws)
     dataset = Dataset(inputs, targets, name="some", classes=3)
-    strategy = Strategy(strategy="wasap")
+    strategy = made({"strategy": "wasap"})
     meeting, journal = Meeting(lost), Journal(Checkpoints(tmp_path))
 
-    def training(team: Merging) -> Callable[[], Any]:
+    def training(team: WasapTeam) -> Callable[[], Any]:
         def once() -> Any:
             torch.manual_seed(0)
             sparse = ToSparse(density=0.5)
@@ -77,8 +75,8 @@ def test_a_merge_in_which_a_worker_was_lost_is_made_up_for(tmp_path, lost, rewir
 
         return once
 
-    with serve(partial(server_optimizer, strategy)) as server:
-        team = Merging(meeting, ticket=server.ticket(0), world=1, strategy=strategy, timeout_seconds=10)
+    with serve(strategy.optimizer) as server:
+        team = WasapTeam(meeting, ticket=server.ticket(0), world=1, strategy=strategy, timeout_seconds=10)
         fitted = team.train(training(team))
         assert server.versions == [14]
     assert fitted.step == 20

@@ -17,11 +17,11 @@ from noctule.data import Batches, Dataset
 from noctule.exchange import Local, Weigh
 from noctule.parallel.server.listen import serve
 from noctule.team.elastic import Elastic
-from noctule.team.group import Together
+from noctule.team.group import GroupTeam
 from noctule.team.member import Team, as_member_of, team
-from noctule.team.served import Apart
+from noctule.team.served import ServedTeam
 from noctule.team.share import Share
-from noctule.team.strategy import Strategy
+from noctule.team.strategies import made
 
 
 class Member(Team):
@@ -85,10 +85,9 @@ def test_only_workers_that_go_apart_vote_and_only_right_after_a_meeting(strategy
     class Called:
         called, lost, stopped = True, False, False
 
-    together = Together(
-        Called(), member=0, strategy=Strategy(strategy=strategy, meet=None if strategy == "sync" else 4)
-    )
-    together._sights = Elastic(together, lambda: Channel(path=Local.together(1)[0]), leave_for_new_group=False)
+    options = {} if strategy == "sync" else {"meet": 4}
+    together = GroupTeam(Called(), member=0, strategy=made({"strategy": strategy, **options}))
+    together._means = Elastic(together, lambda: Channel(path=Local.together(1)[0]), leave_for_new_group=False)
     voted = []
     for step in range(12):
         try:
@@ -124,7 +123,7 @@ def test_at_a_synchronous_server_all_parts_are_one_worker_on_the_batch(world, sa
     with serve(momentum, workers=world) as server, ThreadPoolExecutor(world) as threads:
 
         def job(rank):
-            here = Apart(server.ticket(rank), world=world, strategy=Strategy(strategy="bsp"), timeout_seconds=30)
+            here = ServedTeam(server.ticket(rank), world=world, strategy=made({"strategy": "bsp"}), timeout_seconds=30)
             model = models[rank]
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             with attach(model, optimizer, *here.methods(steps=6)):

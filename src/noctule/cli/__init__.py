@@ -1,1 +1,1 @@
-"""What does a command do? One file a command."""
+"""What does `noctule COMMAND` do? One file a command."""

@@ -1,19 +1,29 @@
-"""What this machine and this installation can do."""
+"""``noctule doctor``: what this machine and this installation can do."""
 
+import inspect
 import os
 import sys
 from pathlib import Path
 
-import torch
-
+from noctule.cli.signature import Parser
 from noctule.cli.threads import how_threads_wait
-from noctule.kernels import native
-from noctule.measure import machine, measure
-from noctule.measure.cpus import available_cpus
 
 
-def findings() -> dict[str, str]:
-    """Each thing that matters for speed and for measuring, and how it stands here."""
+def main(words: list[str]) -> int:
+    """Say what this machine and this installation can do."""
+    Parser(prog="noctule doctor", description=inspect.getdoc(main)).parse_args(words)
+    for name, finding in _findings().items():
+        print(f"{name:<18} {finding}")
+    return 0
+
+
+def _findings() -> dict[str, str]:
+    """The state of each thing that matters for speed and for measuring."""
+    import torch
+
+    from noctule.measure import machine, measure
+    from noctule.measure.cpus import available_cpus
+
     about = machine()
     with measure() as cost:
         torch.ones(1)
@@ -34,6 +44,8 @@ def findings() -> dict[str, str]:
 
 
 def _kernels() -> str:
+    from noctule.kernels import native
+
     if native._native is None:
         return "missing: products run in plain torch, slowly. Install Noctule with pip where a C++ compiler is at hand"
     return f"{native.instruction_set()} (this machine can run {', '.join(native._native.instruction_sets())})"

@@ -1,4 +1,4 @@
-"""Recipes by name: those that come with Noctule, whose signatures are read without importing them, and the user's own."""
+"""Recipes by name: shipped ones, whose signatures are read without importing them, and files of the user."""
 
 import importlib.util
 import sys
@@ -22,7 +22,7 @@ def shipped() -> dict[str, Callable[..., Any]]:
 
 
 def canonical(name: str) -> str:
-    """The name by which a recipe is found from any folder: that of a file is absolute."""
+    """The name by which a recipe is found from any folder: the path of a file is absolute."""
     file, colon, function = name.partition(":")
     return f"{absolute(file)}{colon}{function}" if file.endswith(".py") else name
 
@@ -53,7 +53,7 @@ def find(name: str) -> Callable[..., Any]:
 
 @contextmanager
 def neighbours() -> Iterator[None]:
-    """After the block nothing is left of what `find` and the recipe's own file have imported from its folder."""
+    """A block after which the modules that a recipe's file has imported from its folder are forgotten."""
     path, modules = list(sys.path), set(sys.modules)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the command line prints: a terminal of ASCII, a reader that has gone or a full disk never ends the work."""
+"""Standard output that never ends the work: not with a terminal of ASCII, a reader that has gone or a full disk."""
 
 import errno
 import io
@@ -15,17 +15,16 @@ _PLAIN = str.maketrans(
 
 
 class Output(io.TextIOBase):
-    """Passes text on to a stream until that fails, and then to nobody.
+    """Passes text on to a stream until that fails, and drops it from then on.
 
     Args:
         stream: what it cannot encode is printed escaped.
     """
 
     def __init__(self, stream: TextIO) -> None:
-        """Nothing has failed."""
         self._stream = stream
         self.failure: OSError | None = None
-        """Why nothing is printed any longer."""
+        """The error after which nothing is printed any longer."""
 
     def write(self, text: str) -> int:
         """Print a text, or nothing once that has failed."""
@@ -40,7 +39,7 @@ class Output(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Have it printed now."""
+        """Flush the stream."""
         if self.failure is None:
             try:
                 self._stream.flush()
@@ -57,7 +56,7 @@ class Output(io.TextIOBase):
             os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
-        """All else is the stream's."""
+        """Any other attribute of the stream."""
         return getattr(self._stream, name)
 
     def isatty(self) -> bool:
@@ -65,11 +64,11 @@ class Output(io.TextIOBase):
         return self._stream.isatty()
 
     def fileno(self) -> int:
-        """Of the stream."""
+        """The stream's file number."""
         return self._stream.fileno()
 
     def writable(self) -> bool:
-        """It is."""
+        """True: text can be written."""
         return True
 
 

@@ -1,183 +1,23 @@
-"""Predictions of a finished run for other data: ``noctule predict`` and the function behind it."""
+"""``noctule predict``: predictions of a finished run as CSV."""
 
-import csv
-import io
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TextIO
+import inspect
 
-import numpy as np
-import torch
-from torch import nn
-
-from noctule.checkpoint import load_model
-from noctule.checkpoint.atomic import replacing
-from noctule.core.errors import DataError, UsageError
-from noctule.data import read
-from noctule.data.frame import Arrays
-from noctule.data.names import DataSource
-from noctule.data.preparation import Preparation, Samples
-from noctule.data.prepare import target_of
-from noctule.data.target import Label
-from noctule.recipes.own_data import read_preparation
-from noctule.recipes.sparse_cnn import network as cnn_of
-from noctule.recipes.sparse_mlp import network as mlp_of
-from noctule.report import RunFolder
-
-_ROWS_AT_A_TIME = 1000
+from noctule.cli.signature import Parser
+from noctule.core.place import absolute
 
 
-@dataclass(frozen=True, eq=False)
-class Predictions:
-    """What a model says of samples, in their order."""
+def main(words: list[str]) -> int:
+    """Predict with the model of a finished run: CSV with a line for each sample."""
+    parser = Parser(prog="noctule predict", description=inspect.getdoc(main))
+    parser.add_argument("run", type=absolute, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("data", metavar="DATA", help="as `noctule run --data` takes it, with or without the target")
+    parser.add_argument("--out", type=absolute, metavar="FILE.csv", help="where to write (default: standard output)")
+    parser.add_argument("--series", choices=("sparse", "dense"), default="sparse", help="the model, or its dense twin")
+    parser.add_argument(
+        "--data-dir", type=absolute, metavar="FOLDER", help="where built-in data sets are looked for first"
+    )
+    given = vars(parser.parse_args(words))
+    from noctule.cli.predictions import print_predictions
 
-    labels: tuple[Label, ...]
-    """The classes; none where numbers are predicted."""
-    values: np.ndarray
-    """Class numbers (rows,) int64, or numbers (rows,) float64 in the unit of the target."""
-    probabilities: np.ndarray | None
-    """Of each class, (rows, classes) float32."""
-    files: Sequence[str] | None
-    """The file of each sample, where each has its own."""
-    score: tuple[str, float] | None
-    """Accuracy or R2, where the samples came with their targets."""
-    part: str
-    """Which part of the data it is: train where there is only one."""
-
-    def __len__(self) -> int:
-        """The number of samples."""
-        return len(self.values)
-
-    @property
-    def names(self) -> list[Label]:
-        """What is predicted for each sample: the label as it was in the training data, or the number."""
-        return [self.labels[at] for at in self.values.tolist()] if self.labels else self.values.tolist()
-
-    def write_csv(self, file: TextIO) -> None:
-        """A line for each sample: the file if any, the prediction, and the probability of each class."""
-        writer = csv.writer(file, lineterminator="\n")
-        head = [*(["file"] if self.files else []), "prediction", *(f"probability_{label}" for label in self.labels)]
-        writer.writerow(head)
-        for row, name in enumerate(self.names):
-            own = [] if self.probabilities is None else [f"{p:.6g}" for p in self.probabilities[row].tolist()]
-            writer.writerow([*([self.files[row]] if self.files else []), name if self.labels else f"{name:.9g}", *own])
-
-
-def predict(
-    run: str | Path | RunFolder, data: DataSource, *, series: str = "sparse", data_dir: str | Path | None = None
-) -> Predictions:
-    """What the model of a finished run predicts, with the preparation and the scaling of its training.
-
-    Args:
-        run: its folder.
-        data: as `noctule.data.load` takes it, with or without the target; columns are matched by name. Of data with a
-            test part that one is predicted, of others all.
-        series: the sparse model, or its dense twin.
-        data_dir: where built-in data sets are looked for first.
-
-    Raises:
-        UsageError: there is no such run, series or data.
-        DataError: the data do not fit the model; it says how they differ.
-        CheckpointError: the model's files are missing or damaged.
-    """
-    folder = run if isinstance(run, RunFolder) else RunFolder(run)
-    preparation = read_preparation(folder)
-    model = _model(folder, series)
-    found = read(data, data_dir=None if data_dir is None else Path(data_dir), like=preparation)
-    part = next(part for part in ("test", "train", "validation") if part in found.parts)
-    samples, truth = target_of(found.parts[part], preparation)
-    rows = _inputs(samples, preparation)
-    with torch.inference_mode():
-        outputs = torch.cat([model(inputs) for inputs in rows])
-    files = samples.files if isinstance(samples, Arrays) else None
-    labels = preparation.target.labels
-    if labels:
-        shares = outputs.softmax(1).numpy()
-        values = outputs.argmax(1).numpy()
-    else:
-        shares = None
-        values = outputs.flatten().double().numpy() * preparation.target_deviation + preparation.target_mean
-    return Predictions(labels, values, shares, files, _score(values, truth, samples, preparation), part)
-
-
-def print_predictions(run: Path, data: str, *, out: Path | None, series: str, data_dir: Path | None) -> None:
-    """What ``noctule predict`` does: CSV to a file, or to standard output, and on the error output how many and how right."""
-    if out is not None and out.is_dir():
-        raise UsageError(f"{out} is a folder; name a file in it")
-    predictions = predict(run, data, series=series, data_dir=data_dir)
-    if out is None:
-        _print(predictions)
-    else:
-        _write(out, predictions)
-    where = "" if out is None else f", in {out}"
-    part = "" if predictions.part == "train" else f" of the {predictions.part} part"
-    many = f"{len(predictions)} prediction{'' if len(predictions) == 1 else 's'}"
-    print(f"{many}{part}{where}", file=sys.stderr)
-    if predictions.score:
-        print(f"{predictions.score[0]} on these samples: {predictions.score[1]:.4f}", file=sys.stderr)
-
-
-def _print(predictions: Predictions) -> None:
-    try:
-        predictions.write_csv(sys.stdout)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whatever reads it, `head` say, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _write(path: Path, predictions: Predictions) -> None:
-    with replacing(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        predictions.write_csv(text)
-        text.flush()
-        text.detach()
-
-
-def _model(folder: RunFolder, series: str) -> nn.Module:
-    """The trained network, in evaluation mode."""
-    builders = {"mlp": mlp_of, "cnn": cnn_of}
-    path = folder.path if series == "sparse" else folder.path / f"{series}.safetensors"
-    if not (folder.path / ("model.json" if series == "sparse" else f"{series}.json")).is_file():
-        remedy = "go on with it by `noctule run --resume`" if series == "sparse" else "train with --compare dense"
-        raise UsageError(f"{folder.path} holds no trained {series} model; {remedy}")
-    state, structure = load_model(path)
-    if structure.get("kind") not in builders:
-        raise UsageError(
-            f"{folder.path} is a run of {folder.about().get('recipe')}, whose models `noctule predict` cannot build; it does "
-            "those of sparse_mlp and sparse_cnn. In Python: noctule.load_model"
-        )
-    model = builders[structure["kind"]](structure, sparse=bool(structure["layers"]))
-    model.load_state_dict(state)
-    return model.eval()
-
-
-def _inputs(samples: Samples, preparation: Preparation) -> Iterator[torch.Tensor]:
-    """The inputs of all samples, some at a time."""
-    plain = preparation.plain_inputs(samples)
-    for start in range(0, len(plain), _ROWS_AT_A_TIME):
-        rows = plain[start : start + _ROWS_AT_A_TIME]
-        wrong = ~torch.isfinite(rows.flatten(1)).all(1)
-        if wrong.any():
-            raise DataError(
-                f"row {start + int(wrong.int().argmax())} of the data is not finite; repair or drop such rows"
-            )
-        yield preparation.standardized(rows)
-
-
-def _score(
-    values: np.ndarray, truth: np.ndarray | None, samples: Samples, preparation: Preparation
-) -> tuple[str, float] | None:
-    """How right they are, where every sample has its target and each class is known."""
-    if truth is None:
-        return None
-    try:
-        wanted = preparation.target.encode(truth, getattr(samples, "place", str))
-    except DataError:
-        return None
-    if preparation.target.labels:
-        return "accuracy", float((values == wanted).mean())
-    spread = float(np.square(wanted - wanted.mean()).sum())
-    return ("R2", 1.0 - float(np.square(values - wanted).sum()) / spread) if spread else None
+    print_predictions(given.pop("run"), given.pop("data"), **given)
+    return 0

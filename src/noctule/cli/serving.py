@@ -1,65 +1,65 @@
-"""A parameter server for workers on any machines: a folder that it goes on from, and a ticket for each worker."""
+"""What ``noctule server`` does: keep a server in a folder, from which it resumes, and write a ticket for each worker."""
 
 import shlex
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from noctule.cli.signature import from_json
 from noctule.core.errors import UsageError
-from noctule.launch.invitation import Invitation
-from noctule.launch.server import listen
+from noctule.launch.server_ticket import ServerTicket
 from noctule.report import files
-from noctule.team.strategy import Serving
+from noctule.team.serving import Serving
 from noctule.transport.ticket import Ticket
 
 if TYPE_CHECKING:
     from noctule.parallel.server.listen import Server
 
 PATIENCE_SECONDS = 60.0
-"""A worker that was silent for longer is not waited for."""
-_LOOK_SECONDS = 0.5
+"""The silence after which a worker is not waited for."""
+_POLL_SECONDS = 0.5
 
 
-def invitation(serving: Serving, ticket: Ticket) -> Invitation:
-    """Of a worker, with addresses under which it reaches the server."""
+def server_ticket(serving: Serving, ticket: Ticket) -> ServerTicket:
+    """The ticket of a worker, with addresses under which it reaches the server."""
     assert serving.workers is not None
     if serving.public_host is not None:
         ports = [address.rpartition(":")[2] for address in ticket.addresses]
         ticket = replace(ticket, addresses=tuple(f"tcp://{serving.public_host}:{port}" for port in ports))
-    return Invitation(ticket, serving.workers, serving.together)
+    return ServerTicket(ticket, serving.workers, serving.strategy)
 
 
 def settle(folder: Path, given: Mapping[str, Any]) -> Serving:
-    """What the server of a folder is, or, where there is none, is to be from now on.
+    """The server of a folder; where there is none, the one that was given, from now on.
 
     Raises:
         UsageError: it is another one than given, or cannot be.
     """
     path = folder / "server.json"
     if path.exists():
-        kept = from_json(Serving, files.read_object(path))
-        changed = [f"--{name.replace('_', '-')}" for name, value in given.items() if kept[name] != value]
+        try:
+            serving = Serving.made(files.read_object(path))
+        except UsageError as error:
+            raise UsageError(f"{path} is of a server that cannot be: {error}. Begin in another folder") from error
+        kept = serving.facts()
+        changed = [f"--{name.replace('_', '-')}" for name, value in given.items() if kept.get(name) != value]
         if changed:
             raise UsageError(
                 f"{folder} is of a server with another {' and another '.join(changed)}: leave the options out to go on with that "
                 "one, or choose another folder"
             )
-        return Serving(**kept)
-    try:
-        serving = Serving(**given)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+        return serving
+    serving = Serving.made(given)
     folder.mkdir(parents=True, exist_ok=True)
-    files.replace(path, files.to_json(asdict(serving), indent=2))
+    files.replace(path, files.to_json(serving.facts(), indent=2))
     return serving
 
 
 def keep(folder: Path, given: Mapping[str, Any]) -> None:
-    """Listen until a signal ends it; everything is in the folder then, as after a kill, but for what workers send again.
+    """Run a server until a signal ends it; its folder then holds everything, but for pushes that workers send again.
 
     Raises:
         UsageError: the folder is of another server.
@@ -69,21 +69,21 @@ def keep(folder: Path, given: Mapping[str, Any]) -> None:
     serving = settle(folder, given)
     assert serving.workers is not None
     options = {"workers": serving.workers, "host": serving.host, "port": serving.port}
-    with listen(serving.together, folder=folder, patience_seconds=PATIENCE_SECONDS, **options) as server:
-        invitations = [invitation(serving, server.ticket(worker)) for worker in range(serving.workers)]
+    with closing(serving.strategy.serve(folder=folder, patience_seconds=PATIENCE_SECONDS, **options)) as server:
+        tickets = [server_ticket(serving, server.ticket(worker)) for worker in range(serving.workers)]
         paths = [folder / f"worker-{worker}.ticket" for worker in range(serving.workers)]
-        for each, path in zip(invitations, paths, strict=True):
+        for each, path in zip(tickets, paths, strict=True):
             each.save(path)
-        _explain(serving, invitations[0].ticket.addresses, paths)
+        _explain(serving, tickets[0].ticket.addresses, paths)
         try:
-            _watch(server)
+            _watch(cast("Server", server))
         finally:
             print(f"stopping; to go on: noctule server {shlex.quote(str(folder))}", file=sys.stderr)
 
 
 def _explain(serving: Serving, addresses: tuple[str, ...], paths: list[Path]) -> None:
     where, last = ", ".join(addresses), paths[-1]
-    print(f"server: {serving.strategy}, {len(paths)} worker{'s' * (len(paths) > 1)}, at {where}")
+    print(f"server: {serving.strategy.name}, {len(paths)} worker{'s' * (len(paths) > 1)}, at {where}")
     print(f"tickets: {paths[0]}{f' to {last.name}' if len(paths) > 1 else ''}; each is a secret, of one worker")
     print("copy each to its worker's machine, and train there:")
     print(f"  scp {shlex.quote(str(paths[0]))} MACHINE:")
@@ -96,7 +96,7 @@ def _explain(serving: Serving, addresses: tuple[str, ...], paths: list[Path]) ->
 
 
 def _watch(server: "Server") -> None:
-    """Say who comes and goes, for ever."""
+    """Print which workers come and leave, for ever."""
     there: set[int] = set()
     while True:
         states = dict(sorted(server.shards[0].states.items()))
@@ -107,4 +107,4 @@ def _watch(server: "Server") -> None:
                 silent = server.shards[0].now() - state.last_message > PATIENCE_SECONDS
                 print(f"worker {worker} {'is silent: it is not waited for' if silent else 'has left'}", flush=True)
         there = {worker for worker, state in states.items() if state.live}
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)

@@ -50,7 +50,9 @@ def options(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 def add_options(parser: argparse._ActionsContainer, function: Callable[..., Any]) -> None:
     """One ``--option`` for each keyword-only parameter, with its type, default and the text of the docstring."""
-    texts = _docstring_args(inspect.getdoc(function) or "")
+    texts: dict[str, str] = {}
+    for each in reversed(function.__mro__) if isinstance(function, type) else [function]:
+        texts |= _docstring_args(inspect.cleandoc(each.__doc__ or ""))
     for name, parameter in options(function).items():
         flag, default = "--" + name.replace("_", "-"), parameter.default
         kind, _ = _without_none(parameter.annotation)
@@ -60,7 +62,7 @@ def add_options(parser: argparse._ActionsContainer, function: Callable[..., Any]
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         elif typing.get_origin(kind) is Literal:
-            parser.add_argument(flag, choices=typing.get_args(kind), type=type(typing.get_args(kind)[0]), **common)
+            parser.add_argument(flag, type=_one_of(typing.get_args(kind)), metavar=_braces(kind), **common)
         elif typing.get_origin(kind) is tuple and typing.get_args(kind)[1:] == (...,):
             item = typing.get_args(kind)[0]
             parser.add_argument(flag, nargs="*", type=item, metavar=item.__name__.upper(), action=_Tuple, **common)
@@ -83,6 +85,25 @@ def from_json(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[s
     if unknown:
         raise UsageError(f"{function.__name__} has no option {unknown[0]}{nearest(unknown[0], list(known))}")
     return {name: _typed(known[name].annotation, value) for name, value in values.items()}
+
+
+def _one_of(choices: tuple[Any, ...]) -> Callable[[str], Any]:
+    """Reads one of some values; ArgumentTypeError with the nearest for any other."""
+
+    def read(text: str) -> Any:
+        for choice in choices:
+            if str(choice) == text:
+                return choice
+        names = [str(choice) for choice in choices]
+        raise argparse.ArgumentTypeError(
+            f"invalid choice: {text!r}{nearest(text, names)}, choose from {', '.join(names)}"
+        )
+
+    return read
+
+
+def _braces(kind: Any) -> str:
+    return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
 
 
 class _Tuple(argparse.Action):

@@ -1,4 +1,4 @@
-"""What a module of this package says, read from its source: a signature is known without importing what its function needs."""
+"""Signatures and constants read from the source of a module, without importing it or what it needs."""
 
 import ast
 import builtins
@@ -14,7 +14,7 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 def declared(module: str, name: str) -> Any:
-    """What a name means in a module of this package, which is not imported.
+    """The value of a name in a module of this package, which is not imported.
 
     A constant is evaluated. A function keeps its options and its docstring, and is imported when it is called. Names of other
     modules of this package are looked up in the same way; classes, and what is not of this package, are imported.

@@ -1,4 +1,4 @@
-"""What ``noctule run`` does once its words are understood: a folder, and the recipe in this process or in several."""
+"""What ``noctule run`` does once its command line was checked: make a folder, and run the recipe in this process or in several."""
 
 import inspect
 import os
@@ -20,51 +20,52 @@ from noctule.cli.signature import from_json
 from noctule.core.errors import NoctuleError, UsageError
 from noctule.kernels import native
 from noctule.launch import Supervisor
-from noctule.launch.invitation import Invitation
 from noctule.launch.lighthouse import Lighthouse
+from noctule.launch.server_ticket import ServerTicket
 from noctule.launch.torchrun import Torchrun
 from noctule.measure.allocator import keep_freed_memory
 from noctule.measure.cpus import available_cpus
 from noctule.report import RunFolder, compare_table, write_report
 from noctule.team import as_member_of
-from noctule.team.group import Together
-from noctule.team.strategy import Strategy, several
+from noctule.team.group import GroupTeam
+from noctule.team.strategies import made, workers_and_strategy
+from noctule.team.strategy import GroupStrategy, Strategy
 from noctule.train.interrupt import default_signals
 
 _OWN = {"run.json", "data.json", "twin.json", "workers", "worker.log", "server", "tensorboard"}
-"""What is in a run's folder before anything is trained."""
+"""The names in a run's folder before anything is trained."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line said."""
+    """A checked command line."""
 
     name: str
     recipe: Callable[..., Any]
     given: dict[str, Any]
-    """Options of the recipe."""
+    """The options of the recipe that were given."""
     _: KW_ONLY
     threads: int | None
     together: dict[str, Any]
-    """Options of several workers, and how many they are."""
+    """What was given of several workers: how many, their strategy and its options."""
     command: list[str]
 
     @property
     def options(self) -> dict[str, Any]:
-        """All options of the recipe."""
+        """All options of the recipe, with their defaults."""
         parameters = inspect.signature(self.recipe).parameters.items()
         return {name: p.default for name, p in parameters if p.kind is p.KEYWORD_ONLY} | self.given
 
 
 def start(asked: Asked, out: Path | None) -> int:
-    """A new run."""
-    workers, strategy = several(asked.together)
+    """Begin a run."""
+    workers, strategy = workers_and_strategy(asked.together)
     here = _prepare(asked.threads, workers or 1)
     return _run(asked, _create(asked, out, here), asked.options, workers, strategy)
 
 
 def start_again(asked: Asked, resume: Path, *, out: Path | None) -> int:
-    """A run that was stopped goes on."""
+    """Resume a run that was stopped."""
     folder = RunFolder(resume)
     about = folder.about()
     options = from_json(asked.recipe, about["options"])
@@ -76,17 +77,22 @@ def start_again(asked: Asked, resume: Path, *, out: Path | None) -> int:
     if ticket := together.get("ticket"):
         asked = replace(asked, given=options, threads=asked.threads or about.get("threads"))
         return start_with_ticket(asked, folder.path, ticket=Path(ticket))
-    workers, strategy = several(together)
+    try:
+        workers, strategy = workers_and_strategy(together)
+    except UsageError as error:
+        raise UsageError(
+            f"{folder.path / 'run.json'} says how its workers train in a way that cannot be: {error}"
+        ) from error
     _compare(about, _prepare(asked.threads or about.get("threads"), 1))
     return _run(asked, folder, options, workers, strategy)
 
 
 def start_under_torchrun(asked: Asked, out: Path) -> int:
-    """This worker's part of a run, which is new or goes on."""
+    """Begin or resume this worker's part of a run."""
     strategy = _without_supervisor(asked.together, "under torchrun")
     rendezvous = Torchrun()
     here = _prepare(asked.threads, 1)
-    team = Together(rendezvous, member=rendezvous.member, strategy=strategy)
+    team = GroupTeam(rendezvous, member=rendezvous.member, strategy=strategy)
     with as_member_of(team):
         with default_signals():  # torch waits for the others where Python's own handlers are not called
             team.form()
@@ -105,7 +111,7 @@ def start_under_torchrun(asked: Asked, out: Path) -> int:
 
 
 def start_at_lighthouse(asked: Asked, out: Path, *, lighthouse: str, member: int) -> int:
-    """One worker, whose run is new or goes on; who the others are is said by the lighthouse."""
+    """Begin or resume the run of a worker that finds the others through a lighthouse."""
     strategy = _without_supervisor(asked.together, "with --lighthouse")
     here = _prepare(asked.threads, 1)
     with Lighthouse(lighthouse, member=member, timeout_seconds=strategy.timeout_seconds) as rendezvous:
@@ -113,7 +119,7 @@ def start_at_lighthouse(asked: Asked, out: Path, *, lighthouse: str, member: int
         announce(folder)
         again = "give the same command again"
         with (
-            as_member_of(Together(rendezvous, member=member, strategy=strategy)),
+            as_member_of(GroupTeam(rendezvous, member=member, strategy=strategy)),
             folder,
             _explaining(folder, again=again),
         ):
@@ -126,38 +132,41 @@ def start_at_lighthouse(asked: Asked, out: Path, *, lighthouse: str, member: int
 
 
 def start_with_ticket(asked: Asked, out: Path | None, *, ticket: Path) -> int:
-    """One worker of a parameter server, whose run is new or goes on; how it trains is said by the ticket."""
+    """Begin or resume the run of a worker of a server, which trains as its ticket says."""
     try:
-        invitation = Invitation.load(ticket)
+        place = ServerTicket.load(ticket)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    said = {"workers": invitation.workers, **invitation.strategy.facts()}
-    if others := [f"--{k.replace('_', '-')} {v}" for k, v in asked.together.items() if said[k] != v]:
+    facts = {"workers": place.workers, **place.strategy.facts()}
+    if others := [f"--{k.replace('_', '-')} {v}" for k, v in asked.together.items() if facts.get(k) != v]:
         raise UsageError(f"{ticket} says how the workers train, and not with {', '.join(others)}: leave it out")
-    chosen = {k: v for k, v in said.items() if k == "workers" or v != getattr(Strategy(), k)}
+    chosen = {"workers": place.workers, **place.strategy.changed()}
     here = _prepare(asked.threads, 1)
     asked = replace(asked, together={**chosen, "ticket": str(ticket.absolute())})
     folder = _create_or_open(asked, out, here)
-    announce(folder, f", {invitation}")
+    announce(folder, f", {place}")
     with folder, _explaining(folder):
         if not (result := folder.summary()):
-            result = invitation.take_part(lambda: asked.recipe(folder, **asked.options))
+            result = place.take_part(lambda: asked.recipe(folder, **asked.options))
     _print_outcome(folder, result)
     return 0
 
 
-def _without_supervisor(together: dict[str, Any], where: str) -> Strategy:
-    """How workers train together that are not started here."""
-    strategy = Strategy(**{k: v for k, v in together.items() if k != "workers"})
-    if "workers" in together or strategy.served:
-        what = f"--strategy {strategy.strategy}" if strategy.served else "--workers"
-        more = "; a parameter server for several machines is `noctule server`" if strategy.served else ""
-        raise UsageError(f"{what} is for the workers that noctule starts itself: leave it out {where}{more}")
+def _without_supervisor(together: dict[str, Any], where: str) -> GroupStrategy:
+    """The strategy of workers that are not started here."""
+    strategy = made({k: v for k, v in together.items() if k != "workers"})
+    if not isinstance(strategy, GroupStrategy):
+        raise UsageError(
+            f"--strategy {strategy.name} is for the workers that noctule starts itself: leave it out {where}; a parameter server "
+            "for several machines is `noctule server`"
+        )
+    if "workers" in together:
+        raise UsageError(f"--workers is for the workers that noctule starts itself: leave it out {where}")
     return strategy
 
 
 def _create_or_open(asked: Asked, path: Path | None, here: dict[str, Any]) -> RunFolder:
-    """The run's folder; one that is there has to be of the same run."""
+    """The run's folder, new or of the same run."""
     if path is None or not (path / "run.json").is_file():
         return _create(asked, path, here)
     folder = RunFolder(path)
@@ -169,7 +178,7 @@ def _create_or_open(asked: Asked, path: Path | None, here: dict[str, Any]) -> Ru
 
 
 def _prepare(threads: int | None, workers: int) -> dict[str, Any]:
-    """Set this process up; what a run is bit for bit the same with."""
+    """Set this process up; return what must be alike for a run to be the same bit for bit."""
     keep_freed_memory()
     if threads is None:
         most = torch.get_num_threads()  # as OMP_NUM_THREADS says, or one for each core that it may run on
@@ -215,10 +224,10 @@ def _run(asked: Asked, folder: RunFolder, options: dict[str, Any], workers: int 
 
 @contextmanager
 def _explaining(folder: RunFolder, *, again: str | None = None) -> Iterator[None]:
-    """After a stop say how to go on, or, where nothing was trained yet, leave no trace of it.
+    """After a stop print how to resume, or remove the folder if nothing was trained yet.
 
     Args:
-        again: how, where it is not by ``--resume``; nothing is said where that is empty.
+        again: how to resume, if not by ``--resume``; empty for no message.
     """
     try:
         yield
@@ -241,7 +250,7 @@ def _explaining(folder: RunFolder, *, again: str | None = None) -> Iterator[None
 
 
 def announce(folder: RunFolder, more: str = "") -> None:
-    """Have a run say where it is when its training begins."""
+    """Have a run print its folder when its training begins."""
     folder.on_begin = lambda: print(f"run: {folder.path}{more}", flush=True)
 
 

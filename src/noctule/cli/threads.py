@@ -3,7 +3,7 @@
 import os
 import sys
 
-_SAID = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def let_threads_sleep() -> bool:
@@ -13,15 +13,15 @@ def let_threads_sleep() -> bool:
     very thread that it waits for from running: steps of a small network then take ten to a hundred times as long. A thread that
     sleeps is woken in some microseconds. ``noctule run`` does this.
     """
-    if "torch" in sys.modules or any(name in os.environ for name in _SAID):
+    if "torch" in sys.modules or any(name in os.environ for name in _VARIABLES):
         return False
     os.environ["OMP_WAIT_POLICY"] = "passive"
     return True
 
 
 def how_threads_wait() -> str:
-    """What the environment says of it, in words."""
-    said = [f"{name}={os.environ[name]}" for name in _SAID if name in os.environ]
-    if said:
-        return f"as {' and '.join(said)} say" if len(said) > 1 else f"as {said[0]} says"
+    """How idle threads wait, as the environment variables say, in words."""
+    found = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
+    if found:
+        return f"as {' and '.join(found)} say" if len(found) > 1 else f"as {found[0]} says"
     return "they spin for a while: where other programs run too, start Python with OMP_WAIT_POLICY=passive, as noctule run does"

@@ -1,11 +1,11 @@
-"""Workers on any machines, each started by hand or by whatever starts it there, which meet at a lighthouse of torchft.
+"""Workers on any machines, each started there, which find each other through a lighthouse of torchft.
 
     torchft_lighthouse --min_replicas 2 --join_timeout_ms 1000 --heartbeat_timeout_ms 2000
     noctule run sparse_mlp --lighthouse first-machine:29510 --member 0 --out runs/together
 
-Of torchft this takes the quorum alone. Each worker asks the lighthouse again and again, beside its training, who there are, and
-says whether it waits for a group; all who are told of one quorum are told the same. Where all of them wait, they are the next
-group; where some do, the others leave theirs as soon as no step is half done. A worker that is silent is in no quorum.
+Only torchft's quorum is used. Beside its training each worker asks the lighthouse again and again for the quorum, the list of
+living workers, and reports whether it waits for a group. All members of a quorum get the same list. If all of them wait, they form
+the next group. If some wait, the others leave their group as soon as no step is half done. A silent worker is in no quorum.
 """
 
 import fcntl
@@ -33,26 +33,26 @@ if TYPE_CHECKING:
     from torchft.coordination import LighthouseClient, Quorum  # pyright: ignore[reportMissingImports] it is optional
 
 _PORT = 29510
-"""Where torchft's lighthouse listens unless it is told otherwise."""
+"""The default port of torchft's lighthouse."""
 _ASK_SECONDS = 0.25
 _ANSWER_SECONDS = 3.0
-"""For another machine to answer; a lighthouse without a quorum does not, and is asked once more."""
+"""The timeout of one request; a lighthouse without a quorum does not answer, and is asked again."""
 _SURE = 3
-"""Quorums in a row with two workers of one number: a killed one, of which the lighthouse does not know yet, is in one at most."""
+"""The quorums in a row that must hold two workers of one number: a killed worker is in one more quorum at most."""
 _TRIES = 10
-"""To form one group, when some are always lost on their way to it."""
+"""The attempts to form one group, when workers are lost on their way to it."""
 _SIOCGIFADDR = 0x8915
 
 
 class Lighthouse:
-    """How a worker finds the others: as a lighthouse of torchft says, for as long as the block of its ``with`` lasts.
+    """How a worker finds the others through a lighthouse of torchft, within a ``with`` block.
 
-    Ctrl-C is for the one worker that gets it, which leaves the others as if it were lost.
+    Ctrl-C stops the one worker that gets it; for the others it is lost.
 
     Args:
         address: of the lighthouse, as ``machine:port`` or ``http://machine:port``.
-        member: which of the workers this is, for good, from 0 on: no two have the same number.
-        timeout_seconds: after which a silent peer, or a lighthouse that is needed and does not answer, is taken to be lost.
+        member: the number of this worker, from 0 on: no two workers have the same.
+        timeout_seconds: the silence after which a peer, or a lighthouse that is needed, is taken to be lost.
 
     Raises:
         UsageError: torchft is not installed, there is no lighthouse, or the network to use for the others is not clear.
@@ -61,53 +61,52 @@ class Lighthouse:
     stopped = False
 
     def __init__(self, address: str, *, member: int, timeout_seconds: float = 30.0) -> None:
-        """Reach it, and ask nothing yet."""
         if member < 0:
             raise UsageError(f"workers are numbered from 0 on, got member={member}")
         self.address, self.member, self.timeout_seconds = address, member, timeout_seconds
         self.called = self.lost = False
         self._client, own = _reach(address)
-        _speak_from(own)
+        _use_network_of(own)
         self._timeout = timedelta(seconds=timeout_seconds)
         self._store = TCPStore(own, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
         self._store_address = f"{own}:{self._store.port}"
         self._name = f"{member:06}-{uuid.uuid4().hex[:12]}"
-        """One that is started again is another one for the lighthouse."""
+        """A name that is new in each process: a restarted worker is another one for the lighthouse."""
         self._groups: queue.SimpleQueue[Quorum] = queue.SimpleQueue()
-        self._on_their_way: set[str] = set()
-        self._waits = self._formed = False
-        self._twins = 0
-        self._left = threading.Event()
-        self._speaking: list[threading.Thread] = []
+        self._joining: set[str] = set()
+        self._waiting = self._formed = False
+        self._duplicates = 0
+        self._ended = threading.Event()
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
-        """Nothing is asked before the first group: the others would wait for one who is still making its model."""
+        """Begin; the lighthouse is asked from the first group on, or the others would wait for a worker that makes its model."""
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Be silent: a thread that is inside of torchft when Python ends would abort the process."""
-        self._left.set()
-        for thread in self._speaking:
+        """End the threads: one that is inside torchft when Python ends would abort the process."""
+        self._ended.set()
+        for thread in self._threads:
             thread.join()
 
     def form(self) -> None:
-        """See `noctule.team.group.Rendezvous`.
+        """Join the next group (see `noctule.team.group.Rendezvous`).
 
         Raises:
             ExchangeError: the lighthouse does not answer, or the workers do not reach one another.
             UsageError: another worker has this one's number.
         """
-        self._speak()
+        self._start_threads()
         for left in reversed(range(_TRIES)):
             if dist.is_initialized():
                 dist.destroy_process_group()
-            self._waits = True
+            self._waiting = True
             group = self._next()
             try:
                 self._join(group)
             except (
                 RuntimeError
-            ) as error:  # one of them died on its way, or another one has come: with those who are there then
+            ) as error:  # a worker died on its way, or another one has come: again, with those that are there
                 if not left:
                     raise ExchangeError(
                         f"the lighthouse at {self.address} sees other workers, but in {_TRIES} tries there was no group with "
@@ -117,68 +116,68 @@ class Lighthouse:
                 self._formed = True
                 return
             finally:
-                self._on_their_way = set()
+                self._joining = set()
 
     def again(self) -> bool:
-        """Always: whoever is lost is in the next quorum no more."""
+        """True: a lost worker is not in the next quorum."""
         return True
 
     # Beside the training.
 
-    def _speak(self) -> None:
-        if self._speaking:
+    def _start_threads(self) -> None:
+        if self._threads:
             return
-        self._heard = time.monotonic()
-        self._speaking = [threading.Thread(target=each, daemon=True) for each in (self._beat, self._ask)]
-        for thread in self._speaking:
+        self._answered = time.monotonic()
+        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._send_heartbeats, self._ask)]
+        for thread in self._threads:
             thread.start()
 
-    def _beat(self) -> None:
-        while not self._left.wait(_ASK_SECONDS):
-            with suppress(RuntimeError, TimeoutError):  # away for now: who needs it looks for how long
+    def _send_heartbeats(self) -> None:
+        while not self._ended.wait(_ASK_SECONDS):
+            with suppress(RuntimeError, TimeoutError):  # away for now: `_next` looks for how long
                 self._client.heartbeat(self._name, timedelta(seconds=_ANSWER_SECONDS))
-                self._heard = time.monotonic()
+                self._answered = time.monotonic()
 
     def _ask(self) -> None:
         patience = timedelta(seconds=_ANSWER_SECONDS)
-        while not self._left.wait(_ASK_SECONDS):
-            says: dict[Hashable, object] = {"waits": self._waits}
+        while not self._ended.wait(_ASK_SECONDS):
+            report: dict[Hashable, object] = {"waits": self._waiting}
             with suppress(RuntimeError, TimeoutError):
-                self._hear(self._client.quorum(self._name, patience, store_address=self._store_address, data=says))
+                self._receive(self._client.quorum(self._name, patience, store_address=self._store_address, data=report))
 
-    def _hear(self, quorum: "Quorum") -> None:
-        """What a quorum means is the same for all who are in it."""
+    def _receive(self, quorum: "Quorum") -> None:
+        """React to a quorum, alike on all its members."""
         names = [each.replica_id for each in quorum.participants]
         waiting = [bool(each.data and each.data.get("waits")) for each in quorum.participants]
         numbers = [name.partition("-")[0] for name in names]
         if len(set(numbers)) < len(numbers):
-            self._twins += numbers.count(f"{self.member:06}") > 1
+            self._duplicates += numbers.count(f"{self.member:06}") > 1
             return
-        self._twins = 0
+        self._duplicates = 0
         if all(waiting):
-            self._waits = self.called = self.lost = False
-            self._on_their_way = set(names)
+            self._waiting = self.called = self.lost = False
+            self._joining = set(names)
             self._groups.put(quorum)
         else:
-            self.lost = not self._on_their_way <= set(names)
+            self.lost = not self._joining <= set(names)
             self.called = self.called or self.lost or any(waiting)
 
     # In the training.
 
     def _next(self) -> "Quorum":
-        """The next quorum of which all wait."""
+        """The next quorum whose members all wait for a group."""
         since = time.monotonic()
         while True:
             with suppress(queue.Empty):
                 return self._groups.get(timeout=_ASK_SECONDS)
             now = time.monotonic()
-            if now - self._heard > self.timeout_seconds:
+            if now - self._answered > self.timeout_seconds:
                 raise ExchangeError(
-                    f"the lighthouse at {self.address} has not answered for {now - self._heard:.0f} seconds, and without it "
+                    f"the lighthouse at {self.address} has not answered for {now - self._answered:.0f} seconds, and without it "
                     f"there is no new group of workers. Start it again there (torchft_lighthouse), then give the same command "
                     f"again, which goes on from the last checkpoint"
                 )
-            if self._twins >= _SURE and not self._formed:
+            if self._duplicates >= _SURE and not self._formed:
                 raise UsageError(
                     f"there is a worker {self.member} at the lighthouse at {self.address} already: give each a --member of "
                     f"its own"
@@ -191,7 +190,7 @@ class Lighthouse:
                 )
 
     def _join(self, quorum: "Quorum") -> None:
-        """Be in the group that a quorum is; RuntimeError where it does not come about."""
+        """Join the group of a quorum; RuntimeError if it is not formed."""
         members = quorum.participants
         rank = [each.replica_id for each in members].index(self._name)
         name = f"group-{quorum.created.seconds}.{quorum.created.nanos:09}"  # its number is the same if its members are
@@ -235,8 +234,8 @@ def _reach(address: str) -> "tuple[LighthouseClient, str]":
         ) from error
 
 
-def _speak_from(own: str) -> None:
-    """Have gloo use the network of this address; by itself it takes that of the host's name, which often is the loopback."""
+def _use_network_of(own: str) -> None:
+    """Have gloo use the network of this address; by default it uses the one of the host's name, which often is the loopback."""
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:

@@ -1,39 +1,26 @@
-"""The parameter server of a strategy, and the process of a supervisor in which one listens; both go on from their snapshots."""
+"""The process of a supervisor that runs a strategy's server; it resumes from the server's folder."""
 
 import socket
+from contextlib import closing
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import torch
-
-from noctule.launch.line import Line
-from noctule.team.building import codec, server_optimizer
-from noctule.team.strategy import Strategy
-
-if TYPE_CHECKING:
-    from noctule.parallel.server.listen import Server
-
-
-def listen(strategy: Strategy, **options: Any) -> "Server":
-    """A server with the optimizer, shards and codec of a strategy, in this process; options are those of `serve`."""
-    from noctule.parallel.server.listen import serve
-
-    torch.set_num_threads(1)  # each shard has a thread of its own
-    return serve(partial(server_optimizer, strategy), shards=strategy.shards, codec=codec(strategy.codec), **options)
+from noctule.launch.connection import Connection
+from noctule.team.strategies import made
+from noctule.team.strategy import ServedStrategy
 
 
 def keep_server(descriptor: int) -> int:
-    """Be the server at the other end of this socket, until that is closed: everything is in its folder then."""
-    line = Line(socket.socket(fileno=descriptor))
-    said = line.hear()
-    if not said:
+    """Run the server of the supervisor at the other end of a socket until that is closed: its folder then holds everything."""
+    connection = Connection(socket.socket(fileno=descriptor))
+    if not (messages := connection.receive()):
         return 1
-    plan = said[0]
-    options = {"folder": Path(plan["folder"]), "patience_seconds": plan["timeout_seconds"]}
-    with listen(Strategy(**plan["strategy"]), workers=plan["workers"], **options) as server:
-        line.tell(tickets=[asdict(server.ticket(worker)) for worker in range(plan["workers"])])
-        while line.hear():
+    plan = messages[0]
+    strategy, workers = made(plan["strategy"]), plan["workers"]
+    assert isinstance(strategy, ServedStrategy)
+    folder, patience_seconds = Path(plan["folder"]), plan["timeout_seconds"]
+    with closing(strategy.serve(workers=workers, folder=folder, patience_seconds=patience_seconds)) as server:
+        connection.send(tickets=[asdict(server.ticket(worker)) for worker in range(workers)])
+        while connection.receive():
             pass
     return 0

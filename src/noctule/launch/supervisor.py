@@ -1,9 +1,9 @@
-"""Local workers, watched: who dies is replaced, and the others are left alone but for being told to meet anew.
+"""A supervisor of worker processes on this machine: it restarts those that die and forms groups of those that live.
 
-The store where groups meet lives here, outside of all workers. A worker says ``join`` when it is in no group; when all who can
-have said so, they are sent off in a new one. A worker that joins later has the others called out of their group before their next
-exchange, or after their next meeting. Workers of a parameter server meet nobody: only who dies is started again, the server too. A
-worker's own error is not a fault of the machine: it ends the run.
+The store where groups meet is in this process, outside of all workers. A worker sends ``join`` when it is in no group. Once all
+workers that can have sent it, each gets ``go`` with its rank in a new group. When a worker joins later, the others get ``called``
+and leave their group before the next exchange, or after the next meeting. Workers of a server form no groups: a process that dies
+is restarted, be it a worker or the server. An error that a worker raises itself ends the run.
 """
 
 import os
@@ -22,43 +22,43 @@ from typing import Any, Literal
 from torch._C._distributed_c10d import TCPStore
 
 from noctule.core.errors import NoctuleError
-from noctule.launch.line import Line
-from noctule.team.strategy import Strategy
+from noctule.launch.connection import Connection
+from noctule.team.strategy import ServedStrategy, Strategy
 from noctule.train.interrupt import deferred_interrupt
 
 FUTILE = 3
-"""Deaths of one process in a row, each before it had done anything, after which the run ends."""
-_LOOK_SECONDS = 0.1
+"""The deaths of one process in a row, each before it had worked, after which the run ends."""
+_POLL_SECONDS = 0.1
 _START_SECONDS = 120.0
-"""For a server to import torch on a busy machine."""
+"""The time that a server has to import torch on a busy machine."""
 
 State = Literal["starting", "waiting", "working", "done"]
 
 
 @dataclass
 class Child:
-    """A process and what it is doing."""
+    """A process and its state."""
 
     name: str
     process: subprocess.Popen[bytes]
-    line: Line
+    connection: Connection
     log: Path
     futile: int = 0
-    """Deaths since it last did anything."""
+    """The number of deaths since it last worked."""
     listening: bool = False
-    """Whether it has said a word yet."""
+    """Whether it has sent a message yet."""
     state: State = "starting"
     since: float = field(default_factory=time.monotonic)
 
     def become(self, state: State) -> None:
-        """Note what it does from now on."""
+        """Change the state, from now on."""
         self.state, self.since = state, time.monotonic()
 
     def end(self) -> None:
-        """At once, whatever it is doing."""
+        """Kill the process, whatever it is doing."""
         self.process.kill()
         self.process.wait()
-        self.line.close()
+        self.connection.close()
 
 
 class Supervisor:
@@ -66,44 +66,44 @@ class Supervisor:
 
     Args:
         run: the run's folder, which says the recipe and its options.
-        workers: how many.
+        workers: how many there are.
         strategy: how they train together.
         threads: of each worker.
     """
 
     def __init__(self, run: Path, *, workers: int, strategy: Strategy, threads: int) -> None:
-        """Nothing is started yet."""
         if workers < 1:
             raise ValueError(f"there has to be at least one worker, got {workers}")
         self.run_folder, self.strategy, self.threads = run, strategy, threads
         self.workers, self.timeout_seconds = workers, strategy.timeout_seconds
         self.groups = 0
-        """How many have been formed."""
+        """How many groups have been formed."""
         self.lost: list[str] = []
-        """Who died, in their order."""
+        """The names of the processes that died, in order."""
         self.members: list[Child] = []
         self.server: Child | None = None
         self._tickets: list[dict[str, Any]] = []
+        self._served = isinstance(strategy, ServedStrategy)
         self._stopping = False
 
     def run(self) -> None:
-        """Until all workers are done.
+        """Run until all workers are done.
 
         Raises:
-            NoctuleError: a worker failed, or cannot be kept alive.
-            Stopped: by a signal; the workers have left checkpoints, synchronous ones of one step.
+            NoctuleError: a worker failed, or dies again and again.
+            Stopped: a signal came; the workers have left checkpoints, those of a group of one step.
         """
         wait_time = timedelta(seconds=self.timeout_seconds)
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=wait_time)
         try:
-            if self.strategy.served:
+            if self._served:
                 self._start_server()
             self.members = [self._start(number) for number in range(self.workers)]
             with deferred_interrupt() as stopping:
                 while any(member.state != "done" for member in self.members):
                     if stopping() and not self._stopping:
                         self._stop()
-                    self._look()
+                    self._poll()
         finally:
             for member in self.members:
                 member.end()
@@ -123,11 +123,11 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=None if shown else log,
                 stderr=None if shown else log,
-                start_new_session=True,  # Ctrl-C in a terminal is for us, who then bring all to one step
+                start_new_session=True,  # Ctrl-C in a terminal comes here only: the supervisor brings all to one step
                 env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
             )
-        child = Child(name, process, Line(ours), path, futile)
-        child.line.tell(
+        child = Child(name, process, Connection(ours), path, futile)
+        child.connection.send(
             **plan, strategy=self.strategy.facts(), workers=self.workers, timeout_seconds=self.timeout_seconds
         )
         return child
@@ -151,15 +151,15 @@ class Supervisor:
         folder = self.run_folder / "server"
         server = self._spawn("the server", "server", folder, shown=False, futile=futile, folder=str(folder))
         self.server = server
-        if not wait([server.line.socket], _START_SECONDS) or not (said := server.line.hear()):
-            raise NoctuleError(f"the parameter server did not start{_last_words(server)}")
-        self._tickets = said[0]["tickets"]
+        if not wait([server.connection.socket], _START_SECONDS) or not (messages := server.connection.receive()):
+            raise NoctuleError(f"the server did not start{_last_words(server)}")
+        self._tickets = messages[0]["tickets"]
         server.become("working")
 
     def _end_server(self, server: Child) -> None:
-        """It keeps everything before it ends."""
+        """Close the connection, which has the server keep everything and end."""
         with suppress(OSError):
-            server.line.socket.shutdown(socket.SHUT_RDWR)
+            server.connection.socket.shutdown(socket.SHUT_RDWR)
         try:
             server.process.wait(self.timeout_seconds)
         except subprocess.TimeoutExpired:
@@ -167,52 +167,52 @@ class Supervisor:
         finally:
             server.end()
 
-    # What they say and how they end.
+    # Their messages and their ends.
 
-    def _look(self) -> None:
-        """Hear who has something to say, see who died, and send off who waits."""
-        lines = {member.line.socket: member for member in self.members if not member.line.ended}
-        for end in wait(list(lines), _LOOK_SECONDS):
-            self._hear(lines[end])  # type: ignore[index] wait gives back what it was given
+    def _poll(self) -> None:
+        """Receive messages, notice deaths, and form a group of the workers that wait."""
+        connections = {member.connection.socket: member for member in self.members if not member.connection.ended}
+        for end in wait(list(connections), _POLL_SECONDS):
+            self._receive(connections[end])  # type: ignore[index] wait gives back what it was given
         for number, member in enumerate(self.members):
             if member.state != "done" and member.process.poll() is not None:
                 self._ended(number, member)
         if self.server is not None and (code := self.server.process.poll()) is not None:
             futile = self._lost(self.server, code)
-            self.server.line.close()
+            self.server.connection.close()
             self._start_server(futile)
-        self._send_off()
+        self._form_group()
 
-    def _hear(self, member: Child) -> None:
-        for words in member.line.hear():
+    def _receive(self, member: Child) -> None:
+        for message in member.connection.receive():
             member.listening = True
-            if "failed" in words:
-                raise NoctuleError(f"{member.name}: {words['failed']}")
-            if "join" in words:
+            if "failed" in message:
+                raise NoctuleError(f"{member.name}: {message['failed']}")
+            if "join" in message:
                 member.become("waiting")
-                self._call()
-            if "left" in words:
+                self._request_regroup()
+            if "left" in message:
                 member.become("starting")
-            if "done" in words:
+            if "done" in message:
                 member.become("done")
 
     def _ended(self, number: int, member: Child) -> None:
-        while not member.line.ended:
-            self._hear(member)
+        while not member.connection.ended:
+            self._receive(member)
         code = member.process.wait()
         if member.state == "done" or code in (0, 130) or self._stopping:
             member.become("done")
             return
         futile = self._lost(member, code)
-        member.line.close()
+        member.connection.close()
         self.members[number] = self._start(number, futile)
-        self._call()  # the others may be on their way to a group that waits for it
+        self._request_regroup()  # the others may be on their way to a group that waits for it
 
     def _lost(self, child: Child, code: int) -> int:
-        """Note that a process has died; how many times in a row that came to nothing.
+        """Note the death of a process; return how often in a row it died before it had worked.
 
         Raises:
-            NoctuleError: it ended by an error of its own, or dies again and again.
+            NoctuleError: it ended with an error of its own, or dies again and again.
         """
         if code > 0:
             raise NoctuleError(f"{child.name} ended with exit code {code}{_last_words(child)}")
@@ -225,19 +225,20 @@ class Supervisor:
         self.lost.append(child.name)
         return futile
 
-    def _call(self) -> None:
-        """Have all who are in a group leave it as soon as no step is half done."""
+    def _request_regroup(self) -> None:
+        """Have all workers in a group leave it as soon as no step is half done."""
         for member in self.members:
-            if member.state == "working" and not self.strategy.served:
-                member.line.tell(called=True)
+            if member.state == "working" and not self._served:
+                member.connection.send(called=True)
 
-    def _send_off(self) -> None:
-        """A new group of all who wait, once nobody is in the old one; the first one waits for those who are starting, and so does
-        one for a merge, which all take part in.
+    def _form_group(self) -> None:
+        """Form a group of all workers that wait, once none is in the old one.
+
+        The first group also waits for workers that are starting, and so does a group for a merge, in which all take part.
         """
         waiting = [member for member in self.members if member.state == "waiting"]
         working = [member for member in self.members if member.state == "working"]
-        everyone = not self.groups or self.strategy.served
+        everyone = not self.groups or self._served
         if not waiting or (everyone and any(member.state == "starting" for member in self.members)):
             return
         if working:
@@ -247,18 +248,18 @@ class Supervisor:
             return
         self.groups += 1
         for rank, member in enumerate(waiting):
-            member.line.tell(go=True, rank=rank, world=len(waiting), group=self.groups, stopped=self._stopping)
+            member.connection.send(go=True, rank=rank, world=len(waiting), group=self.groups, stopped=self._stopping)
             member.become("working")
             member.futile = 0
 
     def _stop(self) -> None:
-        """Bring all workers to one step and end there; who is not in a group yet has nothing to keep."""
+        """Have all workers stop at one step; a worker that was in no group yet has nothing to keep, and is killed."""
         self._stopping = True
         for member in self.members:
-            joins_later = member.state == "starting" and not self.strategy.served
-            if joins_later or not member.listening or not (self.groups or self.strategy.served):
+            joins_later = member.state == "starting" and not self._served
+            if joins_later or not member.listening or not (self.groups or self._served):
                 member.process.kill()
-            member.line.tell(stop=True)
+            member.connection.send(stop=True)
 
 
 def _last_words(child: Child) -> str:

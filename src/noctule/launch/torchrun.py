@@ -1,4 +1,4 @@
-"""Workers that torchrun started: one group, which torchrun starts anew, from the checkpoints, when a worker is lost.
+"""Workers that torchrun starts: one group, which torchrun restarts from the checkpoints when a worker is lost.
 
     torchrun --standalone --nproc-per-node 2 --max-restarts 3 -m noctule.cli run sparse_mlp --out runs/together
 
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-_LOOK_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def under_torchrun() -> bool:
-    """Whether this process was started by torchrun, or by whatever else sets its variables."""
+    """Whether this process was started by torchrun, or by another program that sets its variables."""
     return all(name in os.environ for name in _NEEDED)
 
 
@@ -30,7 +30,6 @@ class Torchrun:
     called = lost = stopped = False
 
     def __init__(self, *, timeout_seconds: float = 60.0) -> None:
-        """In no group yet."""
         self.timeout_seconds = timeout_seconds
         self.member, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
@@ -45,20 +44,20 @@ class Torchrun:
             )
 
     def form(self) -> None:
-        """See `noctule.team.group.Rendezvous`."""
+        """Join the group of torchrun's variables."""
         dist.init_process_group("gloo", timeout=timedelta(seconds=self.timeout_seconds))
 
     def again(self) -> bool:
-        """Never: torchrun starts all of them again."""
+        """False: torchrun restarts all workers."""
         return False
 
     def folder(self, run: Path) -> Path:
-        """Where this worker keeps its records."""
+        """The folder of this worker's records."""
         return run if self.member == 0 else run / "workers" / str(self.member)
 
 
 def _end_with(agent: int) -> None:
-    """End this process with torchrun's: when that is started again, this one must not write into the same run."""
+    """End this process when torchrun's ends: it must not write into the run when torchrun is started again."""
     while os.getppid() == agent:
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
     os._exit(1)

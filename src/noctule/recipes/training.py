@@ -92,7 +92,7 @@ def train_classifier(
         chosen = strongest_(model, lambda twin: loss_fn(twin(inputs), targets), journal.run.whole / "twin.json")
     with measure() as cost:
         steps = epochs * len(train)
-        shared, methods = here.share(train), [*methods, *here.methods(steps=steps)]
+        shared, methods = here.share(train, loss_fn=loss_for(splits.train)), [*methods, *here.methods(steps=steps)]
         own = here.journal(journal, steps=steps)
         fitted = here.train(
             lambda: fit(

@@ -1,77 +1,76 @@
-"""What a strategy of the command line is made of: its method, its exchange, its codec, the optimizer of its server."""
+"""Exchanges and codecs by the names that they have on the command line."""
 
-from functools import partial
+from collections.abc import Callable
+from typing import get_args
 
 import torch
+import torch.distributed as dist
 
 from noctule.codecs import Cast, Codec, NaturalCompression, TopK
-from noctule.core.exchange import Channel, Exchange
-from noctule.core.method import Method
+from noctule.core.exchange import Channel, Exchange, Path, Stage
 from noctule.exchange import (
     AllGather,
     AllReduce,
     Auto,
     Compress,
-    EverySync,
     Group,
+    Hierarchical,
     PowerSGD,
     TwoPhase,
     Weigh,
     probe_link,
 )
-from noctule.parallel import DiLoCo
-from noctule.parallel.diloco import AVERAGE
-from noctule.team.strategy import Coding, Strategy
+from noctule.team.strategy import Coding, TensorCoding
 
 TOP, LEAST = 0.0156, 256
-"""Of the numbers that `topk` sends, each as one byte of natural compression, and how many of each tensor at least."""
+"""The share of the numbers that `topk` sends, each as one byte of natural compression, and how many of each tensor at least."""
 RANK = 4
-"""Of `powersgd`."""
+"""The rank of `powersgd`."""
 
 
-def method(strategy: Strategy, exchange: Exchange) -> Method:
-    """What workers in a process group attach."""
-    if strategy.strategy == "sync":
-        return EverySync(exchange)
-    momentum = strategy.outer_momentum
-    nesterov = partial(torch.optim.SGD, lr=strategy.outer_rate, momentum=momentum, nesterov=momentum > 0.0)
-    return DiLoCo(exchange, every=strategy.meet_every, outer=nesterov if strategy.strategy == "diloco" else AVERAGE)
+def exchange(
+    coding: Coding,
+    weigh: Weigh | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+    per_machine: int | None = None,
+) -> Exchange:
+    """An exchange between the members of a process group as it is.
+
+    Args:
+        coding: what travels.
+        weigh: how much a worker's tensors count; None where each worker's count as much.
+        group: the process group (default: of all processes).
+        per_machine: how many workers add up what they have before one of them exchanges it; 0 for those of each machine, None for
+            no such level.
+    """
+    if coding == "auto":
+        names: tuple[Coding, ...] = tuple(name for name in get_args(Coding) if name != "auto")
+        return Auto(
+            {name: exchange(name, weigh, group=group) for name in names}, probe=lambda: probe_link(Group(group))
+        )
+    stages: list[Stage] = [] if weigh is None else [weigh]
+
+    def path(kind: Callable[[dist.ProcessGroup | None], Path]) -> Path:
+        if per_machine is None:
+            return kind(group)
+        machine = str(dist.get_rank() // per_machine) if per_machine else None
+        return Hierarchical.over_machines(kind, machine=machine)
+
+    if coding == "powersgd":
+        return PowerSGD(RANK, inner=Channel(*stages, path=path(AllReduce)))
+    of_tensors = codec(coding)
+    if of_tensors is None:
+        return Channel(*stages, path=path(AllReduce))
+    return Channel(*stages, Compress(of_tensors), path=path(AllGather if coding == "topk" else TwoPhase))
 
 
-def exchange(strategy: Strategy, weigh: Weigh) -> Exchange:
-    """Between the members of the process group as it is; ``weigh`` says what a worker's gradients count."""
-    if strategy.codec == "auto":
-        candidates: tuple[Coding, ...] = ("none", "bf16", "natural", "topk", "powersgd")
-        coded = {name: _coded(strategy, name, weigh) for name in candidates}
-        return Auto(coded, probe=lambda: probe_link(Group()))
-    return _coded(strategy, strategy.codec, weigh)
-
-
-def server_optimizer(strategy: Strategy, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """What moves the weights at the server."""
-    if strategy.strategy == "wasap":
-        return torch.optim.SGD(parameters, lr=strategy.server_rate, momentum=0.9)
-    return torch.optim.Adagrad(parameters, lr=strategy.server_rate)
-
-
-def _coded(strategy: Strategy, name: Coding, weigh: Weigh) -> Exchange:
-    counted = [weigh] if strategy.equal_weights else []  # the others exchange weights, of which each counts as much
-    coding = codec(name)
-    if name == "powersgd":
-        return PowerSGD(RANK, inner=Channel(*counted, path=AllReduce()))
-    if coding is None:
-        return Channel(*counted, path=AllReduce())
-    return Channel(*counted, Compress(coding), path=AllGather() if name == "topk" else TwoPhase())
-
-
-def codec(name: Coding) -> Codec | None:
-    """The codec of single tensors that a name means, if it means one."""
-    match name:
-        case "bf16":
-            return Cast(torch.bfloat16)
-        case "natural":
-            return NaturalCompression()
-        case "topk":
-            return TopK(TOP, at_least=LEAST, values=NaturalCompression())
-        case _:
-            return None
+def codec(coding: TensorCoding) -> Codec | None:
+    """The codec of single tensors of that name; None for tensors as they are."""
+    codecs: dict[TensorCoding, Codec | None] = {
+        "none": None,
+        "bf16": Cast(torch.bfloat16),
+        "natural": NaturalCompression(),
+        "topk": TopK(TOP, at_least=LEAST, values=NaturalCompression()),
+    }
+    return codecs[coding]

@@ -1,4 +1,4 @@
-"""Checkpoints of several workers: all go on from whoever has come furthest, whether it lives or has left a file."""
+"""Checkpoints of several workers: all resume from the state that is furthest, of a living worker or of a file."""
 
 import hashlib
 import json
@@ -11,53 +11,53 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from noctule.checkpoint import Checkpoints, load, save
+from noctule.checkpoint import load, save
 from noctule.core.errors import LostWorkerError
 from noctule.exchange import Group
-from noctule.team.strategy import Strategy
+from noctule.team.strategy import GroupStrategy
+from noctule.train.fit import SavedStates
 
 
 class Sharing(Protocol):
-    """The team whose checkpoints are compared."""
+    """The team between whose workers checkpoints are compared."""
 
-    strategy: Strategy
+    strategy: GroupStrategy
     broken: bool
     """Whether a worker was lost, so that the group has to be formed anew."""
 
     def obey(self) -> None:
-        """Stop here if the training is to stop."""
+        """Stop if the training is to stop."""
         ...
 
 
-class SharedCheckpoints(Checkpoints):
-    """A worker's own checkpoints, which compares itself with the others' before it goes on from one.
+class SharedCheckpoints:
+    """A worker's checkpoints, compared with those of the others before the training resumes from one.
 
     Args:
-        own: where this worker's files are.
-        team: between whom.
-        steps: of the whole training: who has done them all needs nobody.
+        own: this worker's.
+        team: the workers.
+        steps: of the whole training: a worker that has done all of them does not ask the others.
     """
 
-    def __init__(self, own: Checkpoints, team: Sharing, *, steps: int) -> None:
-        """Nothing is read yet."""
-        super().__init__(own.folder, keep=own.keep)
-        self._team, self._steps = team, steps
+    def __init__(self, own: SavedStates, team: Sharing, *, steps: int) -> None:
+        self.folder = own.folder
+        self._own, self._team, self._steps = own, team, steps
         self._held: tuple[int, Any] | None = None
 
-    def save(self, step: int, state: Any) -> Path:
-        """Write it; where the group was just lost, keep it here instead, since the training is about to go on."""
+    def save(self, step: int, state: Any) -> None:
+        """Write a state; after the loss of the group keep it in memory instead, since the training is about to resume."""
         if self._team.broken:
             self._held = step, state
-            return self.path(step)
-        return super().save(step, state)
+        else:
+            self._own.save(step, state)
 
     def latest(self) -> tuple[int, Any] | None:
-        """The state of the worker that has come furthest, and this one's own where that is as far.
+        """The state of the worker that is furthest; this worker's own where that is as far.
 
         Raises:
-            LostWorkerError: another worker is lost meanwhile.
+            LostWorkerError: a worker was lost meanwhile.
         """
-        mine, self._held = self._held or super().latest(), None
+        mine, self._held = self._held or self._own.latest(), None
         if mine is not None and mine[0] >= self._steps and not mine[1]["progress"]["batch"]:
             return mine
         try:
@@ -73,29 +73,29 @@ class SharedCheckpoints(Checkpoints):
         step = -1 if mine is None else mine[0]
         digest = "" if mine is None else _digest(mine[1]["model"], numbers=self._team.strategy.equal_weights)
         met = 0 if mine is None else _exchanges(mine[1]["session"])
-        said = [json.loads(each) for each in group.share(json.dumps([step, met, digest]).encode())]
-        furthest = max(step for step, *_ in said)
-        donor = max(range(len(said)), key=lambda rank: (*said[rank][:2], -rank))
-        if furthest < 0 or all(each == said[donor] for each in said):
+        reports = [json.loads(each) for each in group.share(json.dumps([step, met, digest]).encode())]
+        furthest = max(step for step, *_ in reports)
+        donor = max(range(len(reports)), key=lambda rank: (*reports[rank][:2], -rank))
+        if furthest < 0 or all(report == reports[donor] for report in reports):
             return mine
         sent = _to_bytes(mine[1], self.folder) if mine is not None and group.rank == donor else b""
         received = _broadcast(group, sent, donor)
-        if [step, met, digest] == said[donor]:
+        if [step, met, digest] == reports[donor]:
             return mine
         state = _from_bytes(received, self.folder)
-        state["random"] = torch.get_rng_state()  # its own draws, not the donor's once more
+        state["random"] = torch.get_rng_state()  # draws of its own, not the donor's once more
         return furthest, state
 
 
 def _exchanges(tree: Any) -> int:
-    """How many exchanges a session's state has seen finished: of two at the same step, one may have had its meeting already."""
+    """The exchanges finished in a session's state: of two workers at the same step, one may have had the meeting already."""
     if isinstance(tree, Mapping):
         return int(tree["finished"]) if "finished" in tree else sum(map(_exchanges, tree.values()))
     return sum(map(_exchanges, tree)) if isinstance(tree, list) else 0
 
 
 def _digest(model: Mapping[str, Any], *, numbers: bool) -> str:
-    """Of a model's places, and of its ``numbers`` where workers must have the same."""
+    """A digest of a model's places, and of its ``numbers`` where all workers must have the same."""
     found = hashlib.blake2b(digest_size=8)
     for x in _tensors(model):
         if numbers or not x.is_floating_point():
@@ -112,7 +112,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _to_bytes(state: Any, folder: Path) -> bytes:
-    """A state as the bytes of its file: what is read is checked as a file is."""
+    """A state as the bytes of its file, so that it is checked as a file is when it is read."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".handed-") as where:
         save(path := Path(where) / "state", state)

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from noctule.core.errors import LostWorkerError
 from noctule.core.exchange import Exchange, Wrapped
+from noctule.core.remap import Remap
 
 
 class Grouped(Protocol):
@@ -74,6 +75,11 @@ class Elastic(Wrapped):
         """The messages of all workers; raises LostWorkerError if the group is to be left."""
         with self._noticing():
             return self.inner.share(message)
+
+    @override
+    def remapped(self, key: str, remap: Remap, shape: tuple[int, ...]) -> None:
+        if self._inner is not None or self._loaded is not None:  # in a new group only some workers may move connections
+            self.inner.remapped(key, remap, shape)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One of several workers that train together in a process group, which is formed anew when a worker is lost or joins."""
+"""The team of a worker in a process group, which is formed anew when a worker is lost or joins."""
 
 import os
 import signal
@@ -10,39 +10,39 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
+from typing_extensions import override
 
 from noctule.core.errors import LostWorkerError
-from noctule.core.exchange import Channel
+from noctule.core.exchange import Channel, Exchange
 from noctule.core.method import Method
 from noctule.data import Batches
 from noctule.exchange import AllReduce, Group, LinkEstimate, NoiseScale, Weigh, probe_link
 from noctule.sparse.rewire import Rewire
-from noctule.team import building
 from noctule.team.checkpoints import SharedCheckpoints
 from noctule.team.elastic import Elastic
 from noctule.team.journal import TeamJournal
 from noctule.team.member import Team
 from noctule.team.share import Share
-from noctule.team.strategy import Strategy
-from noctule.train.fit import Journal, Source
+from noctule.team.strategy import GroupStrategy
+from noctule.train.fit import Journal, Loss, Source
 
 T = TypeVar("T")
-_LOOK_SECONDS = 0.002
+_POLL_SECONDS = 0.002
 _CALLED = "the workers form a new group: one has joined or is lost, or all are to stop"
 
 
 class Rendezvous(Protocol):
-    """How a worker finds the others."""
+    """How a worker finds the others and forms process groups with them."""
 
     called: bool
-    """Whether the others wait for a new group."""
+    """Whether a new group is wanted: a worker has joined or is lost, or all are to stop."""
     lost: bool
-    """Whether one of the group is known to be gone, who would be waited for in vain."""
+    """Whether a member of the group is known to be gone, so that an exchange would wait for it in vain."""
     stopped: bool
-    """Whether the training is to stop, where all are at the same step."""
+    """Whether the training is to stop, at a step that is the same for all."""
 
     def form(self) -> None:
-        """Leave the group of `torch.distributed` there was, if any, and be in a new one with all who are there."""
+        """Leave the group of `torch.distributed`, if there is one, and be in a new one with all workers that are there."""
         ...
 
     def again(self) -> bool:
@@ -50,104 +50,102 @@ class Rendezvous(Protocol):
         ...
 
 
-class Together(Team):
-    """A worker among others.
+class GroupTeam(Team):
+    """A worker in a process group.
 
-    Synchronous workers are at the same step with the same weights, so the group goes on from whoever has come furthest: a worker
-    that died while others finished their step, or that has just been started, takes over the state of such a one, bit for bit.
+    The group goes on from the worker that has come furthest. With synchronous workers a restarted worker, or one that was lost
+    while the others finished a step, takes over that worker's state, bit for bit.
 
     Args:
         rendezvous: how it finds the others.
-        member: which of the workers this is, for good.
+        member: the number of this worker, the same in all groups.
         strategy: how they train together.
     """
 
     alone = one_machine = False
 
-    def __init__(self, rendezvous: Rendezvous, *, member: int, strategy: Strategy) -> None:
-        """In no group yet."""
+    def __init__(self, rendezvous: Rendezvous, *, member: int, strategy: GroupStrategy) -> None:
         self.rendezvous, self.member, self.strategy = rendezvous, member, strategy
         self.rank, self.world, self.generation = member, 0, 0
         self.weigh = Weigh(1.0)
-        # A group that is whole ends where no step is half done: before its gradients are exchanged, or see `before_batch`.
-        self.exchange = Elastic(
-            self, lambda: building.exchange(strategy, self.weigh), leave_for_new_group=strategy.equal_weights
-        )
-        self._sights = Elastic(self, lambda: Channel(path=AllReduce()), leave_for_new_group=False)
+        # A whole group ends where no step is half done: before its gradients are exchanged, or see `before_batch`.
+        self.exchange = Elastic(self, lambda: strategy.exchange(self.weigh), leave_for_new_group=strategy.equal_weights)
+        self._means = Elastic(self, lambda: Channel(path=AllReduce()), leave_for_new_group=False)
         self.broken = False
         self._link: LinkEstimate | None = None
         self._noise: NoiseScale | None = None
         self._batch = 0
-        self._apart = False
+        self._rewire_every: int | None = None
+        self._own_draws = False
 
     def form(self) -> None:
-        """Leave the group there was, and be in the next one."""
-        for elastic in (self.exchange, self._sights):
+        """Leave the group and join the next one."""
+        for elastic in (self.exchange, self._means):
             elastic.forget()
         self.rendezvous.form()
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.generation += 1
         self.broken = False
-        # All or none measure the link: one who has just joined knows nothing of it, and would wait for the others.
+        # All measure the link or none: a worker that has just joined does not know it, and would wait for the others.
         if self.world > 1 and b"" in Group().share(b"" if self._link is None else b"known"):
             self._link = probe_link(Group(), repeats=3, seconds=0.05, most_bytes=1 << 20)
 
     def check(self, *, leave_for_new_group: bool) -> None:
-        """See `noctule.team.elastic.Grouped`."""
+        """Raise LostWorkerError if a member is gone or, where that is heeded, if a new group is wanted."""
         if self.rendezvous.lost or (leave_for_new_group and self.rendezvous.called):
             raise LostWorkerError(_CALLED)
 
+    @override
     def before_batch(self, step: int, *, first: bool) -> None:
-        """See `Team`: workers that go apart between meetings vote right after one whether they form a new group.
+        """Vote on a new group, where weights differ between two meetings: right after one, and where an epoch begins.
 
-        All are at the same step then, each has moved its connections, and no one's work since a meeting is at stake.
+        All are at the same step then, connections have moved on each, and no work since a meeting would be lost.
         """
-        if not self.strategy.equal_weights and (first or step % self.strategy.meet_every == 0):
-            (votes,) = self._sights([torch.tensor([float(self.rendezvous.called)])], ["a new group"])
+        if not self.strategy.equal_weights and (first or step % self.strategy.regroup_every == 0):
+            (votes,) = self._means([torch.tensor([float(self.rendezvous.called)])], ["a new group"])
             if votes > 0:
                 self.broken = True
                 raise LostWorkerError(_CALLED)
 
-    def share(self, batches: Batches) -> Source:
-        """See `Team`."""
+    @override
+    def share(self, batches: Batches, *, loss_fn: Loss | None = None) -> Source:
         self._batch = batches.batch_size
         return Share(batches, self, self.weigh)
 
-    def methods(self, *, steps: int) -> Sequence[Method]:
-        """See `Team`."""
-        if not self.strategy.exact_gradients:
-            return (building.method(self.strategy, self.exchange),)
-        self._noise = NoiseScale(self.exchange, samples=lambda: (self.weigh.n, self.weigh.mean * self.world))
-        return (building.method(self.strategy, self._noise),)
-
+    @override
     def rewire(self, *, every: int, **options: Any) -> Sequence[Rewire]:
-        """See `Team`: where the workers' weights differ between two meetings, connections move right after one."""
-        meet = self.strategy.meet_every
-        return (Rewire(every=-(-every // meet) * meet, exchange=self._sights, **options),)
+        self._rewire_every = self.strategy.rewire_every(every)
+        return (Rewire(every=self._rewire_every, exchange=self._means, **options),)
 
+    @override
+    def methods(self, *, steps: int) -> Sequence[Method]:
+        exchange: Exchange = self.exchange
+        if self.strategy.exact_gradients:
+            exchange = self._noise = NoiseScale(exchange, samples=lambda: (self.weigh.n, self.weigh.mean * self.world))
+        rewire_every, self._rewire_every = self._rewire_every, None
+        return self.strategy.methods(exchange, self, rewire_every=rewire_every)
+
+    @override
     def journal(self, journal: Journal, *, steps: int) -> Journal:
-        """See `Team`."""
         return TeamJournal(journal, self, SharedCheckpoints(journal.checkpoints, self, steps=steps))
 
+    @override
     def facts(self) -> dict[str, Any]:
-        """See `Team`."""
         found: dict[str, Any] = {"groups": self.generation, "link": None if self._link is None else str(self._link)}
         if self._noise is not None and self._noise.measured:
             numbers = {name: getattr(self._noise, name) for name in ("signal", "noise", "measured")}
             found["noise_scale"] = {**numbers, "batch": self._batch}
         return found
 
+    @override
     def train(self, training: Callable[[], T]) -> T:
-        """See `Team`."""
         self.trained = True
         while True:
             try:
                 if not self.generation or self.broken:
                     self.form()
-                if not self._apart:
-                    self._apart = (
-                        True  # draws of its own, as for dropout: the workers' models are made by now, and alike
-                    )
+                if not self._own_draws:  # as for dropout: by now the workers' models are made, and alike
+                    self._own_draws = True
                     torch.manual_seed((torch.initial_seed() + self.member * 0x9E3779B9) % 2**64)
                 return training()
             except LostWorkerError:
@@ -156,7 +154,7 @@ class Together(Team):
                 self.broken = True
 
     def obey(self) -> None:
-        """Where the training is to stop: as if Ctrl-C had been pressed here, now that all are at the same step."""
+        """Stop if the training is to stop, as Ctrl-C does: all are at the same step now."""
         if self.rendezvous.stopped:
             signal.raise_signal(signal.SIGINT)
 
@@ -164,18 +162,26 @@ class Together(Team):
 def join_group(
     store: Store, *, rank: int, world: int, name: str, timeout_seconds: float, called: Callable[[], bool]
 ) -> None:
-    """A gloo group of who meets under this name, which waits for a silent peer for so long.
+    """Join the gloo group of this name.
 
-    Gloo would wait as long for one who has died on its way, so all say first that they are there; who is the first to know whether
-    that is so says for all whether they go.
+    Gloo would wait for the whole timeout for a worker that has died on its way. So each writes to the store that it is there, and
+    the first to see all of them, or to give up, decides for all whether the group is formed.
+
+    Args:
+        store: where the workers find each other.
+        rank: of this worker in the group.
+        world: how many workers the group has.
+        name: of the group.
+        timeout_seconds: for a silent peer.
+        called: whether another group is wanted already.
 
     Raises:
-        RuntimeError: not all came, or this one was called elsewhere before they did.
+        RuntimeError: not all came in time, or another group was wanted before they did.
     """
     store.set(f"{name}/here/{rank}", "")
     here, deadline = [f"{name}/here/{other}" for other in range(world)], time.monotonic() + timeout_seconds
     while not (complete := store.check(here)) and not called() and time.monotonic() < deadline:
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
     if store.compare_set(f"{name}/goes", "", "yes" if complete else "no") == b"no":
         raise RuntimeError("a worker was lost on its way to the group")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -1,31 +1,29 @@
-"""The records of one of several workers: beside what it has learned, what it had to do with the others."""
+"""The journal of a worker in a team: its records also say what it sent and how long it exchanged."""
 
 import time
 from typing import Any
 
-from noctule.checkpoint import Checkpoints
 from noctule.exchange.group import TRAFFIC
 from noctule.team.member import Team
-from noctule.train.fit import Journal
+from noctule.train.fit import Journal, SavedStates
 
 
 class TeamJournal:
-    """A worker's own journal.
+    """A journal that adds the worker's traffic to each record.
 
     Args:
-        journal: that of the run's folder, or of the worker's one inside.
-        team: of which it is a member.
+        journal: of the run's folder, or of the worker's folder inside it.
+        team: of which the worker is a member.
         checkpoints: instead of the journal's.
     """
 
-    def __init__(self, journal: Journal, team: Team, checkpoints: Checkpoints) -> None:
-        """From now on it counts."""
+    def __init__(self, journal: Journal, team: Team, checkpoints: SavedStates) -> None:
         self.journal, self.team, self.checkpoints = journal, team, checkpoints
         self._since = _so_far()
 
     @property
     def series(self) -> str:
-        """The name of what is trained, where the journal has one."""
+        """The name of the network that is trained, where the journal has one."""
         return getattr(self.journal, "series", "")
 
     def log(self, record: dict[str, Any]) -> None:
@@ -43,7 +41,7 @@ class TeamJournal:
         self.journal.log({**record, "together": together | self.team.facts()})
 
     def rewind(self, epoch: int) -> None:
-        """Forget the records past an epoch, and what was sent before the training began."""
+        """Forget the records past an epoch, and count traffic from now on."""
         self._since = _so_far()
         self.journal.rewind(epoch)
 

@@ -1,13 +1,13 @@
-"""What a training asks of where it runs: alone in its process, or one of several workers.
+"""What a recipe asks of the place where it runs: a process by itself, or a worker of several.
 
-A recipe is written once. `team` tells it where it is:
+A recipe is written once, against `team`:
 
     here = team()
     fitted = here.train(
         lambda: fit(model, optimizer, here.share(batches), methods=methods, journal=here.journal(journal), ...)
     )
 
-Alone, all of that changes nothing.
+In a process by itself all of that changes nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from noctule.core.method import Method
 from noctule.data import Batches
 from noctule.sparse.rewire import Rewire
-from noctule.train.fit import Journal, Source
+from noctule.train.fit import Journal, Loss, Source
 
 T = TypeVar("T")
 UNTRAINED = (
@@ -27,51 +27,56 @@ UNTRAINED = (
 
 
 class Team:
-    """A worker that is alone."""
+    """A process that trains by itself; subclasses are workers among others."""
 
     rank = 0
-    """Which of the workers this is."""
+    """The number of this worker."""
     world = 1
-    """How many there are now."""
+    """The number of workers now."""
     alone = True
-    """Whether there are no others."""
+    """Whether there are no other workers."""
     one_machine = True
-    """Whether all of them are on this machine, and their records in one folder."""
+    """Whether all workers are on this machine, with their records in one folder."""
     many_models = True
-    """Whether it can train one model after the other."""
+    """Whether one model after the other can be trained."""
     trained = False
-    """Whether a recipe has asked it to train."""
+    """Whether `train` was called: a recipe that never does trains each worker by itself."""
 
-    def share(self, batches: Batches) -> Source:
-        """This worker's part of every batch."""
+    def share(self, batches: Batches, *, loss_fn: Loss | None = None) -> Source:
+        """This worker's part of every batch.
+
+        Args:
+            batches: of all workers together.
+            loss_fn: of the recipe; needed by strategies that compute the loss of several batches in one step.
+        """
         return batches
 
     def before_batch(self, step: int, *, first: bool) -> None:
-        """What `share` gives says so before each of its batches.
+        """A hook that the batches of `share` call before each batch.
 
         Args:
-            step: how many batches of the training come before it.
+            step: how many batches of the training come before this one.
             first: whether it is the first of its epoch.
         """
 
     def methods(self, *, steps: int) -> Sequence[Method]:
-        """What keeps the workers together in a training of so many steps; to be attached after all others, and after `rewire`."""
+        """The methods that keep the workers together in a training of so many steps: the last ones to attach, after `rewire`."""
         return ()
 
     def rewire(self, *, every: int, **options: Any) -> Sequence[Rewire]:
-        """The `Rewire` of this worker; none where another worker moves the connections for all."""
+        """The `Rewire` of this worker; none where another worker moves connections for all."""
         return (Rewire(every=every, **options),)
 
     def journal(self, journal: Journal, *, steps: int) -> Journal:
-        """Where this worker's records and checkpoints of a training of so many steps go."""
+        """The journal for this worker's records and checkpoints in a training of so many steps."""
         return journal
 
     def facts(self) -> dict[str, Any]:
-        """What its records say besides bytes and seconds."""
+        """Entries for this worker's records, besides bytes and seconds."""
         return {}
 
     def train(self, training: Callable[[], T]) -> T:
-        """Run a training that resumes by itself from its journal; where workers are lost, again from where the others are."""
+        """Run a training that resumes from its journal by itself; called again when a worker is lost, to resume with the others."""
         self.trained = True
         return training()
 
@@ -87,7 +92,7 @@ def team() -> Team:
 
 @contextmanager
 def as_member_of(other: Team) -> Iterator[Team]:
-    """Within the block `team` gives this one."""
+    """A block in which `team` returns this team."""
     global _here
     before, _here = _here, other
     try:

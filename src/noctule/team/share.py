@@ -10,25 +10,24 @@ from noctule.team.member import Team
 
 
 class Share:
-    """The part of a team's member, cut anew whenever the team is another one.
+    """The batches of one member of a team, cut anew whenever the team changes.
 
-    A batch with fewer samples than workers leaves some without: they get its first sample, which counts for nothing.
+    A batch of fewer samples than workers leaves some workers without: they get its first sample, with a weight of zero.
 
     Args:
         batches: of all workers together.
-        team: who takes them.
-        weigh: is told how many samples each part has; None where `counts` is asked instead.
+        team: says the number of the worker and how many there are.
+        weigh: gets the number of samples of each part; None where `counts` is read instead.
     """
 
     counts = 1.0
-    """What the mean over the last part counts beside those of the others', 1 on average."""
+    """The weight of the last part's mean beside those of the other workers, 1 on average."""
 
     def __init__(self, batches: Batches, team: Team, weigh: Weigh | None = None) -> None:
-        """Nothing is read yet."""
         self.batches, self.team, self.weigh = batches, team, weigh
 
     def __len__(self) -> int:
-        """The batches of an epoch."""
+        """The number of batches in an epoch."""
         return len(self.batches)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -36,7 +35,7 @@ class Share:
         world, size, samples = self.team.world, self.batches.batch_size, len(self.batches.dataset)
         parts = self.batches.epoch(epoch, start, part=(self.team.rank, world))
         for batch, (inputs, targets) in enumerate(parts, start):
-            if batch > start or not batch:  # one that resumes may have a meeting to make up for first
+            if batch > start or not batch:  # a training that resumes may have a failed meeting to retry first
                 self.team.before_batch(epoch * len(self) + batch, first=not batch)
             self.counts = len(inputs) * world / min(size, samples - batch * size)
             if self.weigh is not None:

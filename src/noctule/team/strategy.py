@@ -1,192 +1,192 @@
-"""How workers train together and how a parameter server is kept, in the words of the command line; nothing here needs torch."""
+"""The contract of a strategy: what differs between the ways in which workers train together. Nothing here needs torch."""
 
-import ipaddress
-import socket
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+import types
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
-from noctule.core.errors import UsageError
+from noctule.core.place import nearest
 
-Name = Literal["sync", "diloco", "local", "downpour", "ssp", "bsp", "wasap"]
+if TYPE_CHECKING:
+    from noctule.core.exchange import Exchange
+    from noctule.core.method import Method
+    from noctule.exchange import Weigh
+    from noctule.team.member import Team
+    from noctule.transport.ticket import Ticket
+
 Coding = Literal["none", "bf16", "natural", "topk", "powersgd", "auto"]
-
-SERVED = ("downpour", "ssp", "bsp", "wasap")
-"""Those whose workers meet at a parameter server; of wasap only for the first 70 % of the steps."""
-ALL = "0.0.0.0"
-"""Where a server listens at all addresses of its machine."""
+"""The names of what can travel between workers: see `noctule.team.building`."""
+TensorCoding = Literal["none", "bf16", "natural", "topk"]
+"""Those of them that encode each tensor by itself, as a parameter server needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Strategy:
-    """What workers exchange, how often, and in which form.
+class Strategy(ABC):
+    """A way in which workers train together.
 
-    Args:
-        strategy: sync (gradients at every step), diloco (weights every ``meet`` steps, with an outer Nesterov optimizer), local
-            (the plain mean of the weights every ``meet`` steps), or against a parameter server downpour (nobody waits), ssp (nobody
-            is more than ``bound`` pushes ahead), bsp (all push before anybody goes on) and wasap (downpour, then each alone, then
-            their networks merged).
-        codec: none, bf16, natural (8 bits a number), topk (the largest 1.56 %, with error feedback), powersgd (rank 4), or auto
-            (whatever is fastest on the link as measured).
-        meet: steps from one meeting, or push and pull, to the next (default: 100 for diloco and local, 1 for the others).
-        bound: of ssp, in pushes.
-        outer_rate: the learning rate of diloco's outer optimizer.
-        outer_momentum: of the same, Nesterov's; smaller suits a training of a few hundred meetings or less.
-        server_rate: the learning rate at the parameter server, of Adagrad, or for wasap of SGD with momentum.
-        shards: of the parameter server.
+    The fields of a subclass are its options on the command line, and the first line of its docstring is its help. Each strategy is
+    the only one in a file of ``strategies/`` that has its name.
 
     Raises:
-        ValueError: they do not go together.
+        ValueError: an option has a value that it cannot have.
     """
 
-    strategy: Name = "sync"
-    codec: Coding = "none"
-    meet: int | None = None
-    bound: int = 3
-    outer_rate: float = 0.7
-    outer_momentum: float = 0.9
-    server_rate: float = 0.01
-    shards: int = 1
+    name: ClassVar[str]
+    """What ``--strategy`` calls it."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be."""
-        if self.meet is not None and self.meet < 1:
-            raise ValueError(f"workers meet after at least one step, got meet={self.meet}")
-        if self.strategy == "sync" and self.meet not in (None, 1):
-            raise ValueError(f"with sync workers meet at every step, got meet={self.meet}: use diloco or local")
-        if self.served and self.codec in ("powersgd", "auto"):
-            raise ValueError(f"{self.codec} needs workers that meet: with {self.strategy} use bf16, natural or topk")
-        if not (self.outer_rate > 0.0 and 0.0 <= self.outer_momentum < 1.0):
-            raise ValueError(
-                f"outer_rate is above 0 and outer_momentum from 0 to less than 1, got {self.outer_rate} and {self.outer_momentum}"
-            )
-        if self.bound < 0 or self.shards < 1 or not self.server_rate > 0.0:
-            raise ValueError(
-                f"bound is at least 0, shards at least 1 and server_rate above 0, got {self.bound}, {self.shards} and "
-                f"{self.server_rate}"
-            )
+        """Refuse values of another type or choice than the fields have; subclasses refuse more."""
+        hints = get_type_hints(type(self))
+        for each in fields(self):
+            _check(self.name, each.name, hints[each.name], getattr(self, each.name))
 
     @property
-    def served(self) -> bool:
-        """Whether there is a parameter server."""
-        return self.strategy in SERVED
+    def meet_every(self) -> int:
+        """Steps from one meeting of the workers, or push and pull, to the next."""
+        return 1
+
+    @property
+    def timeout_seconds(self) -> float:
+        """The silence after which a worker is taken to be lost; the more steps between two meetings, the longer all are silent."""
+        return min(29.0 + self.meet_every, 300.0)
+
+    def rewire_every(self, every: int) -> int:
+        """Steps from one move of connections to the next, right after a meeting, where ``every`` were asked for."""
+        return -(-every // self.meet_every) * self.meet_every
+
+    def facts(self) -> dict[str, Any]:
+        """The name and all options as plain data, as `noctule.team.strategies.made` takes them."""
+        return {"strategy": self.name} | {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def changed(self) -> dict[str, Any]:
+        """The name, and the options that are not at their defaults."""
+        kept = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {"strategy": self.name} | {f.name: kept[f.name] for f in fields(self) if kept[f.name] != f.default}
+
+
+class GroupMember(Protocol):
+    """A worker whose process group is formed anew when a worker is lost or joins."""
+
+    broken: bool
+    """Whether the group has lost a worker, so that the next one has to be formed."""
+
+
+class GroupStrategy(Strategy):
+    """A strategy whose workers meet in a process group."""
 
     @property
     def equal_weights(self) -> bool:
         """Whether all workers have the same weights after every step."""
-        return self.strategy == "sync"
+        return False
 
     @property
     def exact_gradients(self) -> bool:
         """Whether workers exchange gradients, and get their mean up to rounding."""
-        return self.strategy == "sync" and self.codec in ("none", "bf16")
-
-    @property
-    def meet_every(self) -> int:
-        """Steps from one meeting to the next."""
-        return self.meet or (100 if self.strategy in ("diloco", "local") else 1)
-
-    @property
-    def timeout_seconds(self) -> float:
-        """After which a silent worker is taken to be lost; the more steps between two meetings, the longer all are silent."""
-        return min(29.0 + self.meet_every, 300.0)
-
-    @property
-    def staleness_bound(self) -> int | None:
-        """By how many pushes a worker may be ahead at the server."""
-        return {"ssp": self.bound, "bsp": 0}.get(self.strategy)
-
-    def facts(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Serving:
-    """A server and those who train with it.
-
-    Args:
-        workers: how many train; none goes on before all have come.
-        strategy: downpour (nobody waits), ssp (nobody is more than ``bound`` pushes ahead) or bsp (all push before any goes on).
-        codec: of the gradients: none, bf16, natural (8 bits a number) or topk (the largest 1.56 %, with error feedback).
-        meet: steps from one push and pull to the next.
-        bound: of ssp, in pushes.
-        server_rate: the learning rate of the server's Adagrad.
-        shards: among which the parameters are dealt; each has a thread and a port of its own.
-        host: the address or the network interface of this machine at which it listens; 0.0.0.0 for all of them.
-        public_host: the name or address under which workers reach this machine, where that is another one.
-        port: of the first shard, those of the others follow (default: any that are free, the same each time).
-
-    Raises:
-        ValueError: that cannot be.
-    """
-
-    workers: int | None = None
-    strategy: Literal["downpour", "ssp", "bsp"] = "downpour"
-    codec: Literal["none", "bf16", "natural", "topk"] = "none"
-    meet: int = 1
-    bound: int = 3
-    server_rate: float = 0.01
-    shards: int = 1
-    host: str = "127.0.0.1"
-    public_host: str | None = None
-    port: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be."""
-        if self.workers is None or self.workers < 1:
-            raise ValueError(f"--workers says how many train, at least 1; got {self.workers}")
-        if self.port is not None and not 0 < self.port <= 65_536 - self.shards:
-            raise ValueError(f"{self.shards} ports from --port on have to lie in 1 to 65535, got {self.port}")
-        if not _is_ipv4(self.host) and self.host not in [name for _, name in socket.if_nameindex()]:
-            raise ValueError(
-                f"--host is an IPv4 address or a network interface of this machine, got {self.host}: a name under which others "
-                "know it is for --public-host"
-            )
-        if (self.public_host or self.host) == ALL:
-            raise ValueError(
-                f"{ALL} is no address to connect to: say with --public-host under which one workers reach this machine"
-            )
-        if self.public_host is not None and not (
-            self.public_host and self.public_host.isascii() and ":" not in self.public_host
-        ):
-            raise ValueError(f"--public-host is a name or an IPv4 address without a port, got {self.public_host!r}")
-        _ = self.together
-
-    @property
-    def together(self) -> Strategy:
-        """How the workers train."""
-        return Strategy(
-            strategy=self.strategy,
-            codec=self.codec,
-            meet=self.meet,
-            bound=self.bound,
-            server_rate=self.server_rate,
-            shards=self.shards,
-        )
-
-
-def several(together: Mapping[str, Any]) -> tuple[int | None, Strategy]:
-    """How many workers, None for this process alone, and how they train together.
-
-    Raises:
-        UsageError: they do not go together.
-    """
-    workers = together.get("workers")
-    options = {k: v for k, v in together.items() if k != "workers"}
-    if workers is None and options:
-        raise UsageError(f"{', '.join(f'--{k}' for k in options)} needs --workers, how many train together")
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers must be at least 1, got {workers}")
-    try:
-        return workers, Strategy(**options)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def _is_ipv4(host: str) -> bool:
-    try:
-        ipaddress.IPv4Address(host)
-    except ValueError:
         return False
-    return True
+
+    @property
+    def regroup_every(self) -> int:
+        """Steps from one moment at which a whole group may end, for a worker that waits to join, to the next.
+
+        It is not asked where weights are equal: there a group may end before any exchange.
+        """
+        return self.meet_every
+
+    @abstractmethod
+    def exchange(self, weigh: "Weigh") -> "Exchange":
+        """An exchange over the process group as it is; ``weigh`` says what a worker's gradients count."""
+
+    @abstractmethod
+    def methods(self, exchange: "Exchange", member: GroupMember, *, rewire_every: int | None) -> "Sequence[Method]":
+        """What a worker attaches, after the method that moves connections.
+
+        Args:
+            exchange: what `exchange` made, anew in each group.
+            member: the worker.
+            rewire_every: steps from one move of connections to the next; None where none move. After such a step the workers must
+                have the same weights.
+        """
+
+
+class RunningServer(Protocol):
+    """A server that listens, until it is closed."""
+
+    def ticket(self, worker: int) -> "Ticket":
+        """What one worker needs to take part."""
+        ...
+
+    def close(self) -> None:
+        """Keep everything and end."""
+        ...
+
+
+class Meeting(Protocol):
+    """How a worker of a server finds the others, where they have to meet in a process group."""
+
+    def form(self) -> None:
+        """Be in a process group with all the others, once they have come."""
+        ...
+
+    def leave(self) -> None:
+        """Be in none."""
+        ...
+
+
+class ServedStrategy(Strategy):
+    """A strategy whose workers meet at a server."""
+
+    needs_supervisor: ClassVar[bool] = False
+    """Whether the workers must be started by one supervisor, and ``noctule server`` cannot serve them on other machines."""
+
+    @abstractmethod
+    def serve(
+        self,
+        *,
+        workers: int,
+        folder: Path | None = None,
+        patience_seconds: float = 60.0,
+        host: str = "127.0.0.1",
+        port: int | None = None,
+    ) -> RunningServer:
+        """Start the server in threads of this process.
+
+        Args:
+            workers: how many must have joined before any may go on.
+            folder: where it keeps its keys and its state, and goes on from; None for nowhere.
+            patience_seconds: a worker that is silent for longer is not waited for.
+            host: the address of this machine on which it listens.
+            port: the first of its ports; None for any that are free.
+        """
+
+    @abstractmethod
+    def team(self, ticket: "Ticket", *, workers: int, timeout_seconds: float, meeting: Meeting | None = None) -> "Team":
+        """The team of one worker.
+
+        Args:
+            ticket: the worker's, from the server.
+            workers: how many there are.
+            timeout_seconds: for any one answer of the server.
+            meeting: how it finds the others; None where the workers are on machines of their own.
+        """
+
+
+def _check(strategy: str, name: str, hint: Any, value: Any) -> None:
+    """Raise ValueError if an option has a value that its type does not allow."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return
+    for kind in kinds:
+        if typing.get_origin(kind) is Literal:
+            known = get_args(kind)
+            if value not in known:
+                raise ValueError(
+                    f"{strategy} has no {name} {value!r}{nearest(str(value), list(map(str, known)))}: "
+                    f"{', '.join(map(str, known))}"
+                )
+            return
+        if type(value) is kind or (kind is float and type(value) is int):
+            return
+    raise ValueError(f"the option {name} of {strategy} is {getattr(hint, '__name__', hint)}, got {value!r}")

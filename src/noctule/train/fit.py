@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from noctule.checkpoint import Checkpoints
 from noctule.compress.prune import resize_to
 from noctule.core.errors import CheckpointError, ExchangeError
 from noctule.core.finite import check_parameters, explain
@@ -39,11 +39,26 @@ class Source(Protocol):
         ...
 
 
+class SavedStates(Protocol):
+    """States of a training by step, such as `Checkpoints`."""
+
+    folder: Path
+    """Where the files are."""
+
+    def save(self, step: int, state: Any) -> object:
+        """Keep the state of a step."""
+        ...
+
+    def latest(self) -> tuple[int, Any] | None:
+        """The newest step and its state, if there is one."""
+        ...
+
+
 class Journal(Protocol):
     """The records and checkpoints of a training."""
 
     @property
-    def checkpoints(self) -> Checkpoints:
+    def checkpoints(self) -> SavedStates:
         """The checkpoints of this training."""
         ...
 
