@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from noctule.team.group import Together
+from noctule.team.group import GroupTeam
 
 
 class Meeting:
@@ -31,7 +31,7 @@ def left():
 def masks(member: int, seed: int) -> list[torch.Tensor]:
     """The dropout of two trainings of one worker, whose script seeded torch and made a model."""
     torch.manual_seed(seed)
-    team = Together(Meeting(), member=member, strategy=SimpleNamespace(equal_weights=True))
+    team = GroupTeam(Meeting(), member=member, strategy=SimpleNamespace(equal_weights=True))
     drawn = [team.train(lambda: torch.dropout(torch.ones(64), 0.5, True)) for _ in range(2)]
     dist.destroy_process_group()
     return drawn

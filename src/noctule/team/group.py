@@ -15,6 +15,7 @@ from typing_extensions import override
 from noctule.core.errors import LostWorkerError
 from noctule.core.exchange import Channel, Exchange
 from noctule.core.method import Method
+from noctule.core.random import generator
 from noctule.data import Batches
 from noctule.exchange import AllReduce, Group, LinkEstimate, NoiseScale, Weigh, probe_link
 from noctule.sparse.rewire import Rewire
@@ -146,7 +147,7 @@ class GroupTeam(Team):
                     self.form()
                 if not self._own_draws:  # as for dropout: by now the workers' models are made, and alike
                     self._own_draws = True
-                    torch.manual_seed((torch.initial_seed() + self.member * 0x9E3779B9) % 2**64)
+                    torch.manual_seed(generator("worker", torch.initial_seed(), self.member).initial_seed())
                 return training()
             except LostWorkerError:
                 if not self.rendezvous.again():
