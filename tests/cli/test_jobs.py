@@ -20,13 +20,14 @@ from noctule.train.interrupt import deferred_interrupt
 
 def sleepy(run, *, held: bool = False):
     '''Load data for a minute.'''
-    print("loading", flush=True)
     if held:
         with deferred_interrupt() as interrupted:
+            print("loading", flush=True)
             while not interrupted():
                 time.sleep(0.01)
             print("asked", flush=True)
             time.sleep(60)
+    print("loading", flush=True)
     time.sleep(60)
 """
 
