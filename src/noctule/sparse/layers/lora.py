@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from typing_extensions import override
 
 try:
     from peft import LoraConfig  # pyright: ignore[reportMissingImports] it is optional
@@ -73,7 +72,6 @@ class LoraSparseLinear(Linear):
         return module.in_features, module.out_features
 
     @torch.no_grad()
-    @override
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to the layer, which becomes dense by that."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
@@ -102,7 +100,6 @@ class LoraSparseLinear(Linear):
         if isinstance(base, SparseLinear):
             self._unmerged, self.base_layer = [base], dense
 
-    @override
     def unmerge(self) -> None:
         """Bring back the sparse layer, as it was."""
         if not self.merged:
