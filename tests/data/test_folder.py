@@ -146,6 +146,7 @@ def test_any_two_arrays_are_a_data_set_or_a_clear_error(
 @pytest.mark.parametrize(
     ("x", "y", "says"),
     [
+        (np.ones((3, 2)), np.array([]), "the target .label. has no label"),
         (np.ones((3, 2)), np.array([0, np.nan, 1]), "row 1: no label"),
         (np.ones((3, 2)), np.array([1, 1, 1]), "the target 'label' is '1' in all 3 rows"),
         (np.ones((3, 2)), np.array([0.5, 1e300, 1]), "row 1: 1e.300 in the target 'label' is no finite number"),

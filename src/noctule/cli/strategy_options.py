@@ -43,4 +43,4 @@ def refuse_options_of_others(parser: Parser, kind: type[Strategy], words: Sequen
         flag = word.partition("=")[0]
         option = flag.removeprefix("--").replace("-", "_")
         if flag.startswith("--") and flag not in own and strategies.owners_of(option):
-            raise UsageError(f"{strategies.no_option(kind, option)}. See {parser.prog} --help")
+            raise UsageError(f"{strategies.no_option(kind, option)}. See {parser.prog} --strategy {kind.name} --help")

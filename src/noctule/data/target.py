@@ -77,10 +77,12 @@ def fit_target(name: str, values: np.ndarray, place: Callable[[int], str], *, ta
     the decision.
 
     Raises:
-        DataError: a label is missing, there is one class only, or a different label in every row.
+        DataError: labels are missing, there is one class only, or a different label in every row.
         UsageError: a regression on labels that are no numbers.
     """
     cells = _cells(values, place)
+    if not cells:
+        raise DataError(f"the target {name!r} has no label: give one for each sample")
     counts = Counter(map(_key, cells))
     numeric = all(isinstance(key, float) for key in counts)
     if task == "regression":
