@@ -48,7 +48,7 @@ def finished(process: subprocess.Popen[str], seconds: float = 180.0) -> str:
 def test_three_workers_are_one_and_go_on_when_any_is_killed(noctule_command, tmp_path):
     """Each comes back, and then they are three again; momentum SGD, since AdamW makes much of the last digits in time."""
     words = ["run", "sparse_mlp", *OPTIONS[:5], "--dropout", 0, "--batch", 64, "--compare", "none", "--original"]
-    words += ["--every", 200, "--checkpoint-seconds", 1000, "--epochs", 10000]  # each move may tip on a last digit
+    words += ["--every", 200, "--checkpoint-seconds", 1000, "--epochs", 10000]  # many moves tip on a last digit
     killed = noctule_command(*words, "--workers", 3, "--out", "killed")
     run = tmp_path / "killed"
 

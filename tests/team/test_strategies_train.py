@@ -21,7 +21,7 @@ OWN = {
 }
 """Options of some."""
 ELSEWHERE = ("ssp", "wasap")
-"""Those that train in `test_launch_together` whenever the tests are run."""
+"""Strategies that train in `test_launch_together` whenever the tests are run."""
 
 
 @pytest.mark.parametrize(

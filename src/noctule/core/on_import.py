@@ -70,5 +70,5 @@ class _Awaited(MetaPathFinder):
                 sys.meta_path.remove(self)
                 self.then()
 
-        spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_call  # type: ignore[method-assign] of this one spec
         return spec

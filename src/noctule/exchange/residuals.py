@@ -12,7 +12,7 @@ class Residuals:
 
     def __init__(self) -> None:
         self._owed: dict[str, Tensor] = {}
-        self._pending: dict[str, Tensor] = {}  # those in the exchange that is being made
+        self._pending: dict[str, Tensor] = {}  # residuals in the exchange under way
 
     def __bool__(self) -> bool:
         return bool(self._owed or self._pending)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Coding = Literal["none", "bf16", "natural", "topk", "powersgd", "auto"]
 """The names of what can travel between workers: see `noctule.team.building`."""
 TensorCoding = Literal["none", "bf16", "natural", "topk"]
-"""Those of them that encode each tensor by itself, as a parameter server needs."""
+"""The codings that encode each tensor by itself, as a parameter server needs."""
 
 
 @dataclass(frozen=True, kw_only=True)

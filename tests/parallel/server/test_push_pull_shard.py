@@ -255,7 +255,7 @@ def test_a_warm_start_is_over_for_good_when_others_are_let_in(bound):
     assert returned.send("join", facts=FACTS)
     assert not returned.send("pull")  # nor is it to be alone any more
     replies = third.send("join", facts=FACTS)
-    assert {route for route, _ in replies} == {b"0", b"2"}  # who came in, and who waited for that
+    assert {route for route, _ in replies} == {b"0", b"2"}  # the worker that joined, and the one that waited for it
     ahead = 0
     while ahead < 5 and returned.push():
         ahead += 1
