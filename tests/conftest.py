@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from forked import Command, Server
+from forked import IMPORTS, Command
+from noctule.core.fork_server import ForkServer
 
 
 @pytest.fixture(autouse=True)
@@ -25,13 +26,13 @@ def one_seed_and_one_thread():
 @pytest.fixture(scope="session")
 def command_server():
     """A process that is forked for each command, so that none waits for its imports."""
-    server = Server()
+    server = ForkServer(*IMPORTS)
     yield server
     server.close()
 
 
 @pytest.fixture
-def noctule_command(tmp_path: Path, command_server: Server):
+def noctule_command(tmp_path: Path, command_server: ForkServer):
     """Start ``noctule ARGS`` in ``tmp_path`` without waiting for it.
 
     `place` are words before it that bring it to its place; `killed` has it kill itself, see `forked.die_at_save`.

@@ -1,81 +1,45 @@
 """``noctule ARGS`` in processes of their own that start in milliseconds: forks of one that has imported what they need."""
 
 import itertools
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from noctule.core import fork_server
 
-class Server:
-    """The process that is forked for each command."""
-
-    def __init__(self) -> None:
-        self._socket, theirs = socket.socketpair()
-        self._lock = threading.Lock()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-
-    def ask(self, order: dict[str, object], *descriptors: int) -> int | None:
-        with self._lock:
-            said = json.dumps(order).encode()
-            socket.send_fds(self._socket, [len(said).to_bytes(4, "little")], descriptors)
-            self._socket.sendall(said)
-            return json.loads(self._socket.recv(1 << 10))
-
-    def close(self) -> None:
-        self._socket.close()
-        self._process.wait()
+IMPORTS = (
+    *("sklearn.datasets", "torch.utils.tensorboard", "torch.distributed", "torch._dynamo"),
+    *("matplotlib.figure", "matplotlib.backends.backend_svg"),
+    *("noctule.cli.supervised", "noctule.recipes", "forked"),
+)
 
 
-class Command:
+class Command(fork_server.ForkedProcess):
     """A running command, with what tests use of `subprocess.Popen`."""
 
     def __init__(
         self,
-        server: Server,
+        server: fork_server.ForkServer,
         words: list[str],
         folder: Path,
         environment: Mapping[str, str],
         killed: tuple[int, str] | None = None,
     ) -> None:
-        self.args, self._server, self.returncode = ["noctule", *words], server, None
         out, err = os.pipe(), os.pipe()
         self.stdout, self.stderr = os.fdopen(out[0]), os.fdopen(err[0])
-        order = {"words": words, "folder": str(folder), "environment": dict(environment), "killed": killed}
-        pid = server.ask(order, out[1], err[1])
-        assert pid is not None
-        self.pid = pid
-        os.close(out[1])
-        os.close(err[1])
+        theirs = (out[1], err[1])
+        arguments = (words, str(folder), dict(environment), killed)
+        super().__init__(server, server.fork("forked:become", *arguments, descriptors=theirs).pid)
+        for descriptor in theirs:
+            os.close(descriptor)
         self._read: dict[str, str] = {}
         self._readers: list[threading.Thread] = []
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            self.returncode = self._server.ask({"poll": self.pid})
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if deadline is not None and time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
-            time.sleep(0.005)
-        return code
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """What is left to read of both, when it has ended."""
@@ -88,57 +52,65 @@ class Command:
         for reader in self._readers:
             reader.join(timeout)
             if reader.is_alive():  # a child of the command holds the other end
-                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+                raise subprocess.TimeoutExpired("noctule", timeout or 0.0)
         return self._read["stdout"], self._read["stderr"]
 
     def _take(self, name: str) -> None:
         with getattr(self, name) as stream:
             self._read[name] = stream.read()
 
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
 
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
+class Nested(fork_server.ForkServer):
+    """The server of a command's own processes: a fork of the command instead of an interpreter that imports all again."""
+
+    def _launch(self, theirs: socket.socket) -> "Forked":
+        ours = self._socket
+        if pid := os.fork():
+            return Forked(pid)
+        ours.close()
+        os.setsid()
+        fork_server.serve(theirs)
+
+
+class Forked:
+    """A fork, with what a server asks of its process."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+
+    def poll(self) -> int | None:
+        return os.waitpid(self._pid, os.WNOHANG)[0] or None
 
     def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
+        os.kill(self._pid, signal.SIGKILL)
+
+    def wait(self) -> None:
+        os.waitpid(self._pid, 0)
 
 
-def serve(orders: socket.socket) -> dict[str, object]:
-    """Fork for each order, until the socket ends; the order is returned in the fork."""
-    while True:
-        length, descriptors, _, _ = socket.recv_fds(orders, 4, 2)
-        if not length:
-            os._exit(0)
-        order = json.loads(orders.recv(int.from_bytes(length, "little"), socket.MSG_WAITALL))
-        if "poll" in order:
-            process, status = os.waitpid(order["poll"], os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if process else None
-        elif not (answer := os.fork()):
-            orders.close()
-            for standard, descriptor in zip((1, 2), descriptors, strict=True):
-                os.dup2(descriptor, standard)
-                os.close(descriptor)
-            return order
-        for descriptor in descriptors:
-            os.close(descriptor)
-        orders.sendall(json.dumps(answer).encode())
-
-
-def become(order: dict[str, object]) -> NoReturn:
-    """Run the command of an order in this process."""
+def become(
+    descriptors: list[int],
+    words: list[str],
+    folder: str,
+    environment: dict[str, str],
+    killed: tuple[int, str] | None,
+) -> int:
+    """Run a command in this process, which may kill itself, see `die_at_save`."""
     from noctule.cli.main import main
+    from noctule.launch import supervisor
 
+    for standard, descriptor in zip((1, 2), descriptors, strict=True):
+        os.dup2(descriptor, standard)
+        os.close(descriptor)
     os.environ.clear()
-    os.environ.update(order["environment"])
-    os.chdir(order["folder"])
-    sys.path[0] = order["folder"]
-    sys.argv = ["noctule", *order["words"]]
-    if order["killed"]:
-        die_at_save(*order["killed"])
-    sys.exit(main())
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.path[0] = folder
+    sys.argv = ["noctule", *words]
+    supervisor.ForkServer = Nested
+    if killed:
+        die_at_save(*killed)
+    return main()
 
 
 def die_at_save(number: int, moment: str) -> None:
@@ -163,13 +135,14 @@ def die_at_save(number: int, moment: str) -> None:
     Checkpoints.save = save_or_die
 
 
-if __name__ == "__main__":
-    import sklearn.datasets  # noqa: F401
-    import torch._dynamo  # which the first optimizer of a process imports
-    import torch.distributed
-    import torch.utils.tensorboard  # noqa: F401
-
-    import noctule.cli.start
-    import noctule.recipes  # noqa: F401
-
-    become(serve(socket.socket(fileno=int(sys.argv[1]))))
+def workers_of(folder: Path) -> list[int]:
+    """The processes of a supervisor in a folder by their names: "the server" if there is one, and the workers."""
+    found: dict[str, int] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (process / "comm").read_text().strip()
+            if name.startswith(("worker ", "the server")) and (process / "cwd").readlink() == folder:
+                found[name] = int(process.name)
+        except OSError:  # it has just ended
+            continue
+    return [found[name] for name in sorted(found)]

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from forked import workers_of
+
 TRAIN = [*("run", "sparse_mlp", "--hidden", "32", "--batch", "64", "--compare", "none", "--threads", "1")]
 SLEEPY = """
 import signal, time
@@ -156,11 +158,12 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on_anywhere(noctul
     ],
 )
 def test_a_signal_to_all_processes_of_a_job_stops_workers_once(noctule_command, tmp_path, strategy):
-    """As Slurm and systemd send it: to the supervisor and to each worker."""
+    """As Slurm and systemd send it: to the supervisor, to the process that it forks workers from, and to each worker."""
     process = noctule_command(*TRAIN, "--epochs", 1000, "--workers", 2, *strategy, "--out", "run")
     run = tmp_path / "run"
     until(lambda: epochs(run) > 2, process)
-    workers = children(process)
+    workers = [*children(process), *workers_of(tmp_path)]
+    assert len(workers) >= 3
     for pid in (process.pid, *workers):
         os.kill(pid, signal.SIGTERM)
     _, err = ended(process, 143)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from forked import workers_of
+
 OPTIONS = [
     *("--hidden", "64", "64", "--density", "0.2", "--every", "7", "--dropout", "0", "--batch", "64"),
     *("--compare", "none", "--checkpoint-seconds", "1000"),
@@ -23,12 +25,6 @@ def records(run: Path) -> list[dict]:
 
 def losses(run: Path) -> list[float]:
     return [record["validation_loss"] for record in records(run)]
-
-
-def workers_of(process: subprocess.Popen[str]) -> list[int]:
-    """The processes that it has started, oldest first."""
-    found = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [int(pid) for pid in found.read_text().split()]
 
 
 def until(condition, process: subprocess.Popen[str], seconds: float = 120.0) -> None:
@@ -52,20 +48,15 @@ def test_three_workers_are_one_and_go_on_when_any_is_killed(noctule_command, tmp
     killed = noctule_command(*words, "--workers", 3, "--out", "killed")
     run = tmp_path / "killed"
 
-    def until_workers(count: int, after: int) -> int:
-        """Wait for a record of so many workers among those behind the first `after`; where it is."""
-
-        def found() -> list[int]:
-            return [n for n, r in enumerate(records(run)) if n >= after and r["together"]["workers"] == count]
-
-        until(found, killed)
-        return found()[0]
+    def until_workers(count: int, after: int) -> None:
+        """Wait for a record of so many workers among those behind the first `after`."""
+        until(lambda: any(r["together"]["workers"] == count for r in records(run)[after:]), killed)
 
     until(lambda: len(records(run)) > 2, killed)
     assert {record["together"]["workers"] for record in records(run)} == {3}
-    os.kill(workers_of(killed)[1], signal.SIGKILL)
-    until_workers(3, until_workers(2, 0))
-    os.kill(workers_of(killed)[0], signal.SIGKILL)  # which keeps the run's records
+    os.kill(workers_of(tmp_path)[1], signal.SIGKILL)
+    until_workers(3, len(records(run)) + 2)
+    os.kill(workers_of(tmp_path)[0], signal.SIGKILL)  # which keeps the run's records
     before = len(records(run))
     until_workers(3, before + 2)
     killed.send_signal(signal.SIGINT)
@@ -89,7 +80,7 @@ def test_three_workers_are_one_and_go_on_when_any_is_killed(noctule_command, tmp
 
 @pytest.mark.parametrize("strategy", [("--codec", "topk"), ("--strategy", "diloco", "--meet", 3, "--every", 3)])
 def test_ctrl_c_stops_all_at_one_step_and_resuming_is_never_having_stopped(noctule_command, tmp_path, strategy):
-    words = ["run", "sparse_mlp", *OPTIONS, "--epochs", 40, "--workers", 2, *strategy]
+    words = ["run", "sparse_mlp", *OPTIONS, "--epochs", 14, "--workers", 2, *strategy]
     stopped = noctule_command(*words, "--out", "stopped")
     until(lambda: len(records(tmp_path / "stopped")) > 3, stopped)
     stopped.send_signal(signal.SIGINT)
@@ -102,7 +93,7 @@ def test_ctrl_c_stops_all_at_one_step_and_resuming_is_never_having_stopped(noctu
         for folder in (tmp_path / "stopped").rglob("checkpoints/sparse")
     }
     assert len(latest) == 1
-    assert len(records(tmp_path / "stopped")) < 40
+    assert len(records(tmp_path / "stopped")) < 14
     finished(noctule_command("run", "--resume", "stopped"))
     finished(noctule_command(*words, "--out", "whole"))
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
@@ -147,7 +138,7 @@ def test_workers_that_compare_what_their_growers_saw_go_on_alike(noctule_command
     )
     for epoch in (2, 6):
         until(lambda at=epoch: len(records(tmp_path / "run")) > at, process)
-        os.kill(workers_of(process)[1], signal.SIGKILL)
+        os.kill(workers_of(tmp_path)[1], signal.SIGKILL)
     assert finished(process).count("was ended by SIGKILL") == 2
     assert [record["epoch"] for record in records(tmp_path / "run")] == list(range(1, 13))
     assert records(tmp_path / "run")[-1]["validation_accuracy"] > 0.85
@@ -159,7 +150,7 @@ def test_workers_of_a_parameter_server_and_the_server_may_be_killed(noctule_comm
     words = ["run", "sparse_mlp", *OPTIONS, "--epochs", 40, "--rewire", "none", "--strategy", "ssp", "--workers", 2]
     process = noctule_command(*words, "--server-rate", 0.05, "--out", "run", "--checkpoint-seconds", 0.2)
     until(lambda: len(records(tmp_path / "run")) > 3, process)
-    server, _, second = workers_of(process)
+    server, _, second = workers_of(tmp_path)
     os.kill(server, signal.SIGKILL)
     until(lambda: len(records(tmp_path / "run")) > 12, process)
     os.kill(second, signal.SIGKILL)
@@ -175,7 +166,7 @@ def test_wasap_ends_with_one_network_though_a_worker_was_killed(noctule_command,
     words = ["run", "sparse_mlp", *OPTIONS[:-2], "--original", "--epochs", 30, "--workers", 2, "--strategy", "wasap"]
     process = noctule_command(*words, "--server-rate", 0.02, "--out", "run", "--checkpoint-seconds", 0.2)
     until(lambda: len(records(tmp_path / "run")) > 8, process)
-    os.kill(workers_of(process)[2], signal.SIGKILL)
+    os.kill(workers_of(tmp_path)[2], signal.SIGKILL)
     assert finished(process).count("was ended by SIGKILL") == 1
     mine, other = losses(tmp_path / "run"), losses(tmp_path / "run" / "workers" / "1")
     assert len(mine) == len(other) == 30
@@ -213,7 +204,7 @@ def test_torchrun_starts_all_again_from_the_checkpoint(tmp_path):
     )
     try:
         until(lambda: len(records(tmp_path / "run")) > 5, process)
-        os.kill(workers_of(process)[-1], signal.SIGKILL)
+        os.kill(workers_of(tmp_path)[-1], signal.SIGKILL)
         finished(process)
     finally:
         process.kill()

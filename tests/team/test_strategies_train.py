@@ -4,10 +4,10 @@ import json
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
+from forked import workers_of
 from noctule.team.strategies import names
 
 TINY = "--hidden 16 --density 0.3 --every 5 --batch 256 --dropout 0 --learning-rate 0.01 --compare none --threads 1".split()
@@ -69,8 +69,7 @@ def test_a_worker_that_is_killed_comes_back(noctule_command, tmp_path, words):
             time.sleep(0.02)
 
     until(lambda: len(records()) > 2)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(workers_of(tmp_path)[-1], signal.SIGKILL)
     before = len(records())
     again = tmp_path / "run" / "workers" / "2" / "metrics.jsonl"
     was = again.stat().st_mtime_ns

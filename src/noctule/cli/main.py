@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from noctule.cli import bench, compare, data, doctor, predict, recipes, run, server, supervised
+from noctule.cli import bench, compare, data, doctor, predict, recipes, run, server
 from noctule.cli.lookup import neighbours
 from noctule.cli.output import tolerant
 from noctule.core.errors import NoctuleError, UsageError
@@ -34,11 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     It is 0, 2 for a wrong command line, 130 for Ctrl-C, 143 for SIGTERM, and 1 for everything else that fails.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _dispatch(words))
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Run a function as a command does: with its handling of output and errors; return the exit status."""
     try:
         with tolerant(), neighbours(), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
             try:
-                return _dispatch(words)
+                return work()
             except UsageError as error:
                 return _fail(error, 2)
             except (NoctuleError, OSError) as error:
@@ -59,8 +64,6 @@ def _dispatch(words: list[str]) -> int:
 
         print(f"noctule {__version__}")
         return 0
-    if words[0] == "supervised":  # for processes that a supervisor starts
-        return supervised.main(words[1:])
     if words[0] not in COMMANDS:
         raise UsageError(
             f"there is no command {words[0]}{nearest(words[0], list(COMMANDS))}. Commands: {', '.join(COMMANDS)}"

@@ -6,7 +6,6 @@ and leave their group before the next exchange, or after the next meeting. Worke
 is restarted, be it a worker or the server. An error that a worker raises itself ends the run.
 """
 
-import os
 import signal
 import socket
 import subprocess
@@ -22,10 +21,15 @@ from typing import Any, Literal
 from torch._C._distributed_c10d import TCPStore
 
 from noctule.core.errors import NoctuleError
+from noctule.core.fork_server import ForkedProcess, ForkServer
 from noctule.launch.connection import Connection
 from noctule.team.strategy import ServedStrategy, Strategy
 from noctule.train.interrupt import deferred_interrupt
 
+PROCESS = "noctule.cli.supervised:start"
+"""The function of a process of the supervisor."""
+IMPORTS = ("noctule.cli.start", "noctule.recipes", "torch._dynamo")
+"""What each process would import: the first optimizer of a process imports torch._dynamo, in a second."""
 FUTILE = 3
 """The deaths of one process in a row, each before it had worked, after which the run ends."""
 _POLL_SECONDS = 0.1
@@ -40,7 +44,7 @@ class Child:
     """A process and its state."""
 
     name: str
-    process: subprocess.Popen[bytes]
+    process: ForkedProcess
     connection: Connection
     log: Path
     futile: int = 0
@@ -85,6 +89,7 @@ class Supervisor:
         self._tickets: list[dict[str, Any]] = []
         self._served = isinstance(strategy, ServedStrategy)
         self._stopping = False
+        self._forks = ForkServer(PROCESS.partition(":")[0], *IMPORTS, threads=threads)
 
     def run(self) -> None:
         """Run until all workers are done.
@@ -109,6 +114,7 @@ class Supervisor:
                 member.end()
             if self.server is not None:
                 self._end_server(self.server)
+            self._forks.close()
 
     # Processes.
 
@@ -117,15 +123,8 @@ class Supervisor:
         log_folder.mkdir(parents=True, exist_ok=True)
         path = log_folder / f"{command}.log"
         with theirs, open(path, "ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "noctule.cli", "supervised", command, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=None if shown else log,
-                stderr=None if shown else log,
-                start_new_session=True,  # Ctrl-C in a terminal comes here only: the supervisor brings all to one step
-                env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
-            )
+            descriptors = [theirs.fileno()] if shown else [theirs.fileno(), log.fileno()]
+            process = self._forks.fork(PROCESS, command, name, descriptors=descriptors)
         child = Child(name, process, Connection(ours), path, futile)
         child.connection.send(
             **plan, strategy=self.strategy.facts(), workers=self.workers, timeout_seconds=self.timeout_seconds

@@ -13,7 +13,7 @@ from typing import Any
 
 from noctule.checkpoint import load
 from noctule.core.errors import NoctuleError
-from noctule.testing.fork_server import ForkedProcess
+from noctule.core.fork_server import ForkedProcess
 
 GRACE_SECONDS = 1.0
 """Time that the other ranks have to finish or fail after the first failure."""

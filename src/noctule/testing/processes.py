@@ -18,8 +18,8 @@ Functions lie in modules, get their rank and the number of workers first, and ta
 They are forked after the import of torch; `noctule.measure.turns`, which times other libraries too, starts fresh interpreters.
 """
 
+import functools
 import itertools
-import json
 import os
 import signal
 import socket
@@ -31,10 +31,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from noctule.checkpoint import save
+from noctule.core.fork_server import ForkServer
 from noctule.testing.call import Call, Worker, WorkerError
-from noctule.testing.fork_server import fork_server
 from noctule.testing.link import Network
-from noctule.testing.worker import STARTED
+from noctule.testing.worker import STARTED, run_worker
 
 __all__ = ["Call", "WorkerError", "Workers", "run_workers"]
 
@@ -42,6 +42,14 @@ START_SECONDS = 120.0
 """Timeout of a start: a process may have to import torch on a busy machine."""
 Function = str | Callable[..., Any]
 """A function at the top of a module, or its path ``"module:name"``; it is called with (rank, workers, *arguments)."""
+
+
+@functools.lru_cache(maxsize=1)
+def fork_server(process: int) -> ForkServer:
+    """The server of a process, started on first use; a forked copy of this process has one of its own."""
+    return ForkServer(
+        "noctule.testing.worker", "torch._dynamo"
+    )  # which the first optimizer of a process imports, in a second
 
 
 def run_workers(
@@ -191,7 +199,7 @@ class Workers:
 
     def _spawn(self, rank: int, workers: int) -> Worker:
         name = f"{rank}-{next(self._numbers)}"
-        log, plan = Path(self._folder.name, f"{name}.log"), Path(self._folder.name, f"{name}.json")
+        log = Path(self._folder.name, f"{name}.log")
         log.touch()
         setup = {
             "environment": self._environment(rank, workers),
@@ -201,10 +209,12 @@ class Workers:
             "threads": self.threads,
             "namespace": self.network and self.network.namespaces[rank],
         }
-        plan.write_text(json.dumps(setup))
         ours, theirs = socket.socketpair()
         with theirs:
-            return Worker(fork_server().fork(plan, theirs), ours, log, rank, workers)
+            process = fork_server(os.getpid()).fork(
+                f"{run_worker.__module__}:run_worker", setup, descriptors=[theirs.fileno()]
+            )
+            return Worker(process, ours, log, rank, workers)
 
     def _environment(self, rank: int, workers: int) -> dict[str, str]:
         """Environment variables of a process, with those that a group made by the caller's own code reads."""

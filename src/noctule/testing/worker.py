@@ -5,7 +5,6 @@ unpickled. The end of the socket ends the process, whatever it is doing.
 """
 
 import faulthandler
-import importlib
 import json
 import os
 import queue
@@ -14,15 +13,14 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from noctule.checkpoint import load, save
+from noctule.core.fork_server import find
 from noctule.testing.namespaces import enter
 
 STARTED = -1
@@ -44,15 +42,6 @@ def form_group(rank: int, workers: int, store: str, timeout_seconds: float) -> N
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers, timeout=timeout)
 
 
-def find(path: str) -> Callable[..., Any]:
-    """Import the function with the path ``module:name``."""
-    module, _, name = path.partition(":")
-    found: Any = importlib.import_module(module)
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
-
-
 def run_call(call: dict[str, Any]) -> dict[str, Any]:
     """Run one call and return the reply: the file of the result, or the error."""
     try:
@@ -65,37 +54,26 @@ def run_call(call: dict[str, Any]) -> dict[str, Any]:
     return {"number": call["number"], "result": None if result is None else call["result"]}
 
 
-def run_worker(plan: Path, descriptor: int) -> NoReturn:
-    """Set this process up by a plan and serve calls until the socket ends.
+def run_worker(descriptors: list[int], setup: dict[str, Any]) -> NoReturn:
+    """Set this process up and serve calls until the socket ends.
 
     Args:
-        plan: a JSON file with `environment`, `folder`, `path` (of modules), `log`, `threads` and `namespace` (or None).
-        descriptor: of the socket.
+        descriptors: that of the socket.
+        setup: `environment`, `folder`, `path` (of modules), `log`, `threads` and `namespace` (or None).
     """
-    code = 1
-    try:
-        setup = json.loads(plan.read_text())
-        with open(setup["log"], "ab") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-        os.environ.clear()
-        os.environ.update(setup["environment"])
-        os.chdir(setup["folder"])
-        sys.path[:] = setup["path"]
-        if setup["namespace"]:
-            enter(setup["namespace"])
-        faulthandler.enable()
-        faulthandler.register(signal.SIGUSR1, all_threads=True)
-        torch.set_num_threads(setup["threads"])
-        serve(socket.socket(fileno=descriptor))
-    except SystemExit as ending:  # from a called function
-        code = ending.code if isinstance(ending.code, int) else ending.code is not None
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    with open(setup["log"], "ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(setup["environment"])
+    os.chdir(setup["folder"])
+    sys.path[:] = setup["path"]
+    if setup["namespace"]:
+        enter(setup["namespace"])
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    torch.set_num_threads(setup["threads"])
+    serve(socket.socket(fileno=descriptors[0]))
 
 
 def serve(channel: socket.socket) -> NoReturn:
