@@ -264,7 +264,7 @@ def my_recipe(run, *, times: int = 1, where: str = ""):
 """
 
 
-def test_a_recipe_imports_its_neighbours_and_is_found_again_from_anywhere(shell, tmp_path):
+def test_a_recipe_imports_its_neighbours_and_is_found_again_from_anywhere(shell, noctule_command, tmp_path):
     project = tmp_path / "project"
     project.mkdir()
     for name in ("helpers_of_mine", "late_helper"):
@@ -275,8 +275,7 @@ def test_a_recipe_imports_its_neighbours_and_is_found_again_from_anywhere(shell,
     assert done.returncode == 0, done.stderr
     assert json.loads((project / "runs" / "a" / "metrics.jsonl").read_text())["epoch"] == 2
     project.rename(tmp_path / "elsewhere")
-    done = shell(f"cd / && $N run --resume {tmp_path}/elsewhere/runs/a")
-    assert done.returncode == 0, done.stderr
+    ended(noctule_command("run", "--resume", "elsewhere/runs/a"), 0)
     assert epochs(tmp_path / "elsewhere" / "runs" / "a") == 2
 
 
@@ -384,18 +383,21 @@ def test_the_same_second_gives_other_names(tmp_path):
 
 
 @pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="needs root, to be someone else")
-def test_a_folder_of_another_user_is_refused_before_training(shell):
+def test_a_folder_of_another_user_is_refused_before_training(shell, noctule_command):
     with tempfile.TemporaryDirectory() as place:  # pytest's own is closed to others
         os.chmod(place, 0o755)
-        _refused_to_nobody(lambda line: shell(f"cd {place} && {line}"))
+
+        def train(name: str) -> None:
+            ended(noctule_command(*TRAIN, "--epochs", 1, "--out", f"{place}/{name}"), 0)
+
+        _refused_to_nobody(lambda line: shell(f"cd {place} && {line}"), train)
 
 
-def _refused_to_nobody(shell) -> None:
+def _refused_to_nobody(shell, train) -> None:
     nobody = "setpriv --reuid=65534 --regid=65534 --clear-groups"
     if shell(f"{nobody} $N --version").returncode:
         pytest.skip("other users do not reach this Python")
-    done = shell(f"$N {' '.join(TRAIN)} --epochs 1 --out run")
-    assert done.returncode == 0, done.stderr
+    train("run")
     for words in ("--out mine/run", ""):
         done = shell(f"{nobody} $N {' '.join(TRAIN)} {words}")
         assert done.returncode == 2, done.stderr
@@ -407,7 +409,7 @@ def _refused_to_nobody(shell) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0 or shutil.which("unshare") is None, reason="needs root, to mount a small disk")
-def test_a_disk_that_fills_inside_a_checkpoint_leaves_the_one_before(shell, tmp_path):
+def test_a_disk_that_fills_inside_a_checkpoint_leaves_the_one_before(shell, noctule_command, tmp_path):
     """Of 512 KiB one checkpoint takes more than half: the second one breaks off between two tensors."""
     words = f"{' '.join(TRAIN)} --hidden 96 96 --density 1 --epochs 3 --out disk/run"
     (tmp_path / "job").write_text(
@@ -421,8 +423,7 @@ def test_a_disk_that_fills_inside_a_checkpoint_leaves_the_one_before(shell, tmp_
     assert "Traceback" not in done.stderr
     names = [path.name for path in (tmp_path / "kept" / "checkpoints" / "sparse").iterdir()]
     assert names == ["step-000000000020.safetensors"]
-    done = shell("$N run --resume kept")
-    assert done.returncode == 0, done.stderr
+    ended(noctule_command("run", "--resume", "kept"), 0)
     assert epochs(tmp_path / "kept") == 3
 
 

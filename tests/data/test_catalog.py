@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from noctule.core.errors import DataError, UsageError
 from noctule.data import Splits, load, names, standardize
+from noctule.data.digits import read_digits
 from noctule.data.madelon import MADELON
 
 if TYPE_CHECKING:
@@ -42,9 +44,14 @@ def test_digits_need_nothing() -> None:
     assert not torch.equal(other.validation.inputs, splits.validation.inputs)
 
 
-def test_scikit_learn_is_imported_for_digits_alone_and_asked_for_where_it_is_missing() -> None:
+def test_digits_are_those_of_scikit_learn_which_is_not_imported_and_asked_for_where_it_is_missing() -> None:
+    pixels, labels = load_digits(return_X_y=True)
+    digits = read_digits()["train"]
+    assert torch.equal(digits.inputs, torch.from_numpy(pixels / 16).float())
+    assert torch.equal(digits.targets, torch.from_numpy(labels))
     code = (
         "import sys, noctule.data\n"
+        "noctule.data.load('digits')\n"
         "print('sklearn' in sys.modules)\n"
         "sys.modules['sklearn'] = None\n"
         "try: noctule.data.load('digits')\n"

@@ -13,6 +13,7 @@ SMALL = "--data digits --epochs 4 --steps 2 --iterations 4 --apart 2".split()
 TWINS = {"apart": "one", "wasap": "one", "ssp": "one", "sandblaster": "lbfgs"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "methods",
     [

@@ -9,6 +9,7 @@ from noctule_bench import convolution
 from noctule_bench.program import run as bench
 
 
+@pytest.mark.slow
 def test_speed_targets_and_profile(capsys):
     options = "--threads 1 --channels 8 --sizes 6 --batch 4 --densities 0.5 0.05 --rounds 1 --block-ms 1"
     assert bench("convolution", options.split()) == 0

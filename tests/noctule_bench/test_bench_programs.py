@@ -69,6 +69,7 @@ def test_layers(capsys, tmp_path, rows):
     assert "layers: targets" in tables
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows",
     [
@@ -94,6 +95,7 @@ def test_fashion(capsys, rows):
     assert "fashion: targets" in tables
 
 
+@pytest.mark.slow
 def test_memory(capsys):
     kinds, tables = run(capsys, "memory", "--steps 2", rows=["noctule", "dense fp32"])
     sparse, dense = kinds["memory"]

@@ -20,6 +20,7 @@ def run(capsys, *options: str):
     return kinds, captured.err
 
 
+@pytest.mark.slow
 def test_all_ways_are_compared_in_pairs(capsys, tmp_path):
     out = tmp_path / "rewiring.jsonl"
     kinds, tables = run(capsys, "--seeds", "0", "1", "--out", str(out))

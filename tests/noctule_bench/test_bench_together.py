@@ -20,6 +20,7 @@ def run(capsys, *words):
     return kinds, captured.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kinds_", [("sparse",), pytest.param(("dense", "sparse"), marks=pytest.mark.slow)], ids="-".join
 )

@@ -27,6 +27,7 @@ def run(capsys, song, *options):
     return kinds, captured.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("widths", [(128,), pytest.param((64, 128), marks=pytest.mark.slow)])
 def test_speed_and_profile(capsys, song, monkeypatch, widths):
     monkeypatch.setattr(transformer, "TARGET_FROM", 128)

@@ -278,6 +278,7 @@ def test_options_that_make_no_run_are_refused(tmp_path):
 # -- the benchmark --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_sweep_says_what_each_size_costs(capsys, tmp_path):
     out = tmp_path / "results.jsonl"
     wide = program.last_cache_bytes() // (4 * 2048) + 1

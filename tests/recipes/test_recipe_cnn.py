@@ -141,6 +141,7 @@ def test_resumed_is_never_stopped(tmp_path, stop):
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_never_killed(noctule_command, tmp_path):
     words = [
         "run",

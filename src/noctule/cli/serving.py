@@ -74,8 +74,8 @@ def keep(folder: Path, given: Mapping[str, Any]) -> None:
         paths = [folder / f"worker-{worker}.ticket" for worker in range(serving.workers)]
         for each, path in zip(tickets, paths, strict=True):
             each.save(path)
-        _explain(serving, tickets[0].ticket.addresses, paths)
         try:
+            _explain(serving, tickets[0].ticket.addresses, paths)
             _watch(cast("Server", server))
         finally:
             print(f"stopping; to go on: noctule server {shlex.quote(str(folder))}", file=sys.stderr)

@@ -1,5 +1,7 @@
 """What do workers send each other at a step? Channels, their stages and paths, and hooks for DDP and FSDP2."""
 
+from typing import TYPE_CHECKING, Any
+
 from noctule.codecs import (
     QSGD,
     Affine,
@@ -23,7 +25,6 @@ from noctule.exchange.clip import Clip
 from noctule.exchange.compress import Compress
 from noctule.exchange.ddp import ddp_hook
 from noctule.exchange.every_sync import EverySync
-from noctule.exchange.fsdp import fsdp_hooks
 from noctule.exchange.group import Group, own_group
 from noctule.exchange.handshake import agree
 from noctule.exchange.hierarchical import Hierarchical
@@ -33,6 +34,9 @@ from noctule.exchange.power_sgd import PowerSGD
 from noctule.exchange.probe import LinkEstimate, probe_link
 from noctule.exchange.two_phase import TwoPhase
 from noctule.exchange.weigh import Weigh
+
+if TYPE_CHECKING:
+    from noctule.exchange.fsdp import fsdp_hooks
 
 __all__ = [
     "QSGD",
@@ -73,3 +77,12 @@ __all__ = [
     "own_group",
     "probe_link",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the hook for FSDP2 when it is first asked for: torch's part of it takes a second to import."""
+    if name == "fsdp_hooks":
+        from noctule.exchange.fsdp import fsdp_hooks
+
+        return fsdp_hooks
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

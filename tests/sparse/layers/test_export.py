@@ -110,7 +110,9 @@ def test_an_exported_program_keeps_the_places_that_it_was_made_with():
     torch.testing.assert_close(torch.export.load(buffer).module()(x), before)
 
 
-@pytest.mark.parametrize("imports", ["import torch, noctule", "import noctule, torch"])
+@pytest.mark.parametrize(
+    "imports", ["import noctule, torch", pytest.param("import torch, noctule", marks=pytest.mark.slow)]
+)
 def test_it_opens_in_a_process_that_has_only_imported_noctule(tmp_path, imports):
     for name, make in KINDS.items():
         model, x = make()
