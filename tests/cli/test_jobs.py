@@ -129,7 +129,7 @@ def test_what_is_mistyped_is_answered_without_torch(tmp_path):
 @pytest.mark.skipif(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, reason="under nohup, which is respected")
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on_anywhere(noctule_command, tmp_path, signum, status):
-    words = [*TRAIN, "--epochs", 60, "--checkpoint-seconds", 1000]
+    words = [*TRAIN, "--epochs", 30, "--checkpoint-seconds", 1000]
     stopped = noctule_command(*words, "--out", "some/stopped")
     run = tmp_path / "some" / "stopped"
     until(lambda: epochs(run) > 2, stopped)
@@ -138,7 +138,7 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on_anywhere(noctul
     assert out.count("run: ") == 1
     assert err.count(f"stopped; to go on: noctule run --resume {run}") == 1
     assert (run / "report.html").exists()
-    assert epochs(run) < 60
+    assert epochs(run) < 30
     if signum == signal.SIGHUP:
         return
     shutil.move(run, tmp_path / "moved")

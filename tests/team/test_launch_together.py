@@ -13,7 +13,7 @@ import pytest
 from forked import workers_of
 
 OPTIONS = [
-    *("--hidden", "64", "64", "--density", "0.2", "--every", "7", "--dropout", "0", "--batch", "64"),
+    *("--hidden", "64", "64", "--density", "0.2", "--every", "7", "--dropout", "0", "--batch", "128"),
     *("--compare", "none", "--checkpoint-seconds", "1000"),
 ]
 
@@ -134,7 +134,7 @@ def test_a_worker_that_fails_by_itself_ends_the_run(noctule_command, tmp_path, f
 def test_workers_that_compare_what_their_growers_saw_go_on_alike(noctule_command, tmp_path):
     """A worker that dies while connections move leaves the others between two steps: they take over from one of them."""
     process = noctule_command(
-        "run", "sparse_mlp", *OPTIONS, "--every", 1, "--epochs", 12, "--workers", 2, "--out", "run"
+        "run", "sparse_mlp", *OPTIONS, "--batch", 64, "--every", 1, "--epochs", 12, "--workers", 2, "--out", "run"
     )
     for epoch in (2, 6):
         until(lambda at=epoch: len(records(tmp_path / "run")) > at, process)
