@@ -20,7 +20,7 @@ _HOME = {
     "Decay": "sparse.rewire.decay",
     "ExponentialAverage": "sparse.average",
     "FuseEpilogue": "sparse.layers",
-    "ImportancePruning": "compress.prune",
+    "ImportancePruning": "compress.shrink",
     "KeepLayout": "sparse.layers",
     "Method": "core.method",
     "Remap": "core.remap",
@@ -52,7 +52,7 @@ _HOME = {
     "rigl": "sparse.rewire",
     "save_model": "checkpoint",
     "set_": "sparse.rewire",
-    "shrink": "compress.prune",
+    "shrink": "compress.shrink",
     "uniform": "sparse.budget",
     "write_report": "report",
 }
@@ -61,7 +61,7 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from noctule.checkpoint import Checkpoints, load_model, save_model
-    from noctule.compress.prune import ImportancePruning, shrink
+    from noctule.compress.shrink import ImportancePruning, shrink
     from noctule.core.convert import Conversion, convert_
     from noctule.core.method import Method, Session, attach
     from noctule.core.optim import param_groups

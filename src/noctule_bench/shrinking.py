@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from noctule.compress.prune import ImportancePruning
+from noctule.compress.shrink import ImportancePruning
 from noctule.core.convert import convert_
 from noctule.core.method import Method
 from noctule.core.optim import param_groups

@@ -2,6 +2,9 @@
 
 from noctule.models.cnn import cnn
 from noctule.models.mlp import mlp
+from noctule.models.mobilenet import mobilenet
+from noctule.models.resnet import ResNet, resnet
 from noctule.models.transformer import Transformer
+from noctule.models.vit import ViT
 
-__all__ = ["Transformer", "cnn", "mlp"]
+__all__ = ["ResNet", "Transformer", "ViT", "cnn", "mlp", "mobilenet", "resnet"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from noctule.compress.prune import resize_to
+from noctule.compress.shrink import resize_to
 from noctule.core.errors import CheckpointError, ExchangeError
 from noctule.core.finite import check_parameters, explain
 from noctule.core.method import Method, attach

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, SGD, Adafactor, Adam, AdamW
 
-from noctule.compress.prune import shrink
+from noctule.compress.shrink import shrink
 from noctule.core.convert import convert_
 from noctule.core.method import Method, attach
 from noctule.core.optim import param_groups

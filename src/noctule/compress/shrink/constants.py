@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from noctule.compress.prune.readers import POOLS, Reader, is_convolution
-from noctule.compress.prune.widths import shape_of
+from noctule.compress.shrink.readers import POOLS, Reader, is_convolution
+from noctule.compress.shrink.widths import shape_of
 from noctule.sparse.layers import SparseLayer
 
 

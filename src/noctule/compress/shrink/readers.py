@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from noctule.compress.prune.widths import VECTORS, groups_of, is_matrix, shape_of
+from noctule.compress.shrink.widths import VECTORS, groups_of, is_matrix, shape_of
 from noctule.sparse.layers import AllReLU, SparseConv2d
 
 Paths = Mapping[str, str | Sequence[str | nn.Module]]

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from noctule.compress.prune.constants import can_take
-from noctule.compress.prune.readers import Paths, Reader, find_readers
-from noctule.compress.prune.shrink import lines_of, shrink
-from noctule.compress.prune.widths import planned, shape_of
+from noctule.compress.shrink.constants import can_take
+from noctule.compress.shrink.readers import Paths, Reader, find_readers
+from noctule.compress.shrink.shrinking import lines_of, shrink
+from noctule.compress.shrink.widths import planned, shape_of
 from noctule.core.method import Method
 from noctule.sparse.layers import SparseLayer
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW
 
 from noctule.checkpoint import load, save
-from noctule.compress.prune import ImportancePruning, importance, resize_to
+from noctule.compress.shrink import ImportancePruning, importance, resize_to
 from noctule.core.convert import convert_
 from noctule.core.errors import CheckpointError
 from noctule.core.method import Method, attach

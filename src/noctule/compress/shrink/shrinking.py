@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from noctule.compress.prune.constants import fold_
-from noctule.compress.prune.readers import Paths, Reader, find_readers
-from noctule.compress.prune.widths import Lines, planned, shape_of
+from noctule.compress.shrink.constants import fold_
+from noctule.compress.shrink.readers import Paths, Reader, find_readers
+from noctule.compress.shrink.widths import Lines, planned, shape_of
 from noctule.sparse.layers.foreign import note_for_hugging_face
 
 
