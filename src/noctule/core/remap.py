@@ -3,8 +3,9 @@
 Shapes: O out features (rows), I in features (columns), N stored weights.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -27,6 +28,8 @@ class Remap:
     rows: "Remap | None" = None
     """Where each new row comes from; None: the rows are what they were."""
     columns: "Remap | None" = None
+    parts: Mapping[str, "Remap"] = field(default_factory=dict)
+    """What happened to each parameter by name, for a module that has no weight with rows and columns."""
     loaded: bool = False
     """Whether the new numbers come with the new places, from a state dict: what was loaded with them is of these places already."""
 
@@ -56,7 +59,7 @@ class Remap:
 
     def of(self, name: str) -> "Remap | None":
         """What happened to a layer's parameter of this name: this to its weight, to the bias what happened to the rows."""
-        return {"values": self, "weight": self, "bias": self.rows}.get(name)
+        return {"values": self, "weight": self, "bias": self.rows, **self.parts}.get(name)
 
     def resized(self, shape: tuple[int, int]) -> tuple[int, int]:
         """The shape, after the change, of a weight that had this one before.
@@ -140,6 +143,18 @@ def resize_full(shape: tuple[int, int], *, rows: Tensor | None = None, columns: 
     )
     slots = torch.where((r[:, None] < 0) | (c < 0), -1, r[:, None] * shape[1] + c)
     return Remap(slots.flatten(), shape[0] * shape[1], row_remap, column_remap)
+
+
+def cut(shape: Sequence[int], kept: Mapping[int, Tensor]) -> Remap:
+    """What happens to the numbers of a tensor of any shape of which only some lines of some dimensions stay.
+
+    >>> cut((2, 3), {1: torch.tensor([0, 2])}).old_slot.tolist()
+    [0, 2, 3, 5]
+    """
+    slots = torch.arange(math.prod(shape), device="cpu").view(tuple(shape))
+    for dimension, lines in kept.items():
+        slots = slots.index_select(dimension, lines.cpu())
+    return Remap(slots.flatten(), math.prod(shape))
 
 
 def merge(topologies: Sequence[Topology], values: Sequence[Tensor]) -> tuple[Topology, Tensor]:

@@ -5,7 +5,7 @@ Shapes: O rows and I columns of a weight as a matrix; a convolution's columns ar
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from noctule.core.listeners import Listener, listeners_of
 from noctule.core.optim import carry_state, check_carry
-from noctule.core.remap import Remap, carried, resize, resize_full
+from noctule.core.remap import Remap, carried, cut, resize, resize_full
 from noctule.core.topology import Topology
 from noctule.sparse.layers import SparseConv2d, SparseLayer
 from noctule.sparse.layers.foreign import note_for_hugging_face
@@ -43,6 +43,11 @@ class Lines(NamedTuple):
     columns: Tensor | None = None
 
 
+Cuts = Mapping[str, Mapping[int, Tensor]]
+"""The lines that stay in some dimensions of a module's own tensors, by their names; of a sparse layer's values dimension 0 are the
+rows, and 1 the features that the columns belong to."""
+
+
 def is_matrix(module: nn.Module) -> bool:
     """Whether a module is of a kind with rows and columns, and its weight its own: a subclass may do anything with them."""
     return isinstance(module, SparseLayer) or (type(module) in MATRICES and "weight" in module._parameters)
@@ -62,10 +67,22 @@ def groups_of(module: nn.Module) -> int:
     return int(getattr(module.geometry if isinstance(module, SparseConv2d) else module, "groups", 1))
 
 
-def planned(model: nn.Module, lines: Mapping[str, Lines], *, optimizers: Iterable[Optimizer] = ()) -> "list[Change]":
+def planned(
+    model: nn.Module,
+    lines: Mapping[str, Lines | Cuts],
+    *,
+    optimizers: Iterable[Optimizer] = (),
+    tied: Mapping[str, list[str]] | None = None,
+) -> "list[Change]":
     """Changes after which the named modules have these rows and columns; all refusals come here, before anything moved.
 
     Optimizers and methods of an open session on the model follow; ``optimizers`` are those that follow without one.
+
+    Args:
+        model: its modules are changed.
+        lines: what stays of each module, by its name.
+        optimizers: see above.
+        tied: other names of a parameter that is cut, for all of which the cut is right; without it tied weights are refused.
 
     Raises:
         ValueError: a weight is tied, or something that is kept for it cannot follow.
@@ -79,7 +96,7 @@ def planned(model: nn.Module, lines: Mapping[str, Lines], *, optimizers: Iterabl
     for name, new in lines.items():
         module = model.get_submodule(name)
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            if held[id(parameter)] > 1:
+            if held[id(parameter)] > 1 and tied is None:
                 raise ValueError(
                     f"{parameter_name} of {name} is used in several places, not all of which would get other widths: "
                     "leave that layer as it is"
@@ -89,7 +106,9 @@ def planned(model: nn.Module, lines: Mapping[str, Lines], *, optimizers: Iterabl
                     f"{parameter_name} of {name} is a {type(parameter).__name__}, not a plain parameter, and may be cut or "
                     "coded in a way of its own: change the plain model first"
                 )
-        changes.append(_change(name, module, new, tuple(optimizers)))
+        also = {own: tied.get(f"{name}.{own}" if name else own, []) for own in module._parameters} if tied else {}
+        places = {own: [_owner(model, other) for other in others] for own, others in also.items() if others}
+        changes.append(_change(name, module, new, tuple(optimizers), places))
     for change in changes:
         change.check()
     return changes
@@ -162,6 +181,10 @@ class Change:
     listeners: list[Listener]
     optimizers: tuple[Optimizer, ...]
     """The ones that follow without a session; one that is in a session too has followed already, and finds nothing to do."""
+    tied: Mapping[str, list[tuple[nn.Module, str]]] = field(default_factory=dict)
+    """Where else each parameter stands: other modules, and its names there."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """The new shapes of tensors of a module that has no rows and columns."""
 
     def check(self) -> None:
         """Raise ValueError where something that is kept for the weights cannot follow."""
@@ -189,9 +212,22 @@ class Change:
         for name, before in old.items():
             if (part := self.remap.of(name)) is not None:
                 carry_state(self.optimizers, before, getattr(self.module, name), part)
+        for name, places in self.tied.items():
+            for module, other in places:
+                module._parameters[other] = self.module._parameters[name]
+                note_sizes(module)
 
     def _move_dense(self, old: Mapping[str, nn.Parameter]) -> None:
         module, rows = self.module, self.remap.rows
+        if self.shapes:
+            for name, before in old.items():
+                if (part := self.remap.of(name)) is not None:
+                    setattr(module, name, carried(before, part.apply(before.flatten()).view(self.shapes[name]), part))
+            for name, buffer in module.named_buffers(recurse=False):
+                if (part := self.remap.of(name)) is not None:
+                    setattr(module, name, part.apply(buffer.flatten()).view(self.shapes[name]))
+            note_sizes(module)
+            return
         shape = self.remap.resized((*shape_of(module), 1)[:2])  # type: ignore[arg-type]
         for name, before in old.items():
             if (part := self.remap.of(name)) is not None:
@@ -201,22 +237,94 @@ class Change:
         for name, buffer in module.named_buffers(recurse=False):
             if rows is not None and buffer.dim() == 1:  # running statistics; the counter of batches is 0-d
                 setattr(module, name, rows.apply(buffer))
-        sizes = (shape[0], shape[1] // prod(getattr(module, "kernel_size", ())))
+        groups = shape[0] if groups_of(module) > 1 else 1  # depthwise
+        if groups > 1:
+            module.groups = groups  # type: ignore[assignment]
+        sizes = (shape[0], shape[1] // prod(getattr(module, "kernel_size", ())) * groups)
         for name, size in zip(_NAMES[type(module)], sizes):
             setattr(module, name, size)
 
 
-def _change(name: str, module: nn.Module, lines: Lines, optimizers: tuple[Optimizer, ...]) -> Change:
-    topology = None
-    if groups_of(module) > 1:
+def _change(
+    name: str,
+    module: nn.Module,
+    lines: Lines | Cuts,
+    optimizers: tuple[Optimizer, ...],
+    tied: Mapping[str, list[tuple[nn.Module, str]]],
+) -> Change:
+    topology, shapes = None, {}
+    if not isinstance(lines, Lines) and (is_matrix(module) or type(module) in VECTORS) and not _is_grouped(module):
+        lines = _as_lines(module, lines)
+    if not isinstance(lines, Lines):
+        tensors = {**module._parameters, **module._buffers}
+        parts = {own: cut(tensors[own].shape, kept) for own, kept in lines.items()}  # type: ignore[union-attr]
+        shapes = {
+            own: tuple(kept[d].numel() if d in kept else n for d, n in enumerate(tensors[own].shape))  # type: ignore[union-attr]
+            for own, kept in lines.items()
+        }
+        remap = Remap(torch.zeros(0, dtype=torch.int64), 0, parts=parts)
+    elif groups_of(module) > 1 and (lines.columns is not None or not is_depthwise(module)):
         raise ValueError(
             f"{name} is a convolution of {groups_of(module)} groups, each with channels of its own: "
             "only one without groups can lose or gain channels"
         )
-    if isinstance(module, SparseLayer):
+    elif isinstance(module, SparseLayer):
         topology, remap = resize(module.topology, rows=lines.rows, columns=lines.columns)
     elif is_matrix(module):
         remap = resize_full(shape_of(module), rows=lines.rows, columns=lines.columns)  # type: ignore[arg-type]
     else:
         remap = resize_full((*shape_of(module), 1), rows=lines.rows)  # type: ignore[arg-type]
-    return Change(name, module, remap, topology, listeners_of(module), optimizers)
+    return Change(name, module, remap, topology, listeners_of(module), optimizers, tied, shapes)
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether a dense convolution has a kernel for each channel and no sums over channels."""
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels
+
+
+def _is_grouped(module: nn.Module) -> bool:
+    return groups_of(module) > 1 and not is_depthwise(module)
+
+
+def _as_lines(module: nn.Module, cuts: Cuts) -> Lines:
+    """Rows and columns of a weight as a matrix, of which each feature has as many columns as the kernel has places."""
+    main = cuts.get("values" if isinstance(module, SparseLayer) else "weight", {})
+    rows = main.get(0, next((kept[0] for kept in cuts.values() if 0 in kept), None))
+    columns = main.get(1)
+    if columns is not None and (each := shape_of(module)[1] // _features_in(module)) > 1:
+        columns = (columns[:, None] * each + torch.arange(each)).flatten()
+    return Lines(rows, columns)
+
+
+def _features_in(module: nn.Module) -> int:
+    if isinstance(module, SparseConv2d):
+        return module.geometry.weight_shape[1]
+    return shape_of(module)[1] if isinstance(module, SparseLayer) else module.weight.shape[1]  # type: ignore[union-attr]
+
+
+def _owner(model: nn.Module, tensor: str) -> tuple[nn.Module, str]:
+    module, _, name = tensor.rpartition(".")
+    return model.get_submodule(module), name
+
+
+def note_sizes(module: nn.Module) -> None:
+    """Note the shape of its weight in a module's own numbers, which say how it is printed and checked."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return
+    shape = tuple(weight.shape)
+    if isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = shape
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = shape
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        module.normalized_shape = shape
+    elif isinstance(module, nn.GroupNorm):
+        each = module.num_channels // module.num_groups
+        module.num_channels, module.num_groups = shape[0], shape[0] // each
+    elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if isinstance(module, nn.Conv2d) and is_depthwise(module):
+            module.groups = shape[0]
+        module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
+    elif hasattr(module, "nf") and hasattr(module, "nx"):  # transformers' Conv1D
+        module.nx, module.nf = shape  # type: ignore[assignment]

@@ -1,0 +1,488 @@
+"""What torch's operators do with labels of lines, see `noctule.compress.shrink.trace`.
+
+Shapes: B samples, I features in, O out, C channels, H heads, T tokens, D features of a head.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from noctule.compress.shrink.atoms import FIXED, Value, Weight, varies
+
+if TYPE_CHECKING:
+    from noctule.compress.shrink.trace import Trace
+
+aten = torch.ops.aten
+RULES: dict[Any, Callable[..., Any]] = {}
+"""Operator -> its rule, called with (trace, node, *arguments)."""
+
+
+def _names(text: str) -> list[str]:
+    return text.split()
+
+
+_ELEMENTWISE = _names("""
+    relu relu_ relu6 gelu silu silu_ mish tanh sigmoid hardtanh hardtanh_ hardswish hardswish_ hardsigmoid leaky_relu
+    leaky_relu_ elu elu_ celu selu softplus logsigmoid threshold dropout dropout_ feature_dropout alpha_dropout add add_
+    sub sub_ mul mul_ div div_ neg pow rsqrt sqrt exp log abs sign cos sin erf reciprocal clamp clamp_min clamp_max where
+    masked_fill masked_fill_ minimum maximum eq ne ge gt le lt square round floor ceil nan_to_num rsub logical_not
+    logical_and logical_or bitwise_and bitwise_or bitwise_not remainder fmod __and__ __or__ lerp addcmul isfinite isnan
+""")
+_MOVING = _names("""
+    transpose permute t expand unsqueeze squeeze select slice split split_with_sizes chunk unbind cat stack narrow flip
+    repeat movedim mT numpy_T expand_as tile roll index_select hsplit swapaxes
+""")
+_VIEWS = _names("""
+    view reshape _unsafe_view unflatten flatten view_as
+""")
+_SAME = _names("""
+    contiguous clone alias detach to _to_copy lift_fresh_copy lift_fresh type_as float half bfloat16 double dropout
+    requires_grad_ detach_
+""")
+_NOTHING = _names("""
+    arange zeros ones full empty zeros_like ones_like full_like empty_like new_ones new_zeros new_full new_empty
+    scalar_tensor _assert_tensor_metadata sym_size rand randn rand_like randn_like bernoulli _assert_async
+""")
+_COUNTING = _names("""
+    cumsum diff gather argmax argsort sort topk one_hot triu tril
+""")
+
+
+def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function for operators of these names, where this torch has them."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name in names:
+            if (packet := getattr(aten, name, None)) is not None:
+                RULES[packet] = function
+        return function
+
+    return register
+
+
+def shape_of(node: Node) -> tuple[int, ...]:
+    """The shape of what a node gives."""
+    return tuple(int(size) for size in node.meta["val"].shape)
+
+
+def module_of(node: Node) -> str:
+    """The name of the module that a node comes from."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return stack[-1][0] if stack else ""
+
+
+def pick(trace: "Trace", node: Node, several: Any, at: Any) -> Value:
+    """One of several results."""
+    return several[at] if isinstance(several, tuple | list) else several
+
+
+@rule(*_NOTHING)
+def nothing(trace: "Trace", node: Node, *arguments: Any, **named: Any) -> Value:
+    """A result that belongs to no line."""
+
+
+@rule(*_COUNTING)
+def counting(trace: "Trace", node: Node, *arguments: Any, **named: Any) -> Value:
+    """A result that belongs to no line, of what must stay, since its places count."""
+    for labels in map(trace.labels, (x for x in arguments if _is_tensor(x))):
+        if labels is not None and any(varies(labels, d) for d in range(labels.dim())):
+            trace.lines.fix(labels, f"{node.target} in {trace.where(node)} counts its places")
+
+
+@rule(*_ELEMENTWISE)
+def elementwise(trace: "Trace", node: Node, *arguments: Any, **named: Any) -> Value:
+    """Labels of the operands are tied where both depend on the place; one that is broadcast there depends on none."""
+    shape = shape_of(node)
+    given = [labels for x in (*arguments, *named.values()) if _is_tensor(x) and (labels := trace.labels(x)) is not None]
+    if not given:
+        return None
+    result = given[0]
+    for labels in given[1:]:
+        if _fixed(labels) or _fixed(result):
+            fixed, other = (labels, result) if _fixed(labels) else (result, labels)
+            if _meet(trace, fixed, other):
+                trace.lines.tie(*torch.broadcast_tensors(fixed, other))
+            result = torch.broadcast_to(other, torch.broadcast_shapes(fixed.shape, other.shape))
+        else:
+            result, labels = torch.broadcast_tensors(result, labels)
+            together = _along(trace, result) & _along(trace, labels)
+            if together:
+                trace.lines.tie(result, labels)
+            elif len(_along(trace, labels)) > len(_along(trace, result)):
+                result = labels
+    return torch.broadcast_to(result, shape)
+
+
+@rule(*_MOVING)
+def moving(trace: "Trace", node: Node, *arguments: Any, **named: Any) -> Value:
+    """The operator itself, on labels."""
+    if not any(_is_tensor(x) and trace.labels(x) is not None for x in _flat(arguments)):
+        return None
+
+    def labelled(x: Any, like: Any) -> Any:
+        if isinstance(x, tuple | list):
+            return [labelled(each, other) for each, other in zip(x, like, strict=True)]
+        if isinstance(like, Node) and trace.labels(x) is None:
+            return torch.full(shape_of(like), FIXED) if hasattr(like.meta.get("val"), "shape") else x
+        return trace.labels(x) if isinstance(like, Node) else x
+
+    given = [labelled(x, like) for x, like in zip(arguments, node.args, strict=True)]
+    return node.target(*given, **named)  # type: ignore[operator]
+
+
+@rule(*_VIEWS)
+def view(trace: "Trace", node: Node, x: Any, *arguments: Any, **named: Any) -> Value:
+    """Another shape; where features are split into dimensions, those that share an index of all but the last go together."""
+    labels = trace.labels(x)
+    if labels is None:
+        return None
+    old, new = tuple(labels.shape), shape_of(node)
+    result = labels.reshape(new)
+    for before, after in _segments(old, new):
+        split = [d for d in after if new[d] > 1]
+        if len(split) > 1 and any(varies(trace.lines.sets(labels), d) for d in before):
+            inner = trace.lines.sets(result)
+            if varies(inner, split[-1]):
+                trace.lines.tie(inner, inner.narrow(split[-1], 0, 1))
+    return result
+
+
+@rule(*_SAME)
+def same(trace: "Trace", node: Node, x: Any, *arguments: Any, **named: Any) -> Value:
+    """Each number where it was."""
+    return x
+
+
+@rule("linear")
+def linear(trace: "Trace", node: Node, x: Any, weight: Any, bias: Any = None) -> Value:
+    """Features (..., I) through a weight (O, I)."""
+    return product(trace, node, x, weight, bias, rows=0, columns=1)
+
+
+@rule("addmm")
+def addmm(trace: "Trace", node: Node, bias: Any, x: Any, weight: Any, **named: Any) -> Value:
+    """Features (B, I) through a weight (I, O), as in `transformers`' Conv1D."""
+    return product(trace, node, x, weight, bias, rows=1, columns=0)
+
+
+@rule("matmul", "mm", "bmm")
+def matmul(trace: "Trace", node: Node, x: Any, y: Any) -> Value:
+    """A product with a weight, or of two batches of matrices, whose common places in the batch go together."""
+    if _is_weight(y) and y.tensor.dim() == 2:
+        return product(trace, node, x, y, None, rows=1, columns=0)
+    a, b = trace.labels(x), trace.labels(y)
+    shape = shape_of(node)
+    if a is None or b is None or min(a.dim(), b.dim()) < 2:
+        for labels in (a, b):
+            if labels is not None:
+                trace.lines.fix(labels, f"a product in {trace.where(node)} is not followed")
+        return None
+    trace.lines.tie(a[..., :1, :].transpose(-1, -2), b[..., :1])
+    for labels, other in ((a, -2), (b, -1)):  # what the other dimension of each says is the result's
+        if not varies(trace.lines.sets(labels), other):
+            trace.lines.tie(labels, labels.narrow(other, 0, 1))
+    a, b = trace.lines.sets(a), trace.lines.sets(b)
+    if not varies(a, a.dim() - 1):  # along the sum all is one: a head, say
+        trace.lines.tie(a[..., :1, :1], b[..., :1, :1])
+        return torch.broadcast_to(b[..., :1, :] if varies(b, b.dim() - 1) else a[..., :1], shape)
+    if varies(b, b.dim() - 1):
+        return torch.broadcast_to(b[..., :1, :], shape)
+    return torch.broadcast_to(a[..., :1], shape) if varies(a, a.dim() - 2) else None
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def convolution(
+    trace: "Trace",
+    node: Node,
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Value:
+    """Channels (B, C, ...) through kernels (O, C / groups, ...)."""
+    channels = _per_channel(trace, node, trace.labels(x), "a convolution")
+    rows, columns = trace.lines_of(weight, 0), trace.lines_of(weight, 1)
+    if groups > 1 and columns.numel() == 1:  # depthwise
+        trace.lines.fix(columns, "a depthwise convolution has one channel a group")
+        trace.lines.tie(rows.view(groups, -1), channels.view(groups, 1))
+        trace.readers.setdefault(weight.name, node)
+    else:
+        trace.reading[weight.name] = 1
+        trace.lines.tie(channels.view(groups, -1), columns)
+        trace.lines.tie(rows.view(groups, -1), rows.view(groups, -1)[:1])
+    return _written(trace, node, weight, bias, 0, 1)
+
+
+@rule("conv_transpose2d")
+def transposed(trace: "Trace", node: Node, x: Any, weight: Any, bias: Any = None, *rest: Any) -> Value:
+    """Channels (B, C, ...) through kernels (C, O / groups, ...)."""
+    if len(rest) > 3 and rest[3] != 1:
+        trace.lines.fix(trace.lines_of(weight, 0), "a transposed convolution has groups")
+    trace.lines.tie(_per_channel(trace, node, trace.labels(x), "a convolution"), trace.lines_of(weight, 0))
+    return _written(trace, node, weight, bias, 1, 1)
+
+
+@rule("embedding")
+def embedding(trace: "Trace", node: Node, weight: Any, indices: Any, *rest: Any) -> Value:
+    """Rows of a table (V, O), by number."""
+    trace.lines.fix(trace.lines_of(weight, 0), "its rows are looked up by number")
+    trace.producers.add((weight.name, 1))
+    return torch.broadcast_to(trace.lines_of(weight, 1), shape_of(node))
+
+
+@rule("batch_norm")
+def batch_norm(trace: "Trace", node: Node, x: Any, *arguments: Any) -> Value:
+    """One number of each sort for a channel, dimension 1."""
+    labels = trace.labels(x)
+    channels = _per_channel(trace, node, labels, "a batch norm")
+    for weight in arguments[:4]:
+        if weight is not None:
+            trace.lines.tie(trace.lines_of(weight, 0), channels)
+    return labels
+
+
+@rule("layer_norm", "rms_norm")
+def layer_norm(trace: "Trace", node: Node, x: Any, sizes: Sequence[int], *arguments: Any) -> Value:
+    """Statistics of the last dimensions, of which there is to be one."""
+    labels = trace.labels(x)
+    if labels is None:
+        return None
+    last = _features(trace, labels)
+    trace.norms.append((module_of(node), last))
+    for weight in arguments:
+        if _is_weight(weight):
+            if len(sizes) > 1:
+                trace.lines.fix(labels, f"a norm of {len(sizes)} dimensions in {trace.where(node)} reads it")
+                trace.lines.fix(trace.lines_of(weight, len(sizes) - 1), "it has several dimensions")
+            else:
+                trace.lines.tie(trace.lines_of(weight, 0), last)
+    trace.lines.note_inexact(labels, f"the statistics of {module_of(node) or 'the model'} are of fewer features")
+    return labels
+
+
+@rule("group_norm")
+def group_norm(
+    trace: "Trace", node: Node, x: Any, groups: int, weight: Any = None, bias: Any = None, *rest: Any
+) -> Value:
+    """Statistics of groups of channels, which stay or go as a whole."""
+    labels = trace.labels(x)
+    channels = _per_channel(trace, node, labels, "a group norm")
+    trace.lines.tie(channels.view(groups, -1), channels.view(groups, -1)[:, :1])
+    for each in (weight, bias):
+        if each is not None:
+            trace.lines.tie(trace.lines_of(each, 0), channels)
+    return labels
+
+
+@rule("prelu")
+def prelu(trace: "Trace", node: Node, x: Any, weight: Any) -> Value:
+    """A slope for all, or one for each channel."""
+    labels = trace.labels(x)
+    if weight.tensor.numel() > 1:
+        trace.lines.tie(trace.lines_of(weight, 0), _per_channel(trace, node, labels, "a PReLU"))
+    return labels
+
+
+@rule("scaled_dot_product_attention")
+def attention(trace: "Trace", node: Node, q: Any, k: Any, v: Any, mask: Any = None, *rest: Any, **named: Any) -> Value:
+    """Heads (B, H, T, D): queries' features go with keys', heads of both with values', whose features the result has."""
+    queries, keys, values = map(trace.labels, (q, k, v))
+    if queries is None or keys is None or values is None:
+        for labels in (queries, keys, values):
+            if labels is not None:
+                trace.lines.fix(labels, f"the attention in {trace.where(node)} is not followed")
+        return None
+    queries, keys, values = queries[..., :1, :], keys[..., :1, :], values[..., :1, :]
+    trace.lines.tie(queries, keys)
+    whole = [trace.lines.sets(labels) for labels in (queries, values)]
+    if not any(varies(labels, labels.dim() - 1) for labels in whole):
+        trace.lines.tie(queries[..., :1], values[..., :1])
+    bias = trace.labels(mask) if _is_tensor(mask) else None
+    if bias is not None and bias.dim() >= 3 and bias.shape[-3] > 1:
+        trace.lines.tie(bias[..., :1, :1], queries[..., :1])
+    return torch.broadcast_to(values, shape_of(node))
+
+
+@rule("softmax", "log_softmax", "_softmax")
+def softmax(trace: "Trace", node: Node, x: Any, dim: int, *rest: Any) -> Value:
+    """All along a dimension count together."""
+    labels = trace.labels(x)
+    if labels is not None and varies(trace.lines.sets(labels), dim):
+        trace.lines.fix(labels, f"a softmax over it in {trace.where(node)}")
+    return labels
+
+
+@rule("mean", "sum", "amax", "amin", "max", "min", "var", "std", "norm", "linalg_vector_norm", "prod", "any", "all")
+def reduction(trace: "Trace", node: Node, x: Any, *arguments: Any, **named: Any) -> Value:
+    """A sum or the like over some dimensions; over features it is a statistic, which changes without some."""
+    labels = trace.labels(x)
+    if labels is None or not hasattr(node.meta.get("val"), "shape"):
+        return None
+    shape, keep = shape_of(node), node.meta["val"].dim() == labels.dim()
+    dims = next((a for a in arguments if isinstance(a, int | tuple | list) and not isinstance(a, bool)), None)
+    if dims is None:
+        dims = range(labels.dim())
+    over = sorted({d % labels.dim() for d in ([dims] if isinstance(dims, int) else dims)}, reverse=True)
+    if any(varies(trace.lines.sets(labels), d) for d in over):
+        trace.lines.note_inexact(labels, f"the statistics of {module_of(node) or 'the model'} are of fewer features")
+        return None
+    for d in over:
+        labels = labels.narrow(d, 0, 1) if keep else labels.select(d, 0)
+    return torch.broadcast_to(labels, shape)
+
+
+@rule(
+    *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "max_pool1d", "avg_pool1d"),
+    *(
+        "adaptive_avg_pool1d",
+        "adaptive_max_pool1d",
+        "upsample_nearest2d",
+        "upsample_bilinear2d",
+        "pad",
+        "constant_pad_nd",
+    ),
+    *("pixel_unshuffle", "max_pool2d_with_indices"),
+)
+def pool(trace: "Trace", node: Node, x: Any, *arguments: Any, **named: Any) -> Value:
+    """Another image of the same channels."""
+    channels = _per_channel(trace, node, trace.labels(x), f"{node.target}")
+    meta = node.meta["val"]
+    shapes = [tuple(each.shape) for each in (meta if isinstance(meta, tuple | list) else [meta])]
+    if any(shape[1] != channels.numel() for shape in shapes):
+        trace.lines.fix(channels, f"{node.target} in {trace.where(node)} changes the number of channels")
+        return None
+    results = tuple(torch.broadcast_to(channels.view(-1, *[1] * (len(s) - 2)), s) for s in shapes)
+    return results if isinstance(meta, tuple | list) else results[0]
+
+
+def sparse_linear(trace: "Trace", node: Node, x: Any, values: Any, bias: Any, *rest: Any) -> Value:
+    """Features (B, I) through a sparse weight; the result is feature-major, (O, B)."""
+    shape = tuple(node.meta["val"][0].shape)
+    _read(trace, node, trace.labels(x), values, 1)
+    return torch.broadcast_to(_rows(trace, node, values, bias, 0)[:, None], shape), None, None
+
+
+def sparse_convolution(trace: "Trace", node: Node, x: Any, values: Any, bias: Any, *rest: Any) -> Value:
+    """Channels (B, C, H, W) through sparse kernels; the result is (O, H, W, B)."""
+    shape = tuple(node.meta["val"][0].shape)
+    channels = _per_channel(trace, node, trace.labels(x), "a convolution")
+    groups = values.layer.geometry.groups
+    columns, rows = trace.lines_of(values, 1), trace.lines_of(values, 0)
+    if groups > 1:
+        trace.lines.fix(torch.cat([channels, columns, rows]), "a sparse convolution of several groups reads it")
+    else:
+        trace.reading[values.name] = 1
+        trace.lines.tie(channels, columns)
+    return torch.broadcast_to(_rows(trace, node, values, bias, 0).view(-1, 1, 1, 1), shape), None, None
+
+
+for _name, _function in (("sparse_linear", sparse_linear), ("sparse_conv2d", sparse_convolution)):
+    RULES[getattr(torch.ops.noctule, _name)] = _function
+
+
+def product(trace: "Trace", node: Node, x: Any, weight: Any, bias: Any, *, rows: int, columns: int) -> Value:
+    """Features (..., I) through a weight with these two dimensions."""
+    if not _is_weight(weight) or weight.layer is not None:
+        for labels in map(trace.labels, (y for y in (x, weight, bias) if _is_tensor(y))):
+            if labels is not None:
+                trace.lines.fix(labels, f"a product in {trace.where(node)} has a weight that is computed")
+        return None
+    _read(trace, node, trace.labels(x), weight, columns)
+    return torch.broadcast_to(_rows(trace, node, weight, bias, rows), shape_of(node))
+
+
+def _read(trace: "Trace", node: Node, labels: Tensor | None, weight: Weight, dimension: int) -> None:
+    """Tie the features that a weight reads to its lines."""
+    lines = trace.lines_of(weight, dimension)
+    trace.readers.setdefault(weight.name, node)
+    trace.reading[weight.name] = dimension
+    if labels is None:
+        trace.lines.fix(lines, f"{weight.name} reads what belongs to no layer")
+    else:
+        trace.lines.tie(_features(trace, labels), lines)
+
+
+def _rows(trace: "Trace", node: Node, weight: Weight, bias: Any, dimension: int) -> Tensor:
+    """The lines that a weight writes, with those of its bias."""
+    lines = trace.lines_of(weight, dimension)
+    trace.producers.add((weight.name, dimension))
+    trace.readers.setdefault(weight.name, node)
+    if _is_weight(bias):
+        trace.lines.tie(trace.lines_of(bias, 0), lines)
+    return lines
+
+
+def _written(trace: "Trace", node: Node, weight: Weight, bias: Any, dimension: int, at: int) -> Tensor:
+    shape = shape_of(node)
+    rows = _rows(trace, node, weight, bias, dimension)
+    return torch.broadcast_to(rows.view([-1 if d == at else 1 for d in range(len(shape))]), shape)
+
+
+def _features(trace: "Trace", labels: Tensor) -> Tensor:
+    """The label of each feature, the last dimension; those at other places of a token or sample are tied to it."""
+    first = labels.reshape(-1, labels.shape[-1])[0]
+    if not torch.equal(torch.broadcast_to(first, labels.shape), labels):
+        trace.lines.tie(labels, first)
+    return first
+
+
+def _per_channel(trace: "Trace", node: Node, labels: Tensor | None, what: str) -> Tensor:
+    """The label of each channel, dimension 1; those of other samples and pixels are tied to it."""
+    if labels is None:
+        return torch.full((shape_of(node)[1] if hasattr(node.meta["val"], "shape") else 1,), FIXED)
+    channels = labels.transpose(0, 1).reshape(labels.shape[1], -1)
+    if not torch.equal(channels[:, :1].expand_as(channels), channels):
+        trace.lines.tie(channels, channels[:, :1])
+    return channels[:, 0]
+
+
+def _along(trace: "Trace", labels: Tensor) -> set[int]:
+    """The dimensions, counted from the last, along which labels vary."""
+    sets = trace.lines.sets(labels)
+    return {d - labels.dim() for d in range(labels.dim()) if varies(sets, d)}
+
+
+def _meet(trace: "Trace", fixed: Tensor, other: Tensor) -> bool:
+    """Whether what is fixed has numbers of its own along a dimension in which the other one varies."""
+    return any(-d <= fixed.dim() and fixed.shape[d] > 1 for d in _along(trace, other))
+
+
+def _fixed(labels: Tensor) -> bool:
+    return bool((labels == FIXED).all())
+
+
+def _segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Which dimensions of the one shape become which of the other."""
+    segments: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        before, after = [i] if i < len(old) else [], [j] if j < len(new) else []
+        a, b = old[i] if before else 1, new[j] if after else 1
+        i, j = i + len(before), j + len(after)
+        while a != b:
+            if a < b:
+                before.append(i)
+                a, i = a * old[i], i + 1
+            else:
+                after.append(j)
+                b, j = b * new[j], j + 1
+        segments.append((before, after))
+    return segments
+
+
+def _is_weight(x: Any) -> bool:
+    return isinstance(x, Weight)
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor) or _is_weight(x)
+
+
+def _flat(values: Any) -> list[Any]:
+    return [x for value in values for x in _flat(value)] if isinstance(values, tuple | list) else [values]
