@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from noctule import ToSparse, convert_, load_model, save_model
-from noctule.compress.shrink import incoming, magnitude, rebuild, shrink, taylor
+from noctule.compress.shrink import ImportancePruning, incoming, magnitude, rebuild, resize_to, shrink, taylor
 from noctule.compress.shrink.following import Following, _silence
 from noctule.core.method import attach
 from noctule.core.optim import param_groups
@@ -307,3 +307,34 @@ def test_a_share_needs_an_example_and_paths_exclude_it():
         shrink(mlp(3, 4, 2), 0.5)
     with pytest.raises(ValueError, match="not both"):
         shrink(mlp(3, 4, 2), 0.5, example=torch.rand(2, 3), paths={})
+
+
+@pytest.mark.parametrize("name", ["residual", "depthwise", "vit", "decoder"])
+def test_a_method_removes_on_schedule_and_resumes_as_if_never_stopped(name):
+    def train(model: nn.Module, x: Tensor, steps: int, state=None) -> tuple[nn.Module, dict]:
+        model.train()
+        optimizer = torch.optim.AdamW(param_groups(model), lr=0.01)
+        method = ImportancePruning(every=2, percentile=30, start=2, until=5, least=2, example=x)
+        if state is not None:
+            resize_to(model, state["model"], optimizers=[optimizer])
+        with attach(model, optimizer, method) as session:
+            if state is not None:
+                model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+                session.load_state_dict(state["session"])
+            for _ in range(steps):
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+            kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "session": session.state_dict()}
+            return model, copy.deepcopy(kept) | {"removed": dict(method.removed)}
+
+    model, x = made(name)
+    whole, after = train(copy.deepcopy(model), x, 5)
+    assert sum(after["removed"].values()) > 0
+    _, half = train(copy.deepcopy(model), x, 3)
+    resumed, again = train(copy.deepcopy(model), x, 2, half)
+    assert again["removed"] == after["removed"]
+    assert str(resumed) == str(whole)
+    for (key, a), (_, b) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
+        assert torch.equal(a, b), key

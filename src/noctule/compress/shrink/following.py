@@ -62,8 +62,8 @@ class Following:
             for tensor, dimension in self.trace.producers
         }
 
-    def chosen(self, keep: float, score: Score, round_to: int, skip: Sequence[str]) -> Removal:
-        """Units with the least scores of every group, so that this share of each is kept."""
+    def chosen(self, keep: float, score: Score, round_to: int, skip: Sequence[str], least_kept: int = 1) -> Removal:
+        """Units with the least scores of every group, so that this share of each is kept, and at least so many units."""
         layers = {layer: group for group in self.groups for layer in group.layers}
         if unknown := set(skip) - {*layers, *self.left}:
             raise ValueError(f"skip names no layer of a group: {sorted(unknown)}; there are {sorted(layers)}")
@@ -74,7 +74,7 @@ class Following:
                 whole[group.name] = "skip= leaves it as it is"
                 continue
             width = group.members[group.producers[0]].shape[1]
-            kept = max(1, round(group.units * keep))
+            kept = min(group.units, max(least_kept, round(group.units * keep)))
             while kept < group.units and (kept * width) % round_to:
                 kept += 1
             if kept == group.units:
@@ -148,9 +148,19 @@ class Following:
 
     def make_(self, removal: Removal, optimizers: Sequence[Optimizer]) -> None:
         """Remove; everything that can be refused is refused before anything changed."""
+        self.check(removal, optimizers)
+        constants = self._constants(copy.deepcopy(self.model).eval(), removal)
+        self._fold(constants, removal)
+        apply(self.model, removal.step, optimizers=optimizers)
+
+    def check(self, removal: Removal, optimizers: Sequence[Optimizer]) -> None:
+        """Find out whether all that is kept for the weights can follow, and whether a copy of the model runs without these.
+
+        Raises:
+            ValueError: not so.
+        """
         prepared(self.model, removal.step, optimizers=optimizers)
         twin = copy.deepcopy(self.model).eval()
-        constants = self._constants(copy.deepcopy(self.model).eval(), removal)
         try:
             apply(twin, removal.step)
             with torch.no_grad():
@@ -162,8 +172,6 @@ class Following:
                 f"the model does not run without these: {type(error).__name__}: {text:.300}. Some code of it has widths of its "
                 "own; leave its layers out with skip=, or name others"
             ) from error
-        self._fold(constants, removal)
-        apply(self.model, removal.step, optimizers=optimizers)
 
     def _counts(self, layer: str, units: int, kept: int) -> dict[str, int]:
         """The numbers of heads that the module round a layer keeps, after this."""

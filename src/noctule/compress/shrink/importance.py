@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from noctule.compress.shrink.constants import can_take
+from noctule.compress.shrink.following import Following
+from noctule.compress.shrink.groups import Score, incoming, taylor
 from noctule.compress.shrink.readers import Paths, Reader, find_readers
 from noctule.compress.shrink.shrinking import lines_of, shrink
 from noctule.compress.shrink.widths import planned, shape_of
@@ -27,9 +29,10 @@ from noctule.sparse.layers import SparseLayer
 class ImportancePruning(Method):
     """Every so many steps, really removes the neurons of each hidden layer that have the least incoming weight.
 
-    The output layer keeps its neurons; so does a layer whose reader is not known, and `left` says why. With a
-    `Rewire` in the same session, name this method first: what acts before a step in some order acts after it in reverse, and
-    connections should move before the layers that are looked at change their widths, or they do not move in that step.
+    The output layer keeps its neurons; so does a layer whose reader is not known, and `left` says why. With an example any model
+    that `torch.export` follows loses channels, and what is tied to them, of each group; heads stay. With a `Rewire` in the same
+    session, name this method first: what acts before a step in some order acts after it in reverse, and connections should move
+    before the layers that are looked at change their widths, or they do not move in that step.
 
     To resume, bring the new model to the widths of the checkpoint with `resize_to`, as `fit` does, before it is loaded.
 
@@ -41,6 +44,8 @@ class ImportancePruning(Method):
         least: so many neurons stay in every layer.
         skip: names of layers that are left alone.
         paths: which layer reads which, where that is decided in a forward; see `shrink`.
+        example: arguments of the model's forward, to find what goes together; see `shrink`.
+        score: with an example, says which units go first.
     """
 
     def __init__(
@@ -53,13 +58,18 @@ class ImportancePruning(Method):
         least: int = 1,
         skip: Sequence[str] = (),
         paths: Paths | None = None,
+        example: Any = None,
+        score: Score = incoming,
     ) -> None:
+        if paths is not None and example is not None:
+            raise ValueError("give example= or paths=, not both: an example shows what paths would say")
         if every < 1 or start < 1 or least < 1:
             raise ValueError(f"every, start and least must be at least 1, got {every}, {start} and {least}")
         if not 0.0 < percentile < 100.0:
             raise ValueError(f"percentile must lie above 0 and below 100, got {percentile}")
         self.every, self.percentile, self.start, self.until = every, percentile, start, until
         self.least, self.skip, self.paths = least, tuple(skip), dict(paths or {})
+        self.example, self.score = example, score
         self.steps = 0
         self.removed: dict[str, int] = {}
         """Neurons removed since the method began, by layer."""
@@ -70,6 +80,9 @@ class ImportancePruning(Method):
     @override
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Find the hidden layers, and find out now whether all that is kept for them can follow."""
+        if self.example is not None:
+            self._begin_with_groups(model, optimizers)
+            return
         readers, self.left = find_readers(model, self.paths)
         unknown = set(self.skip) - {*readers, *self.left}
         if unknown:
@@ -98,6 +111,13 @@ class ImportancePruning(Method):
         if self.until is not None and self.steps >= self.until:
             return
         assert self._model is not None
+        if self.example is not None:
+            following = Following(self._model, self.example)
+            removal = following.chosen(1.0 - self.percentile / 100, self.score, 1, self._whole(following), self.least)
+            following.make_(removal, ())
+            for name, count in removal.lost.items():
+                self.removed[name] += count
+            return
         keep = {name: self._most_important(self._model.get_submodule(name)) for name in self.removed}
         for name, count in shrink(self._model, keep, paths=self.paths).items():
             self.removed[name] += count
@@ -114,6 +134,27 @@ class ImportancePruning(Method):
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.steps, self.removed = int(state["steps"]), {**dict.fromkeys(self.removed, 0), **state["removed"]}
+
+    def _begin_with_groups(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        following = Following(model, self.example)
+        self.left = dict(following.left)
+        whole = self._whole(following)
+        hidden = [layer for group in following.groups for layer in group.layers if layer not in whole]
+        if not hidden:
+            raise ValueError(f"there is no group of hidden layers to prune: {self.left}")
+        check = following.chosen(0.5, self.score if self.score is not taylor else incoming, 1, whole, self.least)
+        following.check(check, optimizers)
+        self._model = model
+        self.removed = {name: self.removed.get(name, 0) for name in hidden}
+
+    def _whole(self, following: Following) -> list[str]:
+        """Layers whose groups are left alone: those of ``skip``, and those of heads."""
+        found = set(self.skip)
+        for group in following.groups:
+            if any(lines.shape[1] > 1 for member, lines in group.members.items() if member in group.producers):
+                found |= set(group.layers)
+                self.left |= dict.fromkeys(group.layers, "its features belong to heads, which shrink removes")
+        return sorted(found)
 
     def _most_important(self, layer: nn.Module) -> Tensor:
         """The numbers of the neurons that stay."""

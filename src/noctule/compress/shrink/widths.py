@@ -130,9 +130,11 @@ def resize_to(model: nn.Module, state: Mapping[str, Any], *, optimizers: Iterabl
     >>> model.load_state_dict(smaller.state_dict())
     <All keys matched successfully>
     """
-    lines = {}
+    lines: dict[str, Lines | Cuts] = {}
     for name, module in model.named_modules():
         if not is_matrix(module) and type(module) not in VECTORS:
+            if cuts := _first_of(state, f"{name}." if name else "", module):
+                lines[name] = cuts
             continue
         wanted = _shape_in(state, f"{name}." if name else "", module)
         have = shape_of(module)
@@ -141,6 +143,18 @@ def resize_to(model: nn.Module, state: Mapping[str, Any], *, optimizers: Iterabl
     for change in planned(model, lines, optimizers=optimizers):
         change.make_()
     note_for_hugging_face(model)
+
+
+def _first_of(state: Mapping[str, Any], prefix: str, module: nn.Module) -> dict[str, dict[int, Tensor]]:
+    """The first lines of own parameters that are larger than in a state."""
+    found: dict[str, dict[int, Tensor]] = {}
+    for own, parameter in module.named_parameters(recurse=False):
+        wanted = state.get(prefix + own)
+        if isinstance(wanted, Tensor) and wanted.dim() == parameter.dim():
+            smaller = {d: torch.arange(w) for d, (w, h) in enumerate(zip(wanted.shape, parameter.shape)) if 0 < w < h}
+            if smaller and all(w <= h for w, h in zip(wanted.shape, parameter.shape)):
+                found[own] = smaller
+    return found
 
 
 def _first(wanted: int, have: int) -> Tensor:
