@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from noctule.compress.shrink.groups import Score, columns_of, groups_of, least
 from noctule.compress.shrink.record import apply, prepared, step_of
-from noctule.compress.shrink.trace import Trace, arguments_of
+from noctule.compress.shrink.trace import arguments_of, traced
 from noctule.compress.shrink.widths import groups_of as groups_in
 from noctule.sparse.layers import SparseLayer
 
@@ -52,7 +52,7 @@ class Following:
 
     def __init__(self, model: nn.Module, example: Any) -> None:
         self.model, self.example = model, example
-        self.trace = Trace(model, example)
+        self.trace = traced(model, example)
         self.groups, self.left = groups_of(self.trace)
 
     def sizes(self) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noctule.compress.shrink.trace import Trace
+from noctule.compress.shrink.labels import Trace
 from noctule.sparse.layers import SparseConv2d, SparseLayer
 
 Member = tuple[str, int]

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from noctule.compress.shrink import operators
-from noctule.compress.shrink.atoms import FIXED, Lines, Value, Weight
+from noctule.compress.shrink import operators, products
+from noctule.compress.shrink.atoms import FIXED, Value, Weight
+from noctule.compress.shrink.labels import Trace
 from noctule.core.errors import NoctuleError
-from noctule.sparse.layers import SparseConv2d, SparseLayer
+from noctule.sparse.layers import SparseLayer
 
 
-class Trace:
-    """A model's exported graph, run on labels.
+def traced(model: nn.Module, example: Any) -> Trace:
+    """Run a model's exported graph on labels.
 
     Args:
         model: in any mode; it is exported in evaluation mode, and not changed.
@@ -32,97 +33,33 @@ class Trace:
     Raises:
         ValueError: the model cannot be exported; the text says where, and what to do.
     """
+    trace, program = Trace(model), exported(model, example)
+    run = _Run(trace, program)
+    for node in program.graph.nodes:
+        run.values[node] = run.node(node)
+    return trace
 
-    def __init__(self, model: nn.Module, example: Any) -> None:
-        self.model, self.lines = model, Lines()
-        self.producers: set[tuple[str, int]] = set()
-        """Dimensions of tensors whose lines make features: the rows of weights, the columns of embeddings."""
-        self.readers: dict[str, Node] = {}
-        """The first node of each product, by the name of its weight."""
-        self.reading: dict[str, int] = {}
-        """The dimension of each weight that reads features."""
-        self.norms: list[tuple[str, Tensor]] = []
-        """Modules that normalise features, and the labels of these."""
-        self._rules = operators.RULES | {operator.getitem: operators.pick}
-        self._values: dict[Node, Value] = {}
-        self._names: dict[int, str] = {}
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            self._names.setdefault(id(tensor), name)
-        self._modules = dict(model.named_modules())
-        program = exported(model, example)
-        self._tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+
+class _Run:
+    """The values of a graph's nodes so far."""
+
+    def __init__(self, trace: Trace, program: torch.export.ExportedProgram) -> None:
+        self.trace, self.values = trace, dict[Node, Value]()
+        self._rules = products.RULES | {operator.getitem: operators.pick}
         signature = program.graph_signature
         self._held: Mapping[str, str] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self._constants = {*signature.inputs_to_lifted_tensor_constants}
-        for node in program.graph.nodes:
-            self._values[node] = self._run(node)
+        self._names: dict[int, str] = {}
+        for name, tensor in trace.tensors.items():
+            self._names.setdefault(id(tensor), name)
 
-    def lines_of(self, weight: Weight, dimension: int) -> Tensor:
-        """The lines of a dimension of a weight."""
-        if weight.layer is None:
-            return self.lines.of(weight.name, dimension, weight.tensor.shape[dimension])
-        rows, columns = weight.layer.topology.shape
-        if dimension and isinstance(weight.layer, SparseConv2d):
-            columns = weight.layer.geometry.weight_shape[1]
-        return self.lines.of(weight.name, dimension, columns if dimension else rows)
-
-    def size_of(self, tensor: str, dimension: int) -> int:
-        """How many lines a dimension of a tensor has."""
-        return self.lines.size(tensor, dimension)
-
-    def reader_of(self, tensor: str) -> tuple[str, str]:
-        """The module that reads features through a weight, and the weight's name there; empty where code elsewhere does."""
-        if (node := self.readers.get(tensor)) is None:
-            return "", ""
-        name = operators.module_of(node)
-        held = self._modules[name]._parameters.items() if name in self._modules else ()
-        return name, next((own for own, parameter in held if parameter is self._tensors[tensor]), "")
-
-    def norm_behind(self, tensor: str) -> nn.Module | None:
-        """The batch norm with running statistics that alone reads what the product with this weight gives."""
-        node = self.readers[tensor]
-        while True:
-            users = [user for user in node.users if user.users]
-            if len(users) != 1:
-                return None
-            (node,) = users
-            name = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
-            if name == "batch_norm":
-                module = self._modules.get(operators.module_of(node))
-                return module if getattr(module, "running_mean", None) is not None else None
-            if name not in ("getitem", "permute", "t", "transpose", "reshape", "view", "to", "contiguous"):
-                return None
-
-    def labels(self, value: Value) -> Tensor | None:
-        """The labels of a value; those of a parameter that is used as a value are the lines of its last dimension."""
-        if not isinstance(value, Weight):
-            return value
-        if not isinstance(self._tensors.get(value.name), nn.Parameter) or value.layer is not None:
-            return None
-        shape = value.tensor.shape
-        wide = [d for d, size in enumerate(shape) if size > 1] or [len(shape) - 1]
-        if not shape:
-            return None
-        for dimension in wide[:-1]:
-            self.lines.fix(self.lines_of(value, dimension), f"{value.name} is no weight of a known layer")
-        self.producers.add((value.name, wide[-1]))
-        size = [shape[d] if d == wide[-1] else 1 for d in range(len(shape))]
-        return self.lines_of(value, wide[-1]).view(size).expand(shape)
-
-    def where(self, node: Node) -> str:
-        """The module and the line that a node comes from."""
-        module = operators.module_of(node)
-        text = str(node.meta.get("stack_trace", "")).strip().splitlines()
-        line = next((part.strip() for part in reversed(text) if part.strip().startswith("File")), "")
-        return f"{module or 'the model'}{f' ({line})' if line else ''}"
-
-    def _run(self, node: Node) -> Value:
+    def node(self, node: Node) -> Value:
         if node.op == "placeholder":
             return self._placeholder(node)
         if node.op == "output":
             for value in _flat(map_arg(node.args, self._value)):
-                if (labels := self.labels(value)) is not None:
-                    self.lines.tie(labels, torch.tensor(FIXED), "it is an output of the model")
+                if (labels := self.trace.labels(value)) is not None:
+                    self.trace.lines.tie(labels, torch.tensor(FIXED), "it is an output of the model")
             return None
         if node.op != "call_function":
             return None
@@ -130,15 +67,17 @@ class Trace:
         named = map_arg(dict(node.kwargs), self._value)
         rule = self._rules.get(getattr(node.target, "overloadpacket", node.target))
         if rule is not None:
-            return rule(self, node, *arguments, **named)
+            return rule(self.trace, node, *arguments, **named)
         given = [x for x in _flat((arguments, named)) if isinstance(x, Tensor | Weight)]
-        for labels in map(self.labels, given):
+        for labels in map(self.trace.labels, given):
             if labels is not None:
-                self.lines.fix(labels, f"{node.target} in {self.where(node)} is an operator that is not known")
+                self.trace.lines.fix(
+                    labels, f"{node.target} in {self.trace.where(node)} is an operator that is not known"
+                )
         return None
 
     def _value(self, node: Node) -> Value:
-        return self._values[node]
+        return self.values[node]
 
     def _placeholder(self, node: Node) -> Value:
         if (name := self._held.get(node.name)) is None:
@@ -146,9 +85,9 @@ class Trace:
             if not isinstance(value, Tensor) or not value.is_floating_point() or node.name in self._constants:
                 return None
             return torch.full(value.shape, FIXED)
-        tensor = self._tensors[name]
+        tensor = self.trace.tensors[name]
         module, _, last = name.rpartition(".")
-        layer = self._modules.get(module)
+        layer = dict(self.trace.model.named_modules()).get(module)
         sparse = layer if isinstance(layer, SparseLayer) and last == "values" else None
         return Weight(self._names.get(id(tensor), name), tensor, sparse)
 
