@@ -127,14 +127,15 @@ void encode_as(const float* x, int64_t n, int64_t group, const float* inverses, 
         constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, half to even
         constexpr float top = (1 << bits) - 1;
         uint8_t codes[longest_group + slack], there[longest_group + slack];
+        int32_t wide[longest_group];
         const float inverse = inverses[b], base = bases[b];
         const float* const v = x + at;
         for (int i = 0; i < count; ++i) {
             float code = (v[i] * inverse + magic) - magic - base;
             code = code < 0.0f ? 0.0f : code;
-            code = code > top ? top : code;
-            codes[i] = static_cast<uint8_t>(static_cast<int32_t>(code));
+            wide[i] = static_cast<int32_t>(code > top ? top : code);
         }
+        for (int i = 0; i < count; ++i) codes[i] = static_cast<uint8_t>(wide[i]);
         int coded = count;
         if (bitmap) {
             const auto* const words = reinterpret_cast<const uint32_t*>(v);
@@ -165,8 +166,8 @@ void decode_as(const uint8_t* packed, int64_t n, int64_t group, const float* sca
         read_codes<bits>(packed + offsets[b], coded, together);
         put_back(row, together, count, codes, there);
         for (int i = 0; i < count; ++i) {
-            const float value = (static_cast<float>(static_cast<int32_t>(codes[i])) + base) * scale;
-            v[i] = there[i] ? value : 0.0f;
+            const auto code = static_cast<float>(static_cast<int32_t>(codes[i]));
+            v[i] = (code + base) * scale * static_cast<float>(static_cast<int32_t>(there[i])) + 0.0f;  // no negative zero
         }
     });
 }

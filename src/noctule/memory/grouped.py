@@ -55,7 +55,7 @@ def encode(x_N: Tensor, bits: int, group: int, step: float | None = None) -> Gro
         x_N: contiguous; float32, or a half precision that is widened.
         bits: at most so many, from 1 to 8.
         group: neighbours that share a scale; see `group_of`.
-        step: of the grid, where it is wide enough for ``bits``: then fewer bits are used if they suffice.
+        step: of the grid; fewer bits are used where they suffice for the mean range, and groups of a wider one take a larger step.
     """
     dtype, x_N = x_N.dtype, x_N.to(torch.float32)
     code, n = _code_for(x_N), x_N.numel()
@@ -64,7 +64,7 @@ def encode(x_N: Tensor, bits: int, group: int, step: float | None = None) -> Gro
     if not bool(spread.isfinite().all()):
         return None
     if step is not None:
-        bits = min(bits, max(1, math.ceil(math.log2(float(spread.max()) / step + 2.0))))
+        bits = min(bits, max(1, math.ceil(math.log2(float(spread.mean()) / step + 2.0))))
     filled = int(nonzeros.sum(dtype=torch.int64))
     counts = nonzeros if n + filled * bits < 1.1 * n * bits else None
     # where zeros have no code, the smallest code is one step: what is positive stays so, on which the gradient of a ReLU rests

@@ -141,7 +141,7 @@ class _Hooks:
                 self._adaptive.recomputed(x, again.source.packed.storage.cdata, again.slope)
             return again
         step = None if self._adaptive is None else self._adaptive.step_of(x)
-        data = encode(rows.reshape(-1), self._bits, group_of(tuple(rows.shape)), step)
+        data = encode(rows.reshape(-1).contiguous(), self._bits, group_of(tuple(rows.shape)), step)
         if data is None:
             return self._leave(x, "not finite")
         self._count(x, data.nbytes)
