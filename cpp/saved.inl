@@ -1,7 +1,7 @@
 // Saved activations in fewer bits: included by codecs.inl, in its namespace, for each instruction set.
 //
 // A tensor is n floats in groups of so many, a multiple of 8 and at most 4096; the last group is shorter. An element's code is
-// round(x * inverse) - base, within 0 ... 2^bits - 1, with `inverse` and `base` of its group; it decodes to (code + base) * scale.
+// round(x * inverse - base), within 0 ... 2^bits - 1, with `inverse` and `base` of its group; it decodes to (code + base) * scale.
 // The arithmetic is that of noctule.memory.reference, to the bit: no multiply-add is fused (-ffp-contract=off).
 
 constexpr int longest_group = 4096, slack = 64;
@@ -131,7 +131,7 @@ void encode_as(const float* x, int64_t n, int64_t group, const float* inverses, 
         const float inverse = inverses[b], base = bases[b];
         const float* const v = x + at;
         for (int i = 0; i < count; ++i) {
-            float code = (v[i] * inverse + magic) - magic - base;
+            float code = (v[i] * inverse - base + magic) - magic;
             code = code < 0.0f ? 0.0f : code;
             wide[i] = static_cast<int32_t>(code > top ? top : code);
         }

@@ -51,7 +51,7 @@ def test_gradients_are_close(bits, within, recompute):
     assert saved.recomputed == recompute
     assert saved.bytes_before > 3.5 * saved.bytes_kept
     assert saved.left["needs no gradient"] >= 1
-    assert saved.left["a parameter"] == 5
+    assert saved.left["a parameter"] >= 3
     assert "times fewer" in str(saved)
 
 

@@ -1,7 +1,7 @@
 """Tensors in few bits: a scale for each group of neighbours, zeros exact, and a bitmap where many elements are zero.
 
-Shapes: N elements in memory order, in G groups of E. An element is (code + base) * scale with whole code and base, so that zero
-lies on every grid. The grid of a group spans its range, or has a given step. With a bitmap, what is positive stays positive.
+Shapes: N elements in memory order, in G groups of E. An element is (code + base) * scale. The base is whole, so that zero lies
+on the grid, but for groups without negative elements whose zeros are in a bitmap. The grid of a group spans its range, or has a given step. With a bitmap, what is positive stays positive.
 """
 
 import math
@@ -40,7 +40,7 @@ class Grouped:
         return sum(part.nbytes for part in parts if part is not None)
 
     def decode(self) -> Tensor:
-        """The tensor (N,) in its dtype; an element is off by half a step of its group at most, or by one if it is small and there is a bitmap."""
+        """The tensor (N,) in its dtype; an element is off by half a step of its group at most."""
         offsets, _ = _offsets(self.counts_G, self.n, self.group, self.bits, self.codes.device)
         x_N = _code_for(self.codes).decode(
             self.codes, self.n, self.group, self.scale_G, self.base_G, self.bits, offsets, self.bitmap
@@ -67,16 +67,18 @@ def encode(x_N: Tensor, bits: int, group: int, step: float | None = None) -> Gro
         bits = min(bits, max(1, math.ceil(math.log2(float(spread.mean()) / step + 2.0))))
     filled = int(nonzeros.sum(dtype=torch.int64))
     counts = nonzeros if n + filled * bits < 1.1 * n * bits else None
-    # where zeros have no code, the smallest code is one step: what is positive stays so, on which the gradient of a ReLU rests
-    first = 0.0 if counts is None else 1.0
     top = 2**bits - 1
     # half a step to spare, so that rounding both ends cannot need one code more; an end at zero is on the grid as it is
-    steps = torch.where(low == 0, top + first, torch.where(high == 0, float(top), top - 0.5))
+    steps = torch.where((low == 0) | (high == 0), float(top), top - 0.5)
+    if counts is not None:
+        steps = torch.where(low == 0, top + 1.0, steps)
     scale = (spread / steps).maximum(torch.maximum(low.abs(), high.abs()) * _PRECISION)
     scale = scale.clamp_(min=max(_SMALLEST, step or 0.0))
     inverse = scale.reciprocal()
     base = (low * inverse).round_() + 0.0
-    base = torch.where(low >= 0, base.clamp(min=first), base)
+    if counts is not None:
+        # zeros have no code: between the steps, what is positive stays so, on which the gradient of a ReLU rests
+        base = torch.where(low >= 0, (low * inverse).floor_() + 0.5, base)
     offsets, total = _offsets(counts, n, group, bits, x_N.device)
     codes, bitmap = code.encode(x_N, group, inverse, base, bits, offsets, total, counts is not None)
     small = None if counts is None else counts.to(torch.int16)

@@ -31,12 +31,12 @@ def encode(
     nbytes_codes: int,
     bitmap: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Codes round(x * inverse) - base side by side, those of a group from its offset in bytes on, and the bitmap.
+    """Codes round(x * inverse - base) side by side, those of a group from its offset in bytes on, and the bitmap.
 
     With ``bitmap``, only elements that are not zero have codes.
     """
     x_GE = in_buckets(x_N, group)
-    codes_GE = ((x_GE * inverse_G[:, None]).round_() - base_G[:, None]).clamp_(0, 2**bits - 1).to(torch.uint8)
+    codes_GE = (x_GE * inverse_G[:, None] - base_G[:, None]).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
     codes_GE.view(-1)[x_N.numel() :] = 0
     there_GE = x_GE != 0
     mask = None
