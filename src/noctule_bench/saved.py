@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
+from noctule.core.errors import UsageError
 from noctule.core.method import attach
 from noctule.data import Batches, load, standardize
 from noctule.measure import interleave, ratio
@@ -79,8 +80,7 @@ def saved(
                     data=data,
                     k=k,
                     threads=threads,
-                    ratio=None if kept[row] is None else kept[row].ratio,
-                    **({} if kept[row] is None else _figures(kept[row])),
+                    **_figures(kept[row]),
                     peak_bytes=peaks[row]["peak_bytes"],
                     floor_bytes=IN_FLIGHT * peaks["off"]["largest_bytes"],
                     times_lower=peaks["off"]["peak_bytes"] / peaks[row]["peak_bytes"],
@@ -104,8 +104,11 @@ _COLUMNS: dict[str, program.Column] = {
 }
 
 
-def _figures(kept: Saved) -> dict[str, Any]:
+def _figures(kept: Saved | None) -> dict[str, Any]:
+    if kept is None:
+        return {"ratio": None}
     return {
+        "ratio": kept.ratio,
         "bytes_before": kept.bytes_before,
         "bytes_kept": kept.bytes_kept,
         "tensors": kept.tensors,
@@ -120,8 +123,11 @@ def _prepared(
     """A training step, after some."""
     torch.manual_seed(0)
     splits = standardize(load(data, data_dir=data_dir, seed=0, validation_fraction=0.1))
-    high, wide = (splits.train.shape or ())[-2:]
-    model = resnet((splits.train.features // (high * wide), high, wide), splits.train.classes, depth=depth)
+    shape = splits.train.shape
+    if shape is None or len(shape) not in (2, 3):
+        raise UsageError(f"{data} has no images: name a data set whose samples have a shape")
+    image = (1, *shape) if len(shape) == 2 else shape
+    model = resnet((image[0], image[1], image[2]), splits.train.classes, depth=depth)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     bound = AdaptiveBound(k=k)
     if row == "adaptive":
@@ -193,7 +199,13 @@ def _targets(lines: program.Lines, written: list[dict[str, Any]]) -> None:
         for what, target, found, holds in _judged(line):
             written.append(
                 lines.write(
-                    "saved.target", row=line["row"], depth=line["depth"], what=what, found=found, target=target, holds=holds
+                    "saved.target",
+                    row=line["row"],
+                    depth=line["depth"],
+                    what=what,
+                    found=found,
+                    target=target,
+                    holds=holds,
                 )
             )
     program.targets(written, "saved", {"row": "{row}", "depth": "{depth}", "what": "{what}", "found": "{found:.2f}"})

@@ -51,7 +51,12 @@ def test_native_is_the_reference(shape, monkeypatch):
             assert torch.equal(decoded[0].signbit(), decoded[1].signbit())
 
 
-@given(st.sampled_from(SHAPES), st.sampled_from(["normal", "relu", "sparse", "shifted"]), st.integers(1, 8), st.integers(0, 99))
+@given(
+    st.sampled_from(SHAPES),
+    st.sampled_from(["normal", "relu", "sparse", "shifted"]),
+    st.integers(1, 8),
+    st.integers(0, 99),
+)
 @settings(derandomize=True, deadline=None, max_examples=60)
 def test_errors_zeros_and_signs(shape, kind, bits, seed):
     x = made(shape, kind, seed)

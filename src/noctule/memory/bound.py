@@ -28,8 +28,9 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_NORMS)
 class AdaptiveBound(Method):
     """Bounds for the inputs of dense layers, convolutions and batch norms: attach it, and name it in `compress_saved`.
 
-    Bounds are found in the second step, again after twice as many steps, and so on up to every ``every`` steps. Saved tensors are
-    told apart by their order in the forward pass, their producer and their shape; one that does not fit takes the bits of the block.
+    Bounds are found in the second step, again after twice as many steps, and so on up to every ``every`` steps. Saved tensors
+    are told apart by their order in the forward pass, their producer and their shape; one that does not fit takes the bits of the
+    block.
 
     Args:
         k: the error that a gradient may have, as a fraction of its momentum.
@@ -60,7 +61,9 @@ class AdaptiveBound(Method):
             for p in group["params"]
             if group.get("momentum") or "betas" in group
         }
-        layers = {m: name for name, m in model.named_modules() if isinstance(m, _LAYERS) and id(m.weight) in moving}
+        layers: dict[nn.Module, str] = {
+            m: name for name, m in model.named_modules() if isinstance(m, _LAYERS) and id(m.weight) in moving
+        }
         if not layers:
             raise ValueError(
                 "AdaptiveBound needs the momentum of linear layers, convolutions or batch norms, and no attached optimizer keeps "

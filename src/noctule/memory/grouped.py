@@ -1,7 +1,8 @@
 """Tensors in few bits: a scale for each group of neighbours, zeros exact, and a bitmap where many elements are zero.
 
-Shapes: N elements in memory order, in G groups of E. An element is (code + base) * scale. The base is whole, so that zero lies
-on the grid, but for groups without negative elements whose zeros are in a bitmap. The grid of a group spans its range, or has a given step. With a bitmap, what is positive stays positive.
+Shapes: N elements in memory order, in G groups of E. An element is (code + base) * scale. The base is whole, so that zero lies on
+the grid, but for groups without negative elements whose zeros are in a bitmap: there what is positive stays positive. The grid of a
+group spans its range, or has a given step.
 """
 
 import math
@@ -94,7 +95,7 @@ def group_of(sizes: tuple[int, ...]) -> int:
     >>> group_of((128, 16, 28, 28)), group_of((128, 64, 7, 7)), group_of((128, 1000))
     (784, 392, 1000)
     """
-    plane = math.prod(sizes[2:]) if len(sizes) > 2 else sizes[-1]
+    plane = math.prod(sizes[2:] if len(sizes) > 2 else sizes[1:] or sizes)
     whole = math.lcm(plane, 8)
     group = whole * -(-LEAST_GROUP // whole)
     return group if group <= MOST_GROUP else 2 * LEAST_GROUP

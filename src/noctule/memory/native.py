@@ -15,9 +15,7 @@ def ranges(x_N: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     groups = -(-n // group)
     low, high = x_N.new_empty(2, groups)
     nonzeros = torch.empty(groups, dtype=torch.int32, device="cpu")
-    _native.saved_ranges(
-        _address(x_N), n, group, low.data_ptr(), high.data_ptr(), nonzeros.data_ptr(), _threads(n)
-    )
+    _native.saved_ranges(_address(x_N), n, group, low.data_ptr(), high.data_ptr(), nonzeros.data_ptr(), _threads(n))
     return low, high, nonzeros
 
 
@@ -54,7 +52,14 @@ def encode(
 
 
 def decode(
-    codes: Tensor, n: int, group: int, scale_G: Tensor, base_G: Tensor, bits: int, offsets_G: Tensor, mask: Tensor | None
+    codes: Tensor,
+    n: int,
+    group: int,
+    scale_G: Tensor,
+    base_G: Tensor,
+    bits: int,
+    offsets_G: Tensor,
+    mask: Tensor | None,
 ) -> Tensor:
     """float32 (N,): (code + base) * scale, zero where the bitmap has none."""
     x_N = torch.empty(n, dtype=torch.float32, device="cpu")

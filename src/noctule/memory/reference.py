@@ -52,7 +52,14 @@ def encode(
 
 
 def decode(
-    codes: Tensor, n: int, group: int, scale_G: Tensor, base_G: Tensor, bits: int, offsets_G: Tensor, mask: Tensor | None
+    codes: Tensor,
+    n: int,
+    group: int,
+    scale_G: Tensor,
+    base_G: Tensor,
+    bits: int,
+    offsets_G: Tensor,
+    mask: Tensor | None,
 ) -> Tensor:
     """float32 (N,): (code + base) * scale, zero where the bitmap has none."""
     groups = len(scale_G)

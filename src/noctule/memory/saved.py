@@ -23,7 +23,14 @@ from noctule.memory.recompute import NormReLU, norm_relu
 
 BITS = (8, 4, 2)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_VIEWS = ("TBackward0", "ViewBackward0", "TransposeBackward0", "PermuteBackward0", "ToCopyBackward0", "UnsafeViewBackward0")
+_VIEWS = (
+    "TBackward0",
+    "ViewBackward0",
+    "TransposeBackward0",
+    "PermuteBackward0",
+    "ToCopyBackward0",
+    "UnsafeViewBackward0",
+)
 
 
 class Saved:
