@@ -147,6 +147,7 @@ STRIDED = {
     "permuted": lambda x: x.view(16, 32, 32).permute(2, 0, 1),
     "every second column": lambda x: x[:, ::2],
     "some columns": lambda x: x[:, 3:90],
+    "with gaps and transposed": lambda x: x[:, ::2].t(),
     "with a size of one": lambda x: x.as_strided((128, 1, 128), (128, 7, 1)),
 }
 
