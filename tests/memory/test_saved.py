@@ -139,6 +139,19 @@ def test_versions_and_offsets_are_other_tensors():
     assert saved.tensors == 2
 
 
+def test_after_a_change_in_place_it_is_another_tensor():
+    w, n = torch.ones((), requires_grad=True), torch.arange(1.0, 4097.0)
+    with compress_saved() as saved:
+        y = w * n
+        first = y * y  # keeps what is packed
+        y.mul_(3.0)
+        second = (y * y).sum()
+    (found,) = torch.autograd.grad(second, w)
+    assert float(found) == pytest.approx(18 * float((n.double() ** 2).sum()), rel=1e-3)
+    assert saved.tensors == 2
+    assert first.grad_fn is not None
+
+
 # -- wrong strides ------------------------------------------------------------------------------------------------
 
 STRIDED = {
