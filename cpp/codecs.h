@@ -18,6 +18,12 @@ struct Codecs {
     void (*unpack_bits)(const uint8_t* packed, int64_t n, int bits, uint8_t* codes, int threads);
     // The positions of the k largest magnitudes (NaN above inf), of equal ones the first; in ascending order.
     void (*largest)(const float* x, int64_t n, int64_t k, int64_t* positions, int threads);
+    // Saved activations: see saved.inl.
+    void (*saved_ranges)(const float* x, int64_t n, int64_t group, float* lows, float* highs, int32_t* nonzeros, int threads);
+    void (*saved_encode)(const float* x, int64_t n, int64_t group, const float* inverses, const float* bases, int bits,
+                         const int64_t* offsets, uint8_t* bitmap, uint8_t* packed, int threads);
+    void (*saved_decode)(const uint8_t* packed, int64_t n, int64_t group, const float* scales, const float* bases, int bits,
+                         const int64_t* offsets, const uint8_t* bitmap, float* x, int threads);
 };
 
 Codecs avx512_codecs();

@@ -3,6 +3,9 @@
 // Everything here has internal linkage and uses no template of the standard library: the same code compiled for another
 // instruction set must never replace it.
 #include <omp.h>
+#ifdef __SSSE3__
+#include <immintrin.h>
+#endif
 
 #include <cstring>
 
@@ -285,7 +288,11 @@ void largest(const float* data, int64_t n, int64_t k, int64_t* result, int threa
     delete[] shares;
 }
 
-Codecs table() { return {natural_encode, natural_decode, uniforms, pack_bits, unpack_bits, largest}; }
+#include "saved.inl"
+
+Codecs table() {
+    return {natural_encode, natural_decode, uniforms, pack_bits, unpack_bits, largest, saved_ranges, saved_encode, saved_decode};
+}
 
 }  // namespace
 }  // namespace noctule::NOCTULE_ISA

@@ -193,6 +193,25 @@ void largest(Address x, int64_t n, int64_t k, Address positions, int threads) {
     codecs.largest(pointer<const float>(x), n, k, pointer<int64_t>(positions), threads);
 }
 
+void saved_ranges(Address x, int64_t n, int64_t group, Address lows, Address highs, Address nonzeros, int threads) {
+    nb::gil_scoped_release release;
+    codecs.saved_ranges(pointer<const float>(x), n, group, pointer<float>(lows), pointer<float>(highs), pointer<int32_t>(nonzeros), threads);
+}
+
+void saved_encode(Address x, int64_t n, int64_t group, Address inverses, Address bases, int bits, Address offsets, Address bitmap,
+                  Address packed, int threads) {
+    nb::gil_scoped_release release;
+    codecs.saved_encode(pointer<const float>(x), n, group, pointer<const float>(inverses), pointer<const float>(bases), bits,
+                        pointer<const int64_t>(offsets), pointer<uint8_t>(bitmap), pointer<uint8_t>(packed), threads);
+}
+
+void saved_decode(Address packed, int64_t n, int64_t group, Address scales, Address bases, int bits, Address offsets, Address bitmap,
+                  Address x, int threads) {
+    nb::gil_scoped_release release;
+    codecs.saved_decode(pointer<const uint8_t>(packed), n, group, pointer<const float>(scales), pointer<const float>(bases), bits,
+                        pointer<const int64_t>(offsets), pointer<const uint8_t>(bitmap), pointer<float>(x), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -212,4 +231,7 @@ NB_MODULE(_native, m) {
     m.def("pack_bits", &pack_bits);
     m.def("unpack_bits", &unpack_bits);
     m.def("largest", &largest);
+    m.def("saved_ranges", &saved_ranges);
+    m.def("saved_encode", &saved_encode);
+    m.def("saved_decode", &saved_decode);
 }

@@ -24,6 +24,7 @@ BENCHMARKS = (
     "original",
     "rewiring",
     "shrinking",
+    "saved",
     "bat_brain",
     "transformer",
     "together",
