@@ -3,20 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
-from noctule.compress.prune.connections import Connections, Kept
 from noctule.compress.prune.pattern import Pattern, PerLayer, checked
+from noctule.compress.prune.pruning import Pruning
 from noctule.compress.prune.score import Score, magnitude
-from noctule.core.method import Method
-from noctule.core.remap import Remap
 from noctule.core.schedule import constant
 from noctule.core.types import Schedule
 
 
-class Prune(Method):
+class Prune(Pruning):
     """Every so many steps, removes the connections with the smallest score, down to the density that a schedule gives.
 
     Dense layers (`nn.Linear`, ``nn.Conv1d`` to ``nn.Conv3d``) are masked: gradients before and weights after each step, so no
@@ -58,54 +54,26 @@ class Prune(Method):
         if every < 1:
             raise ValueError(f"every must be at least 1 step, got {every}")
         self.schedule: Schedule = schedule if callable(schedule) else constant(checked(schedule, 0))
+        super().__init__(skip)
         self.score, self.every = score, every
         self.pattern: Pattern = PerLayer() if pattern is None else pattern
-        self.connections = Connections(skip)
-        self.steps = 0
         self.density = 1.0
         """What the schedule gave last, where that was the lowest so far."""
 
     @override
-    def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        self.connections.begin(model, optimizers)
-
-    @override
-    def before_step(self) -> None:
-        self.connections.hold_gradients_()
-
-    @override
-    def after_step(self) -> None:
-        self.steps += 1
-        self.connections.hold_()
+    def act(self) -> None:
         if self.steps % self.every:
             return
         density = checked(self.schedule(self.steps), self.steps)
         if density < self.density:
-            self.connections.prune_(self.pattern, density, self.score)
+            self.prune_(self.pattern, density, self.score)
             self.density = density
 
     @override
-    def remapped(self, layer: nn.Module, remap: Remap) -> None:
-        self.connections.remapped(layer, remap)
-
-    @override
-    def end(self) -> None:
-        self.connections.end()
-
-    def report(self) -> dict[str, Kept]:
-        """Weights and places of each layer, and whether it is sparse (or masked)."""
-        return self.connections.report()
-
-    @property
-    def left(self) -> dict[str, str]:
-        """Name of a layer that is left alone -> why."""
-        return self.connections.left
-
-    @override
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "density": self.density, "masks": self.connections.state_dict()}
+        return super().state_dict() | {"density": self.density}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.connections.load_state_dict(state["masks"])
-        self.steps, self.density = int(state["steps"]), float(state["density"])
+        super().load_state_dict(state)
+        self.density = float(state["density"])

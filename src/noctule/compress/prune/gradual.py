@@ -1,8 +1,8 @@
 """Gradual magnitude pruning: the smallest weights go, fast at first and ever more slowly.
 
-Zhu, Gupta 2017, "To prune, or not to prune: exploring the efficacy of pruning for model compression", arXiv 1710.01878. Differs from
-the authors' code: gradients and weights are masked, where there only the weight is masked in the forward pass, so a pruned weight
-does not live on out of sight; layers may share the weights in other ways than all alike.
+Zhu, Gupta 2017, "To prune, or not to prune: exploring the efficacy of pruning for model compression", arXiv 1710.01878. Differs
+from the authors' code: gradients and weights are masked, where there the weight is masked in the forward pass only, so a pruned
+weight does not live on out of sight; layers may share the weights in other ways than all alike.
 """
 
 from typing import Any

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,7 +63,7 @@ class _NonZeros:
     """The rule behind `sparsify_`."""
 
     below: float
-    made: list[tuple[nn.Module, SparseLayer]] = field(default_factory=list)
+    made: list[tuple[Any, SparseLayer]] = field(default_factory=list)
 
     def takes(self, module: nn.Module) -> bool:
         return type(module) in (nn.Linear, nn.Conv2d) and _density(module) < self.below

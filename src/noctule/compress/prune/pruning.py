@@ -1,18 +1,21 @@
-"""Which connections of a model exist, and how they are taken away: from dense layers by masks, from sparse ones for good.
+"""What all methods that remove connections are: masks for dense layers, topologies that lose places for sparse ones.
 
 Shapes: O rows and I columns of a weight as a matrix, N connections.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from noctule.compress.prune.pattern import Candidates, Pattern
 from noctule.compress.prune.score import Score
-from noctule.core.optim import carry_state, check_carry, unwrapped
+from noctule.core.method import Method
+from noctule.core.optim import carry_state, unwrapped
 from noctule.core.remap import Remap, exchange
 from noctule.sparse.layers import SparseLayer
 
@@ -34,25 +37,32 @@ class Kept(NamedTuple):
         return self.weights / self.places if self.places else 1.0
 
 
-class Connections:
-    """The connections of a model's linear layers and convolutions, dense and sparse ones.
+class Pruning(Method):
+    """A method that removes connections of linear layers and convolutions, dense and sparse ones; the kinds are final classes.
 
     A dense layer has a mask. Its gradient is masked before each step and its weight after it, so whatever the optimizer keeps, no
-    weight comes back. A sparse layer gets a topology without the places, and the optimizer's state follows.
+    weight comes back. A sparse layer gets a topology without the places, and the optimizer's state follows. A kind says in `act`
+    what happens after a step.
 
     Args:
         skip: names of layers that are left alone.
     """
 
-    def __init__(self, skip: Sequence[str] = ()) -> None:
+    def __init__(self, skip: Sequence[str]) -> None:
         self.skip = tuple(skip)
+        self.steps = 0
         self.layers: dict[str, Any] = {}
         self.left: dict[str, str] = {}
         """Name of a layer that is left alone -> why."""
         self._gone: dict[str, Tensor] = {}  # of dense layers: True where there is no connection
         self._optimizers: list[Optimizer] = []
 
-    def begin(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    @abstractmethod
+    def act(self) -> None:
+        """Remove what is to go after ``steps`` steps."""
+
+    @override
+    def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Find the layers; masks of an earlier session stay.
 
         Raises:
@@ -60,10 +70,9 @@ class Connections:
         """
         found, left, seen = {}, {}, set[int]()
         for name, layer in model.named_modules():
-            if not isinstance(layer, (*DENSE, SparseLayer)):
-                continue
-            reason = "skip= names it" if name in self.skip else _obstacle(layer, seen)
-            (found if reason is None else left)[name] = layer if reason is None else reason
+            if isinstance(layer, (*DENSE, SparseLayer)):
+                reason = "skip= names it" if name in self.skip else _obstacle(layer, seen)
+                (found if reason is None else left)[name] = layer if reason is None else reason
         if unknown := set(self.skip) - {*found, *left}:
             raise ValueError(f"skip names no layer: {sorted(unknown)}; there are {sorted({*found, *left})}")
         if not found:
@@ -80,9 +89,58 @@ class Connections:
         self.layers, self.left, self._gone = found, left, gone
         self._optimizers = [inner for given in optimizers for inner in unwrapped(given)]
 
+    @torch.no_grad()
+    @override
+    def before_step(self) -> None:
+        for name, gone in self._gone.items():
+            gradient = self.layers[name].weight.grad
+            if gradient is not None:
+                gradient.masked_fill_(gone, 0.0)
+
+    @torch.no_grad()
+    @override
+    def after_step(self) -> None:
+        self.steps += 1
+        for name, gone in self._gone.items():
+            self.layers[name].weight.masked_fill_(gone, 0.0)
+        self.act()
+
+    @override
+    def remapped(self, layer: nn.Module, remap: Remap) -> None:
+        self.follow(self._gone, layer, remap, new=False)
+
+    @override
     def end(self) -> None:
-        """Let go of the optimizers; masks stay."""
         self._optimizers = []
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Steps and masks (True: no connection); the places of sparse layers are the model's own state."""
+        return {"steps": self.steps, "masks": {name: gone.clone() for name, gone in self._gone.items()}}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        masks = state["masks"]
+        for name in self._gone:
+            wanted, given = tuple(self.layers[name].weight.shape), tuple(masks[name].shape) if name in masks else None
+            if given != wanted:
+                raise ValueError(
+                    f"the state has {f'a mask of shape {given}' if given else 'no mask'} for the dense layer {name} of shape "
+                    f"{wanted}: load it into the model that it was saved with"
+                )
+        self._gone = {name: masks[name].to(gone.device, copy=True) for name, gone in self._gone.items()}
+        self.steps = int(state["steps"])
+
+    def report(self) -> dict[str, Kept]:
+        """What is left of each layer, and whether it is truly sparse or masked."""
+        return {
+            name: Kept(self.weights(name), self.weight(name).numel(), False)
+            if name in self._gone
+            else Kept(layer.weights, layer.topology.places, True)
+            for name, layer in self.layers.items()
+        }
+
+    # -- for the kinds --------------------------------------------------------------------------------------------
 
     def weight(self, name: str) -> nn.Parameter:
         """The weight of a dense layer, or the values (N,) of a sparse one."""
@@ -117,9 +175,7 @@ class Connections:
         """Take away what the pattern does not keep, of all layers or some."""
         names = [*self.layers] if names is None else names
         weights = [self.weight(name) for name in names]
-        scored = [
-            self.candidates(name, score(w.detach(), w.grad)) for name, w in zip(names, weights, strict=True)
-        ]
+        scored = [self.candidates(name, score(w.detach(), w.grad)) for name, w in zip(names, weights, strict=True)]
         self.keep_(dict(zip(names, pattern(scored, density), strict=True)))
 
     @torch.no_grad()
@@ -151,67 +207,11 @@ class Connections:
         carry_state(self._optimizers, layer.weight, layer.weight, remap)
         gone.zero_()
 
-    def check_growing(self) -> None:
-        """Raise ValueError where an optimizer's state cannot follow `grow_`."""
-        for name in self._gone:
-            check_carry(self._optimizers, self.layers[name].weight)
-
-    @torch.no_grad()
-    def hold_gradients_(self) -> None:
-        """Before a step: no gradient where there is no connection."""
-        for name, gone in self._gone.items():
-            gradient = self.layers[name].weight.grad
-            if gradient is not None:
-                gradient.masked_fill_(gone, 0.0)
-
-    @torch.no_grad()
-    def hold_(self) -> None:
-        """After a step: no weight where there is no connection."""
-        for name, gone in self._gone.items():
-            self.layers[name].weight.masked_fill_(gone, 0.0)
-
-    def remapped(self, layer: nn.Module, remap: Remap) -> None:
-        """Follow a dense layer that changed its width."""
-        for name, gone in self._gone.items():
+    def follow(self, kept: dict[str, Tensor], layer: nn.Module, remap: Remap, *, new: float) -> None:
+        """Move what is kept in the shape of a layer's weight, by name."""
+        for name, x in kept.items():
             if self.layers[name] is layer:
-                self._gone[name] = remap.apply(gone.flatten(), new=False).view_as(layer.weight)  # type: ignore[arg-type]
-
-    def report(self) -> dict[str, Kept]:
-        """What is left of each layer, and whether it is truly sparse or masked."""
-        return {
-            name: Kept(self.weights(name), self.weight(name).numel(), False)
-            if name in self._gone
-            else Kept(layer.weights, layer.topology.places, True)
-            for name, layer in self.layers.items()
-        }
-
-    @property
-    def density(self) -> float:
-        """Weights over places, of all layers together."""
-        kept = self.report().values()
-        return sum(k.weights for k in kept) / max(sum(k.places for k in kept), 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The masks, (True: no connection); the places of sparse layers are the model's own state."""
-        return {name: gone.clone() for name, gone in self._gone.items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned; the mask of a layer that is sparse now is not needed.
-
-        Raises:
-            ValueError: the masks are not those of this model.
-        """
-        for name, layer in self._dense():
-            if name not in state or state[name].shape != layer.weight.shape:
-                shape = tuple(state[name].shape) if name in state else "no mask"
-                raise ValueError(
-                    f"the state has {shape} for the dense layer {name} of shape {tuple(layer.weight.shape)}: load it into the "
-                    "model that it was saved with"
-                )
-        self._gone = {name: state[name].to(layer.weight.device, torch.bool, copy=True) for name, layer in self._dense()}
-
-    def _dense(self) -> Iterator[tuple[str, Any]]:
-        return ((name, layer) for name, layer in self.layers.items() if not isinstance(layer, SparseLayer))
+                kept[name] = remap.apply(x.flatten(), new=new).view_as(self.weight(name))
 
 
 def _obstacle(layer: nn.Module, seen: set[int]) -> str | None:
