@@ -24,6 +24,7 @@ BENCHMARKS = (
     "original",
     "rewiring",
     "shrinking",
+    "pruning",
     "bat_brain",
     "transformer",
     "together",

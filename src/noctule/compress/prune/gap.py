@@ -83,6 +83,6 @@ class GaP(Pruning):
             return
         turn = (self.steps - 1) // self.every
         growing = [] if self.steps == self.until else self.parts[turn % self.partitions]
-        self.prune_(self.pattern, self.density, self.score, [name for name in self.layers if name not in growing])
+        self.prune_(self.pattern, self.density, self.score, spare=growing)
         for name in growing:
             self.grow_(name)

@@ -4,7 +4,7 @@ Shapes: O rows and I columns of a weight as a matrix, N connections.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,8 +84,9 @@ class Pruning(Method):
                 layer.check_remap(layer.topology, Remap.between(layer.topology, layer.topology))  # refuse now
                 continue
             mask = self._gone.get(name)
-            fresh = mask is None or mask.shape != layer.weight.shape
-            gone[name] = torch.zeros_like(layer.weight, dtype=torch.bool) if fresh else mask.to(layer.weight.device)
+            if mask is None or mask.shape != layer.weight.shape:
+                mask = torch.zeros_like(layer.weight, dtype=torch.bool)
+            gone[name] = mask.to(layer.weight.device)
         self.layers, self.left, self._gone = found, left, gone
         self._optimizers = [inner for given in optimizers for inner in unwrapped(given)]
 
@@ -168,15 +169,15 @@ class Pruning(Method):
         if not scores.isfinite().all():
             raise ValueError(f"the scores of {name} are not finite: its weights or gradients have diverged")
         if isinstance(layer, SparseLayer):
-            return Candidates(tuple(layer.weight.shape), layer.topology.keys(), scores)
+            return Candidates((*layer.weight.shape,), layer.topology.keys(), scores)  # type: ignore[misc]
         return Candidates(tuple(layer.weight.shape), (~self._gone[name]).flatten().nonzero()[:, 0], scores)
 
-    def prune_(self, pattern: Pattern, density: float, score: Score, names: Sequence[str] | None = None) -> None:
-        """Take away what the pattern does not keep, of all layers or some."""
-        names = [*self.layers] if names is None else names
-        weights = [self.weight(name) for name in names]
-        scored = [self.candidates(name, score(w.detach(), w.grad)) for name, w in zip(names, weights, strict=True)]
-        self.keep_(dict(zip(names, pattern(scored, density), strict=True)))
+    def prune_(self, pattern: Pattern, density: float, score: Score, spare: Collection[str] = ()) -> None:
+        """Take away what the pattern does not keep of all layers, but nothing of those to spare."""
+        weights = {name: self.weight(name) for name in self.layers}
+        scored = [self.candidates(name, score(w.detach(), w.grad)) for name, w in weights.items()]
+        stays = zip(weights, pattern(scored, density), strict=True)
+        self.keep_({name: mask for name, mask in stays if name not in spare})
 
     @torch.no_grad()
     def keep_(self, stays: Mapping[str, Tensor]) -> None:

@@ -1,8 +1,8 @@
 """SCL: sparse connectivity learning, a gate on each connection and a penalty on how many are open.
 
 Tang, Luo, Xie and others 2022 (IEEE TNNLS), "Automatic Sparse Connectivity Learning for Neural Networks", arXiv 2201.05020. A
-weight is v step(m); the gradient passes the step as through the identity and is normalised per feature; the number of connections is
-added to the loss. How sparse the network becomes is found, not set. Differs from the paper, of which no code is public: gates
+weight is v step(m); the gradient passes the step as through the identity and is normalised per feature; the number of connections
+is added to the loss. How sparse the network becomes is found, not set. Differs from the paper, of which no code is public: gates
 take plain steps at a rate of their own and lie in [-1, 1]; normalised is by the root mean square of a row's gate gradients, so that
 the penalty means the same in every layer; a layer keeps its last gate open; after ``until`` steps gates are frozen, and closed
 connections are masked.
