@@ -9,6 +9,7 @@ from noctule.compress.prune.pruning import Kept
 from noctule.compress.prune.scl import SCL
 from noctule.compress.prune.score import Score, magnitude, taylor
 from noctule.compress.prune.sparsify import sparsify_
+from noctule.compress.prune.spectral import SpectralPruning
 from noctule.compress.prune.sup_tickets import SupTickets, sup_tickets
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Prune",
     "Rows",
     "Score",
+    "SpectralPruning",
     "SupTickets",
     "gradual_magnitude",
     "magnitude",
