@@ -241,11 +241,13 @@ def test_the_superposition_is_the_cut_mean_of_the_tickets(presence):
     model = network(sparse=True)
     optimizer = SGD(param_groups(model), lr=0.1, momentum=0.9)
     rewire, tickets = sup_tickets(start=4, cycle=2, tickets=2, every=2)
-    dense, biases = [], []
+    dense, held, biases = [], [], []
 
     def look() -> None:
         if tickets.steps in (4, 6, 8):
-            dense.append([m.to_dense().weight.detach() for m in model.modules() if isinstance(m, SparseLayer)])
+            layers = [m for m in model.modules() if isinstance(m, SparseLayer)]
+            dense.append([m.to_dense().weight.detach() for m in layers])
+            held.append([torch.zeros(m.topology.places).index_fill(0, m.topology.keys(), 1.0) for m in layers])
             biases.append(model[0].bias.detach().clone())
 
     with attach(model, optimizer, rewire, Watch(look), tickets):
@@ -257,7 +259,8 @@ def test_the_superposition_is_the_cut_mean_of_the_tickets(presence):
     layers = [m for m in model.modules() if isinstance(m, SparseLayer)]
     assert sum(m.weights for m in layers) == weights
     means = [torch.stack(parts) for parts in zip(*dense, strict=True)]
-    means = [m.sum(0) / ((m != 0).sum(0).clamp(min=1) if presence else 3) for m in means]
+    holders = [torch.stack(parts).sum(0).clamp(min=1) for parts in zip(*held, strict=True)]
+    means = [m.sum(0) / (h.view(m[0].shape) if presence else 3) for m, h in zip(means, holders, strict=True)]
     bound = torch.cat([m.abs().flatten() for m in means]).sort(descending=True).values[weights - 1]
     for layer, mean in zip(layers, means, strict=True):
         torch.testing.assert_close(layer.to_dense().weight.detach(), torch.where(mean.abs() >= bound, mean, 0.0))

@@ -1,8 +1,8 @@
 """Neurons go so that the rest lies in a flatter region: by the spectral radius of the Hessian, while training.
 
 Ebrahimi, Klabjan 2023 (IJCNN), "Neuron-based Pruning of Deep Neural Networks with Better Generalization using Kronecker Factored
-Curvature Approximation", arXiv 2111.08577, of which no code is public. The Hessian of a layer is taken for A (x) G, A the second moment
-of its inputs and G that of its output gradients, whose radius is that of A times that of G. Differs from the paper: what
+Curvature Approximation", arXiv 2111.08577, of which no code is public. The Hessian of a layer is taken for A (x) G, A the second
+moment of its inputs and G that of its output gradients, whose radius is that of A times that of G. Differs from the paper: what
 a neuron's going does to the radii is read off one eigenvector (power iteration, then Rayleigh's quotient without the neuron); its
 share of that is set against its share of the first-order changes of the loss; a fraction of each layer goes at a time, and
 is removed for good by `shrink`.
