@@ -3,9 +3,9 @@
 Ebrahimi, Klabjan 2023 (IJCNN), "Neuron-based Pruning of Deep Neural Networks with Better Generalization using Kronecker Factored
 Curvature Approximation", arXiv 2111.08577, of which no code is public. The Hessian of a layer is taken for A (x) G, A the second
 moment of its inputs and G that of its output gradients, whose radius is that of A times that of G. Differs from the paper: what
-a neuron's going does to the radii is read off one eigenvector (power iteration, then Rayleigh's quotient without the neuron); its
-share of that is set against its share of the first-order changes of the loss; a fraction of each layer goes at a time, and
-is removed for good by `shrink`.
+a neuron's going does to the radii is read off one eigenvector (power iteration, then Rayleigh's quotient without the neuron);
+the neurons go whose first-order change of the loss is smallest for it, a fraction of each layer at a time; `shrink` removes
+them for good. The mean share is added to each neuron's, so that a neuron which gives nothing goes too.
 
 Shapes: B batch, I in, O out.
 """
@@ -131,10 +131,9 @@ class SpectralPruning(Method):
 
     def _kept(self, name: str, reader: str) -> Tensor:
         """The numbers of the neurons that stay."""
-        loss = self._sums[f"{name}.loss"].double()
         flatter = drop_of_radius(self._sums[f"{name}.gradients"]) + drop_of_radius(self._sums[f"{reader}.inputs"])
-        worth = loss / loss.sum().clamp(min=1e-300) - flatter / flatter.sum().clamp(min=1e-300)
-        going = max(0, min(int(loss.numel() * self.fraction), loss.numel() - self.least))
+        worth = self._sums[f"{name}.loss"].double() / (flatter + flatter.mean().clamp(min=1e-12))
+        going = max(0, min(int(worth.numel() * self.fraction), worth.numel() - self.least))
         return worth.argsort(stable=True)[going:]
 
     @override
