@@ -24,6 +24,7 @@ BENCHMARKS = (
     "original",
     "rewiring",
     "shrinking",
+    "pruning",
     "saved",
     "bat_brain",
     "transformer",
