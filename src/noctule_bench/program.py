@@ -24,6 +24,7 @@ BENCHMARKS = (
     "original",
     "rewiring",
     "shrinking",
+    "distil",
     "bat_brain",
     "transformer",
     "together",
