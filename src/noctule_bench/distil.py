@@ -72,10 +72,10 @@ ROWS: dict[str, Term | None] = {
     "hinton": Term(_hinton, ("",), 1.0),
     "dkd": Term(_dkd, ("",), 1.0),
     "fitnets": Term(_fitnets, ("stage2",), 1.0),
-    "attention": Term(_attention, ("stage1", "stage2", "stage3"), 500.0),
-    "rkd": Term(_rkd, ("embedding",), 25.0),
+    "attention": Term(_attention, ("stage1", "stage2", "stage3"), 50.0),
+    "rkd": Term(_rkd, ("embedding",), 2.5),
     "hinton-unlabelled": Term(_hinton, ("",), 1.0, unlabelled=True),
-    "rkd-unlabelled": Term(_rkd, ("embedding",), 25.0, unlabelled=True),
+    "rkd-unlabelled": Term(_rkd, ("embedding",), 2.5, unlabelled=True),
 }
 
 

@@ -75,9 +75,7 @@ def test_the_loss_weighs_the_exits():
     outputs, targets = torch.randn(3, 5, 4).unbind(), torch.tensor([0, 1, 2, 3, 0])
     losses = [F.cross_entropy(y, targets) for y in outputs]
     torch.testing.assert_close(exits_loss(outputs, targets), sum(losses))
-    torch.testing.assert_close(
-        exits_loss(outputs, targets, weights=[1.0, 0.0, 0.3]), losses[0] + 0.3 * losses[2]
-    )
+    torch.testing.assert_close(exits_loss(outputs, targets, weights=[1.0, 0.0, 0.3]), losses[0] + 0.3 * losses[2])
     assert exits_loss(outputs[0], targets) == losses[0]
     with pytest.raises(ValueError, match="2 weights for 3 exits"):
         exits_loss(outputs, targets, weights=[1.0, 1.0])

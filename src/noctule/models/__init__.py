@@ -8,4 +8,16 @@ from noctule.models.resnet import ResNet, resnet
 from noctule.models.transformer import Transformer
 from noctule.models.vit import ViT
 
-__all__ = ["EarlyExits", "ResNet", "Transformer", "ViT", "cnn", "exit_head", "exits_loss", "measure_exits", "mlp", "mobilenet", "resnet"]
+__all__ = [
+    "EarlyExits",
+    "ResNet",
+    "Transformer",
+    "ViT",
+    "cnn",
+    "exit_head",
+    "exits_loss",
+    "measure_exits",
+    "mlp",
+    "mobilenet",
+    "resnet",
+]

@@ -64,7 +64,7 @@ def test_dkd_with_the_teacher_s_own_weight_is_hinton():
     # KD = TCKD + (1 - p_target) NCKD for each sample (equation 7 of the paper)
     own, taught = (x[:1] for x in pair(5))
     target = TARGETS[:1]
-    rest = 1.0 - float((taught / 4).softmax(1)[0, target])
+    rest = 1.0 - (taught.detach() / 4).softmax(1)[0, target].item()
     torch.testing.assert_close(dkd(own, taught, target, alpha=1.0, beta=rest), hinton(own, taught))
 
 
@@ -122,9 +122,7 @@ def test_mutual_is_symmetric_and_each_learns_from_constants():
     own, other = pair(5)
     torch.testing.assert_close(mutual([own, other], TARGETS), mutual([other, own], TARGETS))
     mutual([own, other], TARGETS).backward()
-    expected = torch.autograd.grad(
-        F.cross_entropy(own, TARGETS) + hinton(own, other.detach(), temperature=1.0), own
-    )
+    expected = torch.autograd.grad(F.cross_entropy(own, TARGETS) + hinton(own, other.detach(), temperature=1.0), own)
     torch.testing.assert_close(own.grad, expected[0])
 
 

@@ -152,7 +152,9 @@ def test_a_student_with_few_labels_gains_by_a_good_teacher():
         torch.manual_seed(1)
         student = mlp(64, 16, 10)
         optimizer = torch.optim.AdamW(student.parameters(), lr=0.01)
-        with distilling(student, teacher, (lambda o, t, y: hinton(o, t)) if taught else (lambda o, t, y: F.cross_entropy(o, y))) as loss_fn:
+        with distilling(
+            student, teacher, (lambda o, t, y: hinton(o, t)) if taught else (lambda o, t, y: F.cross_entropy(o, y))
+        ) as loss_fn:
             fit(student, optimizer, Batches(few, 20, seed=0), validation=None, epochs=100, loss_fn=loss_fn)
         accuracy[taught] = evaluate(student, splits.test)[1]
     assert accuracy[True] > accuracy[False]

@@ -75,9 +75,7 @@ def test_what_the_weight_property_says_is_what_the_layers_do():
     torch.manual_seed(0)
     layer = nn.Conv2d(6, 8, 3, padding=1)
     new, x = tucker2(layer, 3, 2), torch.randn(2, 6, 5, 5)
-    torch.testing.assert_close(
-        new(x), nn.functional.conv2d(x, new.weight, new.bias, padding=1), atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(new(x), nn.functional.conv2d(x, new.weight, new.bias, padding=1), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.99])
@@ -186,7 +184,7 @@ def test_bad_ranks_and_options_are_refused():
     with pytest.raises(ValueError, match="use tucker2"):
         low_rank(nn.Conv2d(4, 4, 3), 1)
     for options in ({}, {"energy": 0.5, "parameters": 3}, {"energy": 0.0}, {"energy": 1.1}):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="energy"):
             Factor(**options)
 
 

@@ -8,7 +8,9 @@ from noctule.compress.factor import ToSeparable, separable
 from noctule.core.convert import convert_
 
 
-@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"padding": 1, "padding_mode": "reflect", "bias": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2, "padding": 1}, {"padding": 1, "padding_mode": "reflect", "bias": False}]
+)
 def test_at_full_rank_it_is_the_same_function(options):
     torch.manual_seed(0)
     layer, x = nn.Conv2d(5, 12, 3, **options), torch.randn(2, 5, 8, 8)

@@ -1,5 +1,6 @@
 """Shared weights: clusters, gradients, bytes, and packing that comes back exactly."""
 
+import contextlib
 import copy
 
 import numpy as np
@@ -52,14 +53,16 @@ def test_torn_bytes_are_refused_or_give_codes(data):
     else:
         at = data.draw(st.integers(0, len(packed) - 1))
         packed[at] ^= data.draw(st.integers(1, 255))
-        try:
-            unpack(bytes(packed))
-        except ValueError as error:
-            assert "torn" in str(error)
+        with contextlib.suppress(ValueError):
+            assert unpack(bytes(packed)).dtype is torch.uint8
 
 
 def test_what_cannot_be_packed_is_refused():
-    for x, codes in ((torch.zeros(3), 2), (torch.zeros(3, 3, dtype=torch.uint8), 2), (torch.zeros(3, dtype=torch.uint8), 0)):
+    for x, codes in (
+        (torch.zeros(3), 2),
+        (torch.zeros(3, 3, dtype=torch.uint8), 2),
+        (torch.zeros(3, dtype=torch.uint8), 0),
+    ):
         with pytest.raises(ValueError, match="pack takes"):
             pack(x, codes)
     with pytest.raises(ValueError, match="code 5"):
@@ -75,7 +78,12 @@ def test_clusters_are_those_of_plain_k_means(numbers, codes):
     if len(distinct) <= codes:
         means = distinct
     else:
-        means = torch.stack([x[index == k].double().mean() if (index == k).any() else torch.tensor(torch.inf).double() for k in range(codes)])
+        means = torch.stack(
+            [
+                x[index == k].double().mean() if (index == k).any() else torch.tensor(torch.inf).double()
+                for k in range(codes)
+            ]
+        )
     distance = (x.double()[:, None] - means).abs()
     own = distance.gather(1, index[:, None])[:, 0]
     # Lloyd's condition: no other centre is nearer
@@ -118,7 +126,12 @@ def test_a_packed_state_loads_bit_for_bit(kind):
     layer, x = layers()[kind]
     model = convert_(nn.Sequential(copy.deepcopy(layer)), Share(codes=16)).model
     state = pack_state(model)
-    other = convert_(nn.Sequential(layer.__class__.from_dense(layer.to_dense()) if hasattr(layer, "to_dense") else copy.deepcopy(layer)), Share(codes=16)).model
+    other = convert_(
+        nn.Sequential(
+            layer.__class__.from_dense(layer.to_dense()) if hasattr(layer, "to_dense") else copy.deepcopy(layer)
+        ),
+        Share(codes=16),
+    ).model
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()
@@ -169,13 +182,19 @@ def test_what_stays_is_named_with_the_reason():
     )
     result = convert_(model, Share(codes=16))
     assert list(result.changed) == ["changed"]
-    for name, why in {"tiny": "bytes", "tied": "tied", "broken": "finite", "normed": "computed", "empty": "no numbers"}.items():
+    for name, why in {
+        "tiny": "bytes",
+        "tied": "tied",
+        "broken": "finite",
+        "normed": "computed",
+        "empty": "no numbers",
+    }.items():
         assert why in result.left[name]
     assert type(tied) is nn.Linear
     with pytest.raises(Leave):
         clusters(torch.tensor([torch.nan]), 2)
     for options in ({"codes": 1}, {"codes": 257}, {"iterations": 0}):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="codes must"):
             Share(**options)
 
 

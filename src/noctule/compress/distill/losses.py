@@ -40,7 +40,9 @@ def dkd(
     """
     _check_outputs(student_BK, teacher_BK, temperature)
     if targets_B.is_floating_point() or targets_B.shape != student_BK.shape[:1]:
-        raise ValueError(f"dkd needs one class for each sample, got {targets_B.dtype} of shape {tuple(targets_B.shape)}")
+        raise ValueError(
+            f"dkd needs one class for each sample, got {targets_B.dtype} of shape {tuple(targets_B.shape)}"
+        )
     classes = student_BK.shape[1]
     is_rest = torch.ones_like(student_BK, dtype=torch.bool).scatter_(1, targets_B[:, None], False)
 
@@ -87,7 +89,9 @@ def attention_transfer(student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
     """
     for name, x in (("student", student_BCHW), ("teacher", teacher_BCHW)):
         if x.dim() != 4:
-            raise ValueError(f"attention maps need images (B, C, H, W), the {name} has {tuple(x.shape)}: tap a convolution")
+            raise ValueError(
+                f"attention maps need images (B, C, H, W), the {name} has {tuple(x.shape)}: tap a convolution"
+            )
     maps = (x.square().mean(1, keepdim=True) for x in (student_BCHW, teacher_BCHW.detach()))
     own, teachers = (F.normalize(x.flatten(1)) for x in _same_size(*maps))
     return F.mse_loss(own, teachers)
@@ -177,7 +181,9 @@ def _check_outputs(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -
 def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both, images averaged to the smaller height and width."""
     if student.dim() != teacher.dim() or len(student) != len(teacher):
-        raise ValueError(f"the student has {tuple(student.shape)}, the teacher {tuple(teacher.shape)}: tap outputs of one kind")
+        raise ValueError(
+            f"the student has {tuple(student.shape)}, the teacher {tuple(teacher.shape)}: tap outputs of one kind"
+        )
     if student.dim() != 4 or student.shape[2:] == teacher.shape[2:]:
         return student, teacher
     size = [min(student.shape[side], teacher.shape[side]) for side in (2, 3)]

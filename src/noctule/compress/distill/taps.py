@@ -66,7 +66,9 @@ def taps(model: nn.Module, names: Sequence[str]) -> Iterator[Recorded]:
     modules = dict(model.named_modules())
     for name in (names := [names] if isinstance(names, str) else list(names)):
         if name not in modules:
-            raise ValueError(f"the model has no module {name!r}{nearest(name, list(modules))}: see model.named_modules()")
+            raise ValueError(
+                f"the model has no module {name!r}{nearest(name, list(modules))}: see model.named_modules()"
+            )
     recorded = Recorded(names)
 
     def keep(name: str) -> Any:

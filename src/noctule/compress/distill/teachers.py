@@ -118,7 +118,9 @@ class Ensemble(nn.Module):
     def __init__(self, *teachers: nn.Module, temperature: float) -> None:
         super().__init__()
         if not teachers or not temperature > 0.0:
-            raise ValueError(f"an ensemble needs teachers and a temperature above 0, got {len(teachers)} and {temperature}")
+            raise ValueError(
+                f"an ensemble needs teachers and a temperature above 0, got {len(teachers)} and {temperature}"
+            )
         self.teachers, self.temperature = nn.ModuleList(teachers), temperature
 
     @override
@@ -161,9 +163,13 @@ class Stored:
 
     def __init__(self, batches: Numbered, outputs: Tensor) -> None:
         if len(outputs) != len(batches.dataset):
-            raise ValueError(f"{len(outputs)} stored outputs for {len(batches.dataset)} samples: give one for each, in order")
+            raise ValueError(
+                f"{len(outputs)} stored outputs for {len(batches.dataset)} samples: give one for each, in order"
+            )
         if batches.augment is not None:
-            raise ValueError("stored outputs are of the samples without augmentation: give the teacher itself to distilling()")
+            raise ValueError(
+                "stored outputs are of the samples without augmentation: give the teacher itself to distilling()"
+            )
         self._batches, self._outputs, self._now = batches, outputs.detach(), outputs[:0]
 
     def __len__(self) -> int:
@@ -180,5 +186,7 @@ class Stored:
     def __call__(self, inputs: Tensor) -> Tensor:
         """The stored outputs for the inputs that `epoch` gave last."""
         if len(inputs) != len(self._now):
-            raise RuntimeError(f"{len(inputs)} samples are not the {len(self._now)} of the last batch: loop over Stored.epoch")
+            raise RuntimeError(
+                f"{len(inputs)} samples are not the {len(self._now)} of the last batch: loop over Stored.epoch"
+            )
         return self._now

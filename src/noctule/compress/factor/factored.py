@@ -64,7 +64,9 @@ def check_plain(module: nn.Module, *kinds: type[nn.Module], replaced: bool = Tru
     if replaced and isinstance(module, nn.Conv2d) and module.groups > 1:
         raise Leave(f"its {module.groups} groups have kernels of their own")
     if weight.is_meta or not weight.is_floating_point() or not weight.numel():
-        raise Leave(f"its weight, {weight.dtype} on {weight.device} of shape {tuple(weight.shape)}, has no numbers to factor")
+        raise Leave(
+            f"its weight, {weight.dtype} on {weight.device} of shape {tuple(weight.shape)}, has no numbers to factor"
+        )
     if not bool(weight.isfinite().all()):
         raise Leave("its weight is not finite")
     return True

@@ -79,13 +79,16 @@ def unpack(packed: bytes) -> Tensor:
     out, at = np.empty((blocks, BLOCK), np.uint8), ends - sizes
     last = n - (blocks - 1) * BLOCK
     for k in range(BLOCK if blocks > 1 else n):
-        if k == last:
-            ends[-1] -= at[-1] - ends[-1] if at[-1] != ends[-1] else 0
+        if k == last and at[-1] != ends[-1]:
+            raise torn
         byte = at >> 3
         window = data[byte] << 16 | data[byte + 1] << 8 | data[byte + 2]
         window = (window >> (8 - (at & 7)).astype(np.uint32)) & 0xFFFF
         out[:, k] = symbol[window]
         at = at + length[window]
+    whole = blocks if last == BLOCK or blocks <= 1 else blocks - 1
+    if (at[:whole] != ends[:whole]).any():
+        raise torn
     return torch.from_numpy(out.reshape(-1)[:n].copy())
 
 

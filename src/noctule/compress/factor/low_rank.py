@@ -181,7 +181,11 @@ class _Options:
     def points(self) -> list[Point]:
         """All that the layer can be, from most numbers to fewest."""
         levels = {0.0, *(x for lost in self.lost for x in lost[1:])}
-        return sorted({self.shape.numel(): (self.shape.numel(), 0.0, None), **{p[0]: p for p in map(self.at, levels)}}.values(), reverse=True, key=lambda p: p[0])
+        return sorted(
+            {self.shape.numel(): (self.shape.numel(), 0.0, None), **{p[0]: p for p in map(self.at, levels)}}.values(),
+            reverse=True,
+            key=lambda p: p[0],
+        )
 
 
 def _by_budget(options: Mapping[nn.Module, _Options], parameters: int) -> dict[nn.Module, Ranks | None]:

@@ -77,7 +77,9 @@ def separable(layer: nn.Conv2d, rank: int) -> Factored:
         "depthwise": conv_like(layer, depthwise, groups=columns, **steps_of(layer)),
         "pointwise": conv_like(layer, pointwise, bias=layer.bias),
     }
-    new = Factored(layers, about=f"{columns}, {rows}, separable, rank={rank}", product=partial(_product, rank=rank), lost=0.0)
+    new = Factored(
+        layers, about=f"{columns}, {rows}, separable, rank={rank}", product=partial(_product, rank=rank), lost=0.0
+    )
     new.lost = lost_share(layer.weight, new.weight)
     return new.train(layer.training)
 

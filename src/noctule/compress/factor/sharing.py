@@ -193,10 +193,14 @@ def unpack_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     plain = dict(state)
     for name, book, _ in _books(model):
         if (key := f"{name}.packed") not in plain:
-            raise ValueError(f"the state has no {key}: convert the model with the same Share and where= as the one saved")
+            raise ValueError(
+                f"the state has no {key}: convert the model with the same Share and where= as the one saved"
+            )
         index = unpack(plain[key].cpu().numpy().tobytes())
         if len(index) != book.shape.numel() or int(index.max()) >= book.codes:
-            raise ValueError(f"{key} has {len(index)} weights, the model's layer {book.shape.numel()} with {book.codes} codes")
+            raise ValueError(
+                f"{key} has {len(index)} weights, the model's layer {book.shape.numel()} with {book.codes} codes"
+            )
         plain[key] = pack_codes(index, book.bits)
     return plain
 
