@@ -200,6 +200,7 @@ def _train(
     parameters = [*model.parameters(), *beside.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     scheduler = falling_rate(optimizer, steps)
+    assert scheduler is not None
     rows, more = _rows(labelled, BATCH, seed), _rows(asked, UNLABELLED_BATCH, seed + 1000)
     started = time.perf_counter()
     model.train()

@@ -22,8 +22,8 @@ class EarlyExits(nn.Module):
     """Stages one after the other, with small heads after some of them.
 
     In training it returns the outputs of all exits as a tuple, the deepest last, for `exits_loss` or
-    `noctule.compress.distill.self_distillation`. In evaluation it returns one output for each sample, (B, K): that of the first exit
-    that is sure enough; later stages run on the samples that are left.
+    `noctule.compress.distill.self_distillation`. In evaluation it returns one output for each sample, (B, K): that of the first
+    exit that is sure enough; later stages run on the samples that are left.
 
     Args:
         stages: in order; the output of the last one is that of the network.
@@ -45,7 +45,7 @@ class EarlyExits(nn.Module):
         for name in heads:
             if name not in inner:
                 raise ValueError(
-                    f"no exit can stand after {name!r}{nearest(name, inner)}: stages before the last are {', '.join(inner) or 'none'}"
+                    f"no exit can stand after {name!r}{nearest(name, inner)}: before the last are {', '.join(inner) or 'none'}"
                 )
         if not heads or not 0.0 <= threshold <= 1.0:
             raise ValueError(f"give at least one head and a threshold in [0, 1], got {len(heads)} and {threshold}")

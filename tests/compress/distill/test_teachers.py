@@ -80,7 +80,7 @@ def toy(n=23):
 
 
 def test_stored_outputs_are_those_of_the_samples_of_each_batch():
-    student, teacher = networks()
+    _, teacher = networks()
     data = toy()
     outputs = outputs_of(teacher, data.inputs, batch_size=5)
     assert teacher.training

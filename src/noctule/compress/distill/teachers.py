@@ -54,7 +54,7 @@ def distilling(
     *,
     evaluated: Loss = F.cross_entropy,
 ) -> Iterator[Loss]:
-    """Run the teacher on whatever the student is trained on, and make a ``loss_fn(outputs, targets)`` of both, until the block ends.
+    """Run the teacher on what the student is trained on, and make a ``loss_fn(outputs, targets)`` of both, until the block ends.
 
     While the student is in training mode, its inputs go to the teacher too, which is in evaluation mode, without gradients. On
     exit the hook is removed and the teacher's modules are in the modes they had. The optimizer is that of the student.

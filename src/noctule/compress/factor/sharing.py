@@ -1,8 +1,8 @@
 """Weights that share a few values: a code book, and for each weight the number of its code.
 
 Han, Mao, Dally 2016, "Deep Compression: Compressing Deep Neural Networks with Pruning, Trained Quantization and Huffman Coding",
-arXiv 1510.00149: k-means on the weights of a layer from evenly spread centres, then training of the shared values, whose gradient is
-the sum of those of their weights. Differs from the paper: places of sparse layers stay as they are, only values are coded.
+arXiv 1510.00149: k-means on a layer's weights from evenly spread centres, then training of the shared values, whose gradient is the
+sum of those of their weights. Differs from the paper: places of sparse layers stay as they are, only values are coded.
 
 Shapes: N weights, K codes.
 """
