@@ -5,7 +5,7 @@ The teacher may run beside the student (`distilling`), be several (`Ensemble`), 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,37 +13,6 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-class Numbered(Protocol):
-    """Batches of which is known which samples they hold, such as `noctule.data.Batches`."""
-
-    @property
-    def dataset(self) -> Any:
-        """What the samples are taken from; its length is their number."""
-        ...
-
-    @property
-    def batch_size(self) -> int:
-        """Samples of a batch."""
-        ...
-
-    @property
-    def augment(self) -> Any:
-        """None where samples are as they are."""
-        ...
-
-    def __len__(self) -> int:
-        """Number of batches in an epoch."""
-        ...
-
-    def order(self, epoch: int) -> Tensor:
-        """The row numbers of one epoch in the order they are used."""
-        ...
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and targets, batch by batch."""
-        ...
 
 
 @contextmanager
@@ -151,6 +120,10 @@ def outputs_of(teacher: nn.Module, inputs: Tensor, *, batch_size: int = 1000) ->
 class Stored:
     """Outputs that a teacher made once, by sample number: batches for the loop, and the teacher of `distilling`.
 
+    Args:
+        batches: `noctule.data.Batches`, or what tells as they do which samples an epoch's batches hold.
+        outputs: of the teacher for each sample, in the order of their numbers.
+
     >>> from noctule.data import Batches, Dataset
     >>> data = Dataset(torch.rand(5, 3), torch.tensor([0, 1, 0, 1, 0]), name="toy", classes=2)
     >>> stored = Stored(Batches(data, 2, seed=0), outputs_of(nn.Linear(3, 2), data.inputs))
@@ -161,7 +134,7 @@ class Stored:
         ValueError: there are fewer or more outputs than samples, or the batches are augmented.
     """
 
-    def __init__(self, batches: Numbered, outputs: Tensor) -> None:
+    def __init__(self, batches: Any, outputs: Tensor) -> None:
         if len(outputs) != len(batches.dataset):
             raise ValueError(
                 f"{len(outputs)} stored outputs for {len(batches.dataset)} samples: give one for each, in order"

@@ -55,6 +55,7 @@ class Factor:
         """Choose the ranks of what can be factored among these modules."""
         reasons: dict[nn.Module, Leave] = {}
         options: dict[nn.Module, _Options] = {}
+        ranks: dict[nn.Module, Ranks | None]
         for module in modules.values():
             try:
                 if check_plain(module, nn.Linear, nn.Conv2d):
@@ -180,12 +181,10 @@ class _Options:
 
     def points(self) -> list[Point]:
         """All that the layer can be, from most numbers to fewest."""
-        levels = {0.0, *(x for lost in self.lost for x in lost[1:])}
-        return sorted(
-            {self.shape.numel(): (self.shape.numel(), 0.0, None), **{p[0]: p for p in map(self.at, levels)}}.values(),
-            reverse=True,
-            key=lambda p: p[0],
-        )
+        whole: Point = (self.shape.numel(), 0.0, None)
+        levels = sorted({0.0, *(x for lost in self.lost for x in lost[1:])}, reverse=True)
+        by_numbers = {whole[0]: whole, **{point[0]: point for point in map(self.at, levels)}}
+        return sorted(by_numbers.values(), key=lambda point: -point[0])
 
 
 def _by_budget(options: Mapping[nn.Module, _Options], parameters: int) -> dict[nn.Module, Ranks | None]:
