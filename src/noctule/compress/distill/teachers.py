@@ -3,6 +3,7 @@
 The teacher may run beside the student (`distilling`), be several (`Ensemble`), or have run before (`outputs_of`, `Stored`).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -96,7 +97,7 @@ class Ensemble(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """(B, K) of inputs as the teachers take them."""
         softened = torch.stack([(t(*args, **kwargs) / self.temperature).log_softmax(-1) for t in self.teachers])
-        return self.temperature * (softened.logsumexp(0) - torch.tensor(float(len(self.teachers))).log())
+        return self.temperature * (softened.logsumexp(0) - math.log(len(self.teachers)))
 
 
 def outputs_of(teacher: nn.Module, inputs: Tensor, *, batch_size: int = 1000) -> Tensor:
