@@ -126,7 +126,7 @@ def test_taps_of_both_feed_the_loss_within_fit():
     with taps(student, ["5"]) as own, taps(teacher, ["5"]) as taught:
 
         def both(y, t, targets):
-            seen.append(float(attention_transfer(own["5"], taught["5"])))
+            seen.append(attention_transfer(own["5"], taught["5"]).item())
             return F.cross_entropy(y, targets) + 100.0 * attention_transfer(own["5"], taught["5"])
 
         with distilling(student, teacher, both) as loss_fn:
