@@ -186,7 +186,7 @@ def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         )
     if student.dim() != 4 or student.shape[2:] == teacher.shape[2:]:
         return student, teacher
-    size = [min(student.shape[side], teacher.shape[side]) for side in (2, 3)]
+    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
     return F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)
 
 

@@ -36,7 +36,7 @@ class Factored(nn.Sequential):
     @property
     def bias(self) -> Tensor | None:
         """That of the last layer."""
-        return self[-1].bias
+        return self[-1].bias  # type: ignore[return-value]
 
     @override
     def _get_name(self) -> str:

@@ -96,7 +96,9 @@ def _lengths(counts: np.ndarray) -> np.ndarray:
     """Bits of each symbol's code, 0 where it does not occur; counts are flattened until no code is too long."""
     while True:
         lengths = np.zeros(len(counts), np.int64)
-        heap = [(int(count), k, (k,)) for k, count in enumerate(counts) if count]
+        heap: list[tuple[int, int, tuple[int, ...]]] = [
+            (int(count), k, (k,)) for k, count in enumerate(counts) if count
+        ]
         if len(heap) == 1:
             lengths[heap[0][1]] = 1
         heapq.heapify(heap)
