@@ -26,6 +26,7 @@ BENCHMARKS = (
     "shrinking",
     "pruning",
     "saved",
+    "distil",
     "bat_brain",
     "transformer",
     "together",
