@@ -48,7 +48,7 @@ def network(sparse: bool = False) -> nn.Sequential:
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
     data = load("digits")
     part = data.train
-    return part.x[:512].float(), part.y[:512]
+    return part.inputs[:512], part.targets[:512]
 
 
 def train(model: nn.Module, steps: int, lr: float = 0.003) -> float:
@@ -72,7 +72,7 @@ def train(model: nn.Module, steps: int, lr: float = 0.003) -> float:
 def test_integers_compute_what_was_trained(sparse, activation_bits):
     model, (x, _) = network(sparse), digits()
     convert_(model, FakeQuantize(narrowest=1, activation_bits=activation_bits))
-    losses = train(model, 1), train(model, 30)
+    losses = train(model, 1), train(model, 30, lr=0.01)
     assert losses[1] < 0.8 * losses[0]
     expected = model(x)
     convert_(model, StaticInt8())
@@ -175,16 +175,17 @@ def test_what_cannot_be_stored_later_is_refused():
 
 def test_sensitivity_grows_as_bits_fall_and_changes_no_weight():
     model, (x, y) = network(), digits()
-    train(model, 30)
+    train(model, 30, lr=0.01)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    for harms in (sensitivity(model, [x]), sensitivity(model, [(x, y)], loss=F.cross_entropy)):
-        assert list(harms) == ["1", "3", "6", "8"]
-        assert all(harm[8] <= harm[4] + 1e-4 for harm in harms.values())
-        assert all(harm[4] < harm[1] for harm in harms.values())
+    harms = sensitivity(model, [x])
+    assert list(harms) == ["1", "3", "6", "8"]
+    assert all(harm[8] < harm[4] < harm[1] for harm in harms.values())
+    by_loss = sensitivity(model, [(x, y)], bits=[8, 1], loss=F.cross_entropy)
+    assert all(0.0 <= harm[8] < harm[1] for harm in by_loss.values())
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
-@pytest.mark.parametrize("budget", [3000, 6000, 12_000, 45_000])
+@pytest.mark.parametrize("budget", [3000, 6000, 12_000, 30_000])
 def test_the_choice_is_the_best_of_all(budget):
     model = network()
     generator = torch.Generator().manual_seed(budget)
@@ -200,10 +201,11 @@ def test_the_choice_is_the_best_of_all(budget):
     room = budget * (1 - 4 / 2048)  # each layer is rounded up to a part of the budget
     best = min(harm(bits) for bits in itertools.product((32, 8, 4, 1), repeat=4) if taken(bits) <= room)
     assert harm(own) <= best
+    expected = taken(own)
     convert_(model, WeightOnly(bits=chosen))
     stored = sum(m.weight.codes.nbytes + m.weight.scales.nbytes for m in model if isinstance(m, WeightOnlyLayer))
     rest = sum(m.weight.nbytes for m in model if isinstance(m, nn.Linear | nn.Conv2d))
-    assert stored + rest == taken(own)
+    assert stored + rest == expected
 
 
 def test_a_budget_that_holds_nothing_is_refused():

@@ -45,15 +45,15 @@ def fold_batch_norms(model: nn.Module) -> Folded:
     for name, norm in modules.items():
         if not isinstance(norm, NORMS):
             continue
-        layer = modules.get(pairs.get(name, ""))
-        if layer is None or not name:
+        layer = modules[pairs[name]] if name in pairs else None
+        if layer is None:
             result.left[name] = "no linear layer or convolution lies right before it"
         elif (why := _obstacle(layer, norm)) is not None:
             result.left[name] = why
         else:
             _fold(layer, norm)
             parent, _, own = name.rpartition(".")
-            setattr(modules[parent], own, nn.Identity())
+            setattr(modules[parent], own, nn.Identity().eval())
             result.folded[name] = pairs[name]
     return result
 
