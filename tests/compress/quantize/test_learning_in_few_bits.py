@@ -86,7 +86,7 @@ def test_integers_compute_what_was_trained(sparse, activation_bits):
 
 @pytest.mark.parametrize("bits", [4, 1])
 def test_few_bits_that_were_trained_are_stored(bits):
-    model, (x, y) = network(), digits()
+    model, (x, _) = network(), digits()
     convert_(model, FakeQuantize(bits=bits, activations=False))
     losses = train(model, 1), train(model, 40, lr=0.01)
     assert losses[1] < 0.8 * losses[0]

@@ -10,11 +10,10 @@ from noctule.compress.quantize import (
     dequantize,
     dequantize_weight,
     grid,
-    pack,
     quantize,
     quantize_weight,
-    unpack,
 )
+from noctule.compress.quantize.numbers import pack, unpack
 from noctule.core.topology import Topology
 
 numbers = st.floats(-(2.0**90), 2.0**90, width=32)

@@ -104,7 +104,7 @@ def test_eight_bits_are_near_the_layer_in_floats(name):
 
 @layers
 def test_a_state_brings_a_fresh_model_to_the_same_bits(name, tmp_path):
-    layer, small, x = made(name, 7)
+    _, small, x = made(name, 7)
     model = nn.Sequential(small)
     expected = model(x)
     noctule.save_model(tmp_path, model.state_dict(), {})
@@ -253,7 +253,10 @@ MODELS = {
     "cnn": (lambda: cnn((1, 28, 28), 10, channels=(8, 8)), (3, 784), 0, 3),
     "linear": (lambda: nn.Sequential(nn.Linear(9, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)), (5, 9), 1, 0),
     "no bias, no affine": (
-        lambda: nn.Sequential(nn.Conv2d(2, 8, 3, bias=False), nn.BatchNorm2d(8, affine=False)), (5, 2, 6, 6), 1, 0,
+        lambda: nn.Sequential(nn.Conv2d(2, 8, 3, bias=False), nn.BatchNorm2d(8, affine=False)),
+        (5, 2, 6, 6),
+        1,
+        0,
     ),
     "sparse": (lambda: nn.Sequential(SparseConv2d(2, 8, 3, density=0.5), nn.BatchNorm2d(8)), (5, 2, 6, 6), 1, 0),
 }

@@ -1,41 +1,19 @@
 """How few bits does a number need? Weights and activations as small whole numbers, stored and computed with."""
 
-from noctule.compress.quantize.calibration import (
-    Histogram,
-    Observer,
-    Ranges,
-    calibrate,
-    least_error,
-    min_max,
-    percentile,
-)
+from noctule.compress.quantize.calibration import Histogram, calibrate, least_error, min_max, percentile
 from noctule.compress.quantize.fake import FakeQuantize, FakeQuantized
-from noctule.compress.quantize.fold import Folded, fold_batch_norms
+from noctule.compress.quantize.fold import fold_batch_norms
 from noctule.compress.quantize.mixed import choose_bits, sensitivity, weight_bytes
-from noctule.compress.quantize.numbers import (
-    Grid,
-    dequantize,
-    dequantize_weight,
-    grid,
-    pack,
-    quantize,
-    quantize_weight,
-    unpack,
-)
+from noctule.compress.quantize.numbers import Grid, dequantize, dequantize_weight, grid, quantize, quantize_weight
 from noctule.compress.quantize.static import Int8Layer, StaticInt8
-from noctule.compress.quantize.stored import IntegerWeight
 from noctule.compress.quantize.weight_only import WeightOnly, WeightOnlyLayer
 
 __all__ = [
     "FakeQuantize",
     "FakeQuantized",
-    "Folded",
     "Grid",
     "Histogram",
     "Int8Layer",
-    "IntegerWeight",
-    "Observer",
-    "Ranges",
     "StaticInt8",
     "WeightOnly",
     "WeightOnlyLayer",
@@ -47,11 +25,9 @@ __all__ = [
     "grid",
     "least_error",
     "min_max",
-    "pack",
     "percentile",
     "quantize",
     "quantize_weight",
     "sensitivity",
-    "unpack",
     "weight_bytes",
 ]

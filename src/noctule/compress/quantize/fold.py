@@ -3,7 +3,6 @@
 Jacob et al. 2018, arXiv 1712.05877, section 3.2.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -94,17 +93,13 @@ def _pairs_in_sequences(model: nn.Module) -> dict[str, str]:
     for name, sequence in model.named_modules():
         if type(sequence) is not nn.Sequential:
             continue
-        for (first, layer), (second, norm) in _neighbours(sequence):
+        children = list(sequence.named_children())
+        for (first, layer), (second, norm) in zip(children, children[1:]):
             once = len(places[layer]) == 1 and len(places[norm]) == 1
             if isinstance(norm, NORMS) and type(layer) in KINDS and once:
                 at = f"{name}." if name else ""
                 pairs[at + second] = at + first
     return pairs
-
-
-def _neighbours(sequence: nn.Sequential) -> Iterator[tuple[tuple[str, nn.Module], tuple[str, nn.Module]]]:
-    children = list(sequence.named_children())
-    return zip(children, children[1:])
 
 
 def _obstacle(layer: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> str | None:

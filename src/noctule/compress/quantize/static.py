@@ -49,7 +49,7 @@ class Int8Layer(nn.Module):
         self.weight = IntegerWeight(weight, 8, topology)
         self.register_buffer("bias", bias_of(layer))
         self.register_buffer("grids", torch.tensor([into, out], dtype=torch.float64, device="cpu"))
-        self._packed: tuple[Any, Any] | None = None
+        self._packed: tuple[Any, Any, Tensor] | None = None
 
     @property
     def input_grid(self) -> Grid:
@@ -110,15 +110,12 @@ class Int8Layer(nn.Module):
 
     def _pack(self, make: Any, of: Grid) -> Tensor:
         """The weight in oneDNN's layout, made again when it or what it was made for has changed."""
-        tensors = (self.weight.codes, self.weight.scales)
-        key = (*(None if t.is_inference() else t._version for t in tensors), of)
-        if (
-            self._packed is None
-            or self._packed[0][:-2] != key
-            or any(a is not b for a, b in zip(self._packed[0][-2:], tensors, strict=True))
-        ):
-            self._packed = (*key, *tensors), make(self.weight.integers())
-        return self._packed[1]
+        made_of = self.weight.codes, self.weight.scales
+        versions = (None if t.is_inference() else t._version for t in made_of)
+        key = (of, *versions, *map(id, made_of))  # the tensors are kept too, so that no other one gets their ids
+        if self._packed is None or self._packed[0] != key:
+            self._packed = key, made_of, make(self.weight.integers())
+        return self._packed[2]
 
     @override
     def _apply(self, fn, recurse: bool = True) -> Self:
