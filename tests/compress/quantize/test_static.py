@@ -52,10 +52,10 @@ def made(name: str, activation_bits: int, low: float = -2.0) -> tuple[nn.Module,
 def reference(layer: nn.Module, small: Int8Layer, codes: torch.Tensor) -> torch.Tensor:
     """The sums in 64-bit integers, in float64."""
     dense = layer.to_dense() if hasattr(layer, "to_dense") else layer
-    integers = small.weight.integers().long()
-    if small.weight.places is not None:
+    integers = small.stored.integers().long()
+    if small.stored.places is not None:
         whole = torch.zeros(dense.weight.numel(), dtype=torch.int64)
-        integers = whole.index_put((small.weight.places.keys(),), integers).view(dense.weight.shape)
+        integers = whole.index_put((small.stored.places.keys(),), integers).view(dense.weight.shape)
     x = codes.long() - small.input_grid.zero_point
     if isinstance(dense, nn.Linear):
         return (x.unsqueeze(-2) * integers).sum(-1)
@@ -74,7 +74,7 @@ def test_sums_are_those_of_integers(name, activation_bits):
     expected = reference(layer, small, codes)
     assert torch.equal(small.sums(codes, small.input_grid).long(), expected)
     rows = (-1,) if expected.dim() == x.dim() and name.endswith(("linear", "sequences")) else (-1, 1, 1)
-    scales = (small.weight.scales.double() * small.input_grid.scale).view(rows)
+    scales = (small.stored.scales.double() * small.input_grid.scale).view(rows)
     y = expected * scales + (0.0 if small.bias is None else small.bias.double().view(rows))
     torch.testing.assert_close(small(x).double(), y, rtol=1e-5, atol=1e-5)
     again = small.requantize(codes)
@@ -151,7 +151,7 @@ def test_a_sparse_network_becomes_integers_too():
     expected = model(x)
     convert_(model, StaticInt8(ranges=calibrate(model, [x]), narrowest=1))
     kinds = [m for m in model.modules() if isinstance(m, Int8Layer)]
-    assert all(m.weight.places is not None for m in kinds)
+    assert all(m.stored.places is not None for m in kinds)
     assert float((model(x) - expected).square().mean() / expected.square().mean()) < 5e-3
 
 
@@ -203,6 +203,8 @@ def test_calibration_refuses_what_would_give_wrong_ranges():
         calibrate(model, [torch.ones(2, 20), torch.ones(2, 19)])
     with pytest.raises(ValueError, match="does not go through the model"):
         calibrate(model, [torch.ones(2, 19)])
+    with pytest.raises(ValueError, match="got dict"):
+        calibrate(model, [{"x": torch.ones(2, 20)}])
     with pytest.raises(ValueError, match="NaN or infinite"):
         calibrate(model, [torch.full((2, 20), torch.nan)])
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
@@ -216,7 +218,7 @@ def test_static_int8_refuses_before_any_layer_changes():
     with pytest.raises(ValueError, match="dynamic int8"):
         convert_(model, StaticInt8())
     with pytest.raises(ValueError, match="has no 5"):
-        convert_(model, StaticInt8(ranges={**ranges, "5": ranges["0"]}))
+        convert_(model, StaticInt8(ranges={"5": ranges["0"]}))
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         convert_(model.train(), StaticInt8(ranges=ranges))
     with torch.no_grad():

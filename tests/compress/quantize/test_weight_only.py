@@ -8,8 +8,10 @@ from torch import nn
 
 import noctule
 from noctule.compress.quantize import (
+    StaticInt8,
     WeightOnly,
     WeightOnlyLayer,
+    calibrate,
     dequantize_weight,
     quantize_weight,
 )
@@ -94,8 +96,8 @@ def test_damaged_places_are_refused_and_change_nothing():
     model = convert_(nn.Sequential(SparseLinear(30, 20, weights=100)), WeightOnly()).model
     x, state = torch.randn(4, 30), model.state_dict()
     before = model(x)
-    bad = {**state, "0.weight.columns": state["0.weight.columns"][:-3].clone()}
-    with pytest.raises(RuntimeError, match=r"0\.weight"):
+    bad = {**state, "0.stored.columns": state["0.stored.columns"][:-3].clone()}
+    with pytest.raises(RuntimeError, match=r"0\.stored"):
         model.load_state_dict(bad)
     assert torch.equal(model(x), before)
 
@@ -115,7 +117,7 @@ def test_half_precision_activations_keep_float32_scales():
     x = torch.randn(3, 24)
     expected = model(x)
     model.bfloat16()
-    assert model[0].weight.scales.dtype is torch.float32
+    assert model[0].stored.scales.dtype is torch.float32
     assert model(x.bfloat16()).dtype is torch.bfloat16
     torch.testing.assert_close(model(x.bfloat16()).float(), expected, atol=0.05, rtol=0.05)
 
@@ -124,9 +126,9 @@ def test_bits_by_name_leave_the_others():
     model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20), nn.Linear(20, 20))
     done = convert_(model, WeightOnly(bits={"0": 4, "2": 1}))
     assert [type(layer) for layer in model] == [WeightOnlyLayer, nn.Linear, WeightOnlyLayer]
-    assert (model[0].weight.bits, model[2].weight.bits) == (4, 1)
+    assert (model[0].stored.bits, model[2].stored.bits) == (4, 1)
     assert done.left["1"].startswith("bits= does not name it")
-    with pytest.raises(ValueError, match="not in the model: 7"):
+    with pytest.raises(ValueError, match="this one has no 7"):
         convert_(nn.Sequential(nn.Linear(2, 2)), WeightOnly(bits={"7": 4}))
 
 
@@ -153,3 +155,16 @@ def test_inputs_of_another_shape_are_refused():
     model = convert_(nn.Sequential(nn.Linear(20, 20)), WeightOnly()).model
     with pytest.raises(ValueError, match="expected inputs of 20 features"):
         model(torch.randn(3, 19))
+
+
+@pytest.mark.parametrize("rule", ["weights", "static"])
+def test_an_encoder_layer_of_torch_works_in_evaluation_and_training(rule):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)).eval()
+    x = torch.randn(2, 5, 32)
+    expected = model(x)
+    convert_(model, WeightOnly() if rule == "weights" else StaticInt8(ranges=calibrate(model, [x])))
+    with torch.no_grad():
+        fused = model(x)
+    torch.testing.assert_close(fused, expected, atol=0.1, rtol=0.1)
+    torch.testing.assert_close(model(x), fused, atol=0.1, rtol=0.1)

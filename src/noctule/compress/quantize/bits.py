@@ -18,9 +18,9 @@ def check(bits: Bits) -> None:
 
 
 def check_names(bits: Bits, modules: Mapping[str, nn.Module]) -> None:
-    """Refuse bits for layers that are not there."""
-    if not isinstance(bits, int) and (lost := [name for name in bits if name not in modules]):
-        raise ValueError(f"bits= names layers that are not in the model: {', '.join(lost[:8])}")
+    """Refuse bits for layers of another model."""
+    if not isinstance(bits, int) and bits and not any(name in modules for name in bits):
+        raise ValueError(f"bits= is of another model: this one has no {', '.join([*bits][:8])}")
 
 
 def bits_for(bits: Bits, name: str) -> int:

@@ -118,6 +118,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, observer: Observer = 
         with torch.no_grad():
             for number, batch in enumerate(batches):
                 x = batch[0] if isinstance(batch, tuple | list) else batch
+                if not isinstance(x, Tensor):
+                    raise ValueError(f"a batch is a tensor or (inputs, targets), got {type(batch).__name__}")
                 shape = shape or tuple(x.shape[1:])
                 if tuple(x.shape[1:]) != shape or not len(x):
                     raise ValueError(
@@ -125,7 +127,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, observer: Observer = 
                     )
                 try:
                     model(x)
-                except (RuntimeError, ValueError) as error:
+                except (RuntimeError, ValueError, IndexError, TypeError) as error:
                     raise ValueError(
                         f"batch {number} of shape {tuple(x.shape)} does not go through the model: {error}"
                     ) from error

@@ -35,7 +35,7 @@ class Int8Layer(nn.Module):
     the weight itself, from the first forward on. Elsewhere, and for sparse layers, the integers are multiplied as floats wide
     enough for the sums to be exact.
 
-    Its buffers are what an integer runtime needs: ``weight.codes`` (int8), ``weight.scales`` (O,), ``bias`` (O,), ``grids`` with a
+    Its buffers are what an integer runtime needs: ``stored.codes`` (int8), ``stored.scales`` (O,), ``bias`` (O,), ``grids`` with a
     row of scale, zero point, lowest and highest code for the input and one for the output.
     """
 
@@ -46,7 +46,7 @@ class Int8Layer(nn.Module):
         super().__init__()
         self.operation = operation_of(layer)
         weight, topology = weight_of(layer)
-        self.weight = IntegerWeight(weight, 8, topology)
+        self.stored = IntegerWeight(weight, 8, topology)
         self.register_buffer("bias", bias_of(layer))
         self.register_buffer("grids", torch.tensor([into, out], dtype=torch.float64, device="cpu"))
         self._packed: tuple[Any, Any, Tensor] | None = None
@@ -77,22 +77,22 @@ class Int8Layer(nn.Module):
         return quantize(self._of_codes(codes, self.input_grid), self.output_grid)
 
     def _of_codes(self, codes: Tensor, of: Grid) -> Tensor:
-        if self.weight.places is None and eager(codes) and codes.is_cpu and exact_in_onednn(of):
+        if self.stored.places is None and eager(codes) and codes.is_cpu and exact_in_onednn(of):
             y = self._by_onednn(codes, of)
             if y is not None:
                 return self.operation.finish(y, None, None)
         sums = self.sums(codes, of)
-        return self.operation.finish(sums.float(), self.weight.scales * of.scale, self.bias)
+        return self.operation.finish(sums.float(), self.stored.scales * of.scale, self.bias)
 
     def sums(self, codes: Tensor, of: Grid) -> Tensor:
         """The sums of products of integers, before scales: exact, as floats."""
-        largest = max(of.zero_point - of.lowest, of.highest - of.zero_point) * 127 * self.weight.fan_in
+        largest = max(of.zero_point - of.lowest, of.highest - of.zero_point) * 127 * self.stored.fan_in
         dtype = torch.float32 if largest < EXACT_SUM else torch.float64
         centred = codes.to(dtype) - of.zero_point
-        return self.operation.product(centred, self.weight.integers().to(dtype), self.weight.places)
+        return self.operation.product(centred, self.stored.integers().to(dtype), self.stored.places)
 
     def _by_onednn(self, codes: Tensor, of: Grid) -> Tensor | None:
-        g, scales = self.operation.geometry, self.weight.scales
+        g, scales = self.operation.geometry, self.stored.scales
         zeros = torch.zeros(len(scales), dtype=torch.int64, device="cpu")
         last = (1.0, 0, torch.float32, "none", [], "")
         if g is None:
@@ -110,11 +110,11 @@ class Int8Layer(nn.Module):
 
     def _pack(self, make: Any, of: Grid) -> Tensor:
         """The weight in oneDNN's layout, made again when it or what it was made for has changed."""
-        made_of = self.weight.codes, self.weight.scales
+        made_of = self.stored.codes, self.stored.scales
         versions = (None if t.is_inference() else t._version for t in made_of)
         key = (of, *versions, *map(id, made_of))  # the tensors are kept too, so that no other one gets their ids
         if self._packed is None or self._packed[0] != key:
-            self._packed = key, made_of, make(self.weight.integers())
+            self._packed = key, made_of, make(self.stored.integers())
         return self._packed[2]
 
     @override
@@ -124,12 +124,17 @@ class Int8Layer(nn.Module):
         super()._apply(fn, recurse)
         for name, before in kept.items():
             if before is not None:
-                setattr(self, name, before.to(self.weight.codes.device))
+                setattr(self, name, before.to(self.stored.codes.device))
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle gets: the packed weight is made anew."""
         return {**self.__dict__, "_packed": None}
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the codes mean, float32, made anew: for code that reads it, as torch's encoder layers do."""
+        return self.stored.dense()
 
     @override
     def __repr__(self) -> str:
@@ -138,7 +143,8 @@ class Int8Layer(nn.Module):
 
 def exact_in_onednn(of: Grid) -> bool:
     """Whether oneDNN's products of uint8 and int8 are exact here: two of them have to fit into 16 bits without VNNI."""
-    if of.lowest < 0 or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512", "AMX"):
+    there = torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported()
+    if not there or of.lowest < 0:
         return False
     return torch.cpu._is_vnni_supported() or 2 * of.highest * 127 < 2**15
 
@@ -180,8 +186,8 @@ class StaticInt8:
                 "StaticInt8 needs ranges of activations: ranges=calibrate(model, batches). Ranges measured anew in each forward "
                 "(dynamic int8) make convolutions 6 to 11 times slower than floating point"
             )
-        if lost := [name for name in ranges if name not in modules]:
-            raise ValueError(f"ranges= is of another model: this one has no {', '.join(lost[:8])}")
+        if ranges and not any(name in modules for name in ranges):
+            raise ValueError(f"ranges= is of another model: this one has no {', '.join([*ranges][:8])}")
 
         def make(name: str, module: Layer | FakeQuantized) -> nn.Module:
             if isinstance(module, FakeQuantized):

@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from noctule.compress.quantize.numbers import dequantize_weight, pack, quantize_weight, unpack
 from noctule.core.topology import Topology
+from noctule.sparse.layers.dense_twin import dense_weight
 
 
 class IntegerWeight(nn.Module):
@@ -60,6 +61,12 @@ class IntegerWeight(nn.Module):
     def floats(self, dtype: torch.dtype) -> Tensor:
         """The weight that the codes mean."""
         return dequantize_weight(self.integers(), self.scales, self.places).to(dtype)
+
+    def dense(self) -> Tensor:
+        """The weight that the codes mean, float32, zeros of a sparse one included, as a matrix."""
+        if (places := self.places) is None:
+            return self.floats(torch.float32)
+        return dense_weight(self.floats(torch.float32), places, places.shape)
 
     @override
     def _apply(self, fn, recurse: bool = True) -> Self:

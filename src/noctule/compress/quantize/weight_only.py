@@ -25,19 +25,24 @@ class WeightOnlyLayer(nn.Module):
         super().__init__()
         self.operation = operation_of(layer)
         weight, topology = weight_of(layer)
-        self.weight = IntegerWeight(weight, bits, topology)
+        self.stored = IntegerWeight(weight, bits, topology)
         self.register_buffer("bias", bias_of(layer))
 
     @override
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O), or images (B, C, H, W) -> (B, O, H', W')."""
         self.operation.check(x)
-        y = self.operation.product(x, self.weight.floats(x.dtype), self.weight.places)
+        y = self.operation.product(x, self.stored.floats(x.dtype), self.stored.places)
         return self.operation.finish(y, None, self.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the codes mean, float32, made anew: for code that reads it, as torch's encoder layers do."""
+        return self.stored.dense()
 
     @override
     def __repr__(self) -> str:
-        return f"WeightOnlyLayer({self.operation}, bits={self.weight.bits})"
+        return f"WeightOnlyLayer({self.operation}, bits={self.stored.bits})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +59,7 @@ class WeightOnly:
     >>> print(convert_(model, WeightOnly(bits=4)))
     changed 0: Linear -> WeightOnlyLayer(100 -> 50, bits=4)
     changed 2: Linear -> WeightOnlyLayer(50 -> 10, bits=4)
-    >>> model.state_dict()["0.weight.codes"].nbytes
+    >>> model.state_dict()["0.stored.codes"].nbytes
     2500
     """
 
