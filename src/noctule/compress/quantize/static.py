@@ -86,7 +86,7 @@ class Int8Layer(nn.Module):
 
     def sums(self, codes: Tensor, of: Grid) -> Tensor:
         """The sums of products of integers, before scales: exact, as floats."""
-        largest = max(of.zero_point - of.lowest, of.highest - of.zero_point) * 127 * self.stored.fan_in
+        largest = max(of.zero_point - of.lowest, of.highest - of.zero_point) * self.stored.largest_row
         dtype = torch.float32 if largest < EXACT_SUM else torch.float64
         centred = codes.to(dtype) - of.zero_point
         return self.operation.product(centred, self.stored.integers().to(dtype), self.stored.places)

@@ -48,11 +48,14 @@ class IntegerWeight(nn.Module):
         return self._topology
 
     @property
-    def fan_in(self) -> int:
-        """The most weights of a row."""
-        if self.dense_shape is not None:
-            return int(self.row_ptr.diff().max()) if len(self.row_ptr) > 1 else 0
-        return torch.Size(self.shape[1:]).numel()
+    def largest_row(self) -> float:
+        """The largest sum of a row's magnitudes of codes: what inputs of 1 can add up to."""
+        magnitudes = self.integers().to(torch.float64).abs_()
+        if (places := self.places) is None:
+            sums = magnitudes.flatten(1).sum(1)
+        else:
+            sums = magnitudes.new_zeros(places.shape[0]).index_add_(0, places.rows(), magnitudes)
+        return float(sums.max()) if len(sums) else 0.0
 
     def integers(self) -> Tensor:
         """The codes, one a weight, int8."""
