@@ -140,7 +140,7 @@ def test_half_goes_a_record_rebuilds_it_and_a_whole_share_changes_nothing(name, 
     assert str(again) == str(model)
 
 
-@pytest.mark.parametrize("name", ["residual", "sparse residual", "vit", "decoder"])
+@pytest.mark.parametrize("name", ["sparse residual", pytest.param("vit", marks=pytest.mark.slow)])
 def test_the_order_of_groups_does_not_matter(name):
     model, x = made(name)
     following, gone = groups_and_masks(model, x)
@@ -309,7 +309,9 @@ def test_a_share_needs_an_example_and_paths_exclude_it():
         shrink(mlp(3, 4, 2), 0.5, example=torch.rand(2, 3), paths={})
 
 
-@pytest.mark.parametrize("name", ["residual", "depthwise", "vit", "decoder"])
+@pytest.mark.parametrize(
+    "name", ["depthwise", "vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("residual", "decoder"))]
+)
 def test_a_method_removes_on_schedule_and_resumes_as_if_never_stopped(name):
     def train(model: nn.Module, x: Tensor, steps: int, state=None) -> tuple[nn.Module, dict]:
         model.train()
