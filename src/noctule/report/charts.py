@@ -199,7 +199,7 @@ def _tag(tag: str) -> str:
     tag = re.sub(r"#[0-9a-f]{6}\b", lambda color: _VARIABLES.get(color[0], color[0]), tag)
     tag = re.sub(r'(?<= style=)"[^"]*"', lambda style: style[0].replace("; ", ";").replace(": ", ":"), tag)
     tag = tag.replace("xlink:href", "href")
-    return re.sub(r"(\.\d)\d+", r"\1", tag)  # a tenth of a pixel
+    return re.sub(r"(\.\d)\d+" if tag.startswith(("<use", "<text")) else r"(\.\d\d)\d+", r"\1", tag)
 
 
 def _short_numbers(axis: "Axis") -> None:
