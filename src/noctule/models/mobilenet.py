@@ -11,12 +11,12 @@ from noctule.models.checks import check_image_model
 Stages = tuple[tuple[int, int, int, int], ...]
 """(expansion, channels, blocks, stride of the first block) of each stage."""
 SMALL: Stages = ((1, 16, 1, 1), (4, 24, 2, 2), (4, 32, 2, 2), (4, 64, 2, 1))
-"""For images of about 30 x 30 pixels."""
+"""Stages for images of about 30 x 30 pixels."""
 LARGE: Stages = (
     *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
     *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
 )
-"""Those of the paper, for images of 224 x 224 pixels; the paper's stem has a stride of 2."""
+"""Stages of the paper, for images of 224 x 224 pixels behind a stem of stride 2."""
 
 
 class InvertedResidual(nn.Module):

@@ -36,7 +36,8 @@ class Factored(nn.Sequential):
     @property
     def bias(self) -> Tensor | None:
         """That of the last layer."""
-        return self[-1].bias  # type: ignore[return-value]
+        last: Any = self[-1]
+        return last.bias
 
     @override
     def _get_name(self) -> str:
@@ -60,7 +61,7 @@ def check_plain(module: nn.Module, *kinds: type[nn.Module], replaced: bool = Tru
         raise Leave(f"{type(module).__name__} is not a plain {' or '.join(kind.__name__ for kind in kinds)}")
     if replaced and hooked(module):
         raise Leave("it has hooks, which would be lost")
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight: Any = module.weight
     if replaced and isinstance(module, nn.Conv2d) and module.groups > 1:
         raise Leave(f"its {module.groups} groups have kernels of their own")
     if weight.is_meta or not weight.is_floating_point() or not weight.numel():

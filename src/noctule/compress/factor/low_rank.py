@@ -10,6 +10,7 @@ Shapes: O rows and I columns of a linear weight; O x C x H x W of a convolution'
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,8 @@ class Factor:
             if (chosen := ranks[module]) is None:
                 what = f"{self.energy:.1%} of its energy" if self.energy is not None else "its part of the budget"
                 raise Leave(f"{what} takes ranks at which it would have no fewer numbers")
-            return tucker2(module, *chosen) if len(chosen) == 2 else low_rank(module, *chosen)  # type: ignore[arg-type]
+            layer: Any = module
+            return tucker2(layer, *chosen) if len(chosen) == 2 else low_rank(layer, *chosen)
 
         return rule
 
@@ -160,8 +162,8 @@ class _Options:
     """For each side that has a rank, the share of the squares lost at each rank from 0 on."""
 
     @classmethod
-    def of(cls, layer: nn.Module) -> "_Options":
-        w = _double(layer.weight)  # type: ignore[arg-type]
+    def of(cls, layer: Any) -> "_Options":
+        w = _double(layer.weight)
         if w[0, 0].numel() == 1:
             w_OI = w.flatten(1)
             return cls(w.shape, (_tails(w_OI if len(w_OI) <= w_OI.shape[1] else w_OI.T),))

@@ -72,7 +72,7 @@ class Globally:
 
 @dataclass(frozen=True)
 class Rows:
-    """Whole rows (neurons, channels) with the largest sum of scores; the width of the layer stays.
+    """Pattern that keeps the rows (neurons, channels) of each weight with the largest sums of scores; the layer keeps its width.
 
     To remove neurons for good use `shrink` or `ImportancePruning`.
     """
@@ -116,7 +116,7 @@ class NM:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Whole blocks of the weight as a matrix with the largest sum of scores; those at the edges may be smaller."""
+    """Pattern that keeps the blocks of each weight matrix with the largest sums of scores; blocks at the edges may be smaller."""
 
     height: int = 4
     width: int = 1

@@ -168,9 +168,10 @@ class Pruning(Method):
         layer, scores = self.layers[name], self.stored(name, scores.detach())
         if not scores.isfinite().all():
             raise ValueError(f"the scores of {name} are not finite: its weights or gradients have diverged")
+        shape = tuple(layer.weight.shape)
         if isinstance(layer, SparseLayer):
-            return Candidates((*layer.weight.shape,), layer.topology.keys(), scores)  # type: ignore[misc]
-        return Candidates(tuple(layer.weight.shape), (~self._gone[name]).flatten().nonzero()[:, 0], scores)
+            return Candidates(shape, layer.topology.keys(), scores)
+        return Candidates(shape, (~self._gone[name]).flatten().nonzero()[:, 0], scores)
 
     def prune_(self, pattern: Pattern, density: float, score: Score, spare: Collection[str] = ()) -> None:
         """Take away what the pattern does not keep of all layers, but nothing of those to spare."""

@@ -43,9 +43,10 @@ def sparsify_(
     given = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
     inner = [each for optimizer in given for each in unwrapped(optimizer)]
     rule = _NonZeros(below)
-    for module in model.modules():
-        if rule.takes(module):
-            check_carry(inner, module.weight)  # type: ignore[arg-type]
+    dense: Any
+    for dense in model.modules():
+        if rule.takes(dense):
+            check_carry(inner, dense.weight)
     conversion = convert_(model, rule)
     there = {*conversion.model.modules()}
     for dense, sparse in rule.made:
@@ -68,7 +69,7 @@ class _NonZeros:
     def takes(self, module: nn.Module) -> bool:
         return type(module) in (nn.Linear, nn.Conv2d) and _density(module) < self.below
 
-    def __call__(self, module: nn.Module) -> nn.Module | None:
+    def __call__(self, module: Any) -> nn.Module | None:
         if type(module) not in (nn.Linear, nn.Conv2d):
             return None
         if not self.takes(module):
@@ -78,7 +79,7 @@ class _NonZeros:
             raise Leave("it has hooks, which would be lost")
         kind = SparseLinear if type(module) is nn.Linear else SparseConv2d
         sparse = kind.from_dense(module)
-        sparse.bias = module.bias  # type: ignore[assignment]
+        sparse.bias = module.bias
         self.made.append((module, sparse))
         return sparse
 

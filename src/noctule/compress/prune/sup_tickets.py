@@ -101,7 +101,7 @@ class SupTickets(Method):
         """
         if not self.taken:
             raise ValueError(f"there is no ticket yet after {self.steps} steps: the first is taken after {self.start}")
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
+        layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
         first = self.taken[0]
         rest = _dense_state(model)
         if {*first["layers"]} != {*layers} or {*first["rest"]} != {*rest}:
@@ -110,7 +110,7 @@ class SupTickets(Method):
             )
         merged = {name: self._merged(name, presence=presence) for name in layers}
         candidates = [
-            Candidates(tuple(layers[name].weight.shape), topology.keys(), values.abs())  # type: ignore[union-attr]
+            Candidates(tuple(layers[name].weight.shape), topology.keys(), values.abs())
             for name, (topology, values) in merged.items()
         ]
         places = sum(layer.topology.places for layer in layers.values())

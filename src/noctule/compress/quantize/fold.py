@@ -4,6 +4,7 @@ Jacob et al. 2018, arXiv 1712.05877, section 3.2.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -113,8 +114,8 @@ def _obstacle(layer: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> str | 
     return None
 
 
-def _fold(layer: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
-    weight, topology = weight_of(layer)  # type: ignore[arg-type]
+def _fold(layer: Any, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
+    weight, topology = weight_of(layer)
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None
     assert variance is not None
@@ -125,4 +126,4 @@ def _fold(layer: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
     if layer.bias is None:
         layer.register_parameter("bias", nn.Parameter(shift.to(weight.dtype).clone()))
     else:
-        layer.bias.copy_(layer.bias * factor + shift)  # type: ignore[operator]
+        layer.bias.copy_(layer.bias * factor + shift)

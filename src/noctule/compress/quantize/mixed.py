@@ -38,7 +38,7 @@ def sensitivity(
     """
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode, where outputs are others: call model.eval() first")
-    pairs = [(b[0], b[1]) if isinstance(b, tuple | list) else (b, None) for b in batches]
+    pairs: list[tuple[Any, Any]] = [(b[0], b[1]) if isinstance(b, tuple | list) else (b, None) for b in batches]
     if not pairs:
         raise ValueError("there is no batch to measure with: give some hundred samples of the training data")
     if loss is not None and any(target is None for _, target in pairs):
@@ -50,13 +50,13 @@ def sensitivity(
         if loss is None:
             error = sum(float((a - b).double().square().sum()) for a, b in zip(now, before, strict=True))
             return error / max(sum(float(b.double().square().sum()) for b in before), 1e-30)
-        grown = [float(loss(a, t)) - float(loss(b, t)) for a, b, (_, t) in zip(now, before, pairs, strict=True)]  # type: ignore[arg-type]
+        grown = [float(loss(a, t)) - float(loss(b, t)) for a, b, (_, t) in zip(now, before, pairs, strict=True)]
         return max(sum(grown) / len(grown), 0.0)
 
     result: dict[str, dict[int, float]] = {}
     for name, module in model.named_modules():
         if type(module) in KINDS:
-            weight, topology = weight_of(module)  # type: ignore[arg-type]
+            weight, topology = weight_of(module)
             kept = weight.detach().clone()
             try:
                 for each in bits:
@@ -69,7 +69,7 @@ def sensitivity(
 
 def weight_bytes(module: nn.Module, bits: int) -> int:
     """What the weight of a layer takes with that many bits (32: as it is), scales included, places of sparse weights not."""
-    weight, topology = weight_of(module)  # type: ignore[arg-type]
+    weight, topology = weight_of(module)
     if bits == 32:
         return weight.nbytes
     rows = topology.shape[0] if topology is not None else weight.shape[0]

@@ -102,7 +102,7 @@ def operation_of(layer: Layer) -> Operation:
     return Operation(tuple(layer.weight.shape))
 
 
-def weight_of(layer: Layer) -> tuple[Tensor, Topology | None]:
+def weight_of(layer: Any) -> tuple[Tensor, Topology | None]:
     """The weight of a dense layer, or the values of a sparse one and where they lie."""
     return (layer.values, layer.topology) if isinstance(layer, SparseLayer) else (layer.weight, None)
 
@@ -125,7 +125,7 @@ def rule_for(
     names = {module: name for name, module in modules.items()}
     inside = {module.layer for module in modules.values() if isinstance(module, wrappers)}
     for module, name in names.items():
-        if type(module) in KINDS and not all_finite(weight_of(module)[0].detach()):  # type: ignore[arg-type]
+        if type(module) in KINDS and not all_finite(weight_of(module)[0].detach()):
             raise ValueError(f"the weights of {name or 'the model'} are NaN or infinite: load a checkpoint from before")
 
     def rule(module: nn.Module) -> nn.Module | None:

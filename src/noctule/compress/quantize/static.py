@@ -22,7 +22,7 @@ from noctule.core.convert import Leave, Rule
 from noctule.sparse.layers.surroundings import eager
 
 EXACT_SUM = 2**24
-"""Whole numbers below it have all their digits in float32."""
+"""Integers up to this are exact in float32, so sums of products of codes below it are exact too."""
 
 _onednn: Any = torch.ops.onednn
 

@@ -230,12 +230,13 @@ class Following:
     def _fold(self, constants: Mapping[str, list[Tensor]], removal: Removal) -> None:
         for tensor, (seen, *others) in constants.items():
             module, own = self.trace.reader_of(tensor)
-            layer = self.model.get_submodule(module)
+            layer: Any = self.model.get_submodule(module)
             reading = self.trace.reading[tensor]
-            weighted = _weighted(layer, layer._parameters[own], seen, reading)  # type: ignore[arg-type]
+            weighted = _weighted(layer, layer._parameters[own], seen, reading)
             if float(weighted.abs().max()) <= _TINY:
                 continue
-            bias, norm = layer._parameters.get("bias"), self.trace.norm_behind(tensor)
+            norm: Any = self.trace.norm_behind(tensor)
+            bias = layer._parameters.get("bias")
             if not all(torch.allclose(seen, other) for other in others):
                 removal.inexact[module] = (
                     "it is used several times, and sees something else of the removed features each time"
@@ -244,7 +245,7 @@ class Following:
                 bias.copy_(bias.double() + weighted)
             elif norm is not None and not (isinstance(layer, SparseLayer) and layer.epilogue.slope != 1.0):
                 mean = norm.running_mean
-                mean.copy_(mean.double() - weighted)  # type: ignore[union-attr,operator]
+                mean.copy_(mean.double() - weighted)
             else:
                 removal.inexact[module] = (
                     "it has no bias, nor a batch norm right behind it, to take what the removed features give without their weights"

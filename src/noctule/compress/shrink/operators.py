@@ -122,7 +122,8 @@ def moving(trace: Trace, node: Node, *arguments: Any, **named: Any) -> Value:
         return trace.labels(x) if isinstance(like, Node) else x
 
     given = [labelled(x, like) for x, like in zip(arguments, node.args, strict=True)]
-    return node.target(*given, **named)  # type: ignore[operator]
+    target: Any = node.target
+    return target(*given, **named)
 
 
 @rule(*_VIEWS)

@@ -253,7 +253,7 @@ class Change:
                 setattr(module, name, rows.apply(buffer))
         groups = shape[0] if groups_of(module) > 1 else 1  # depthwise
         if groups > 1:
-            module.groups = groups  # type: ignore[assignment]
+            module.groups = groups  # type: ignore[assignment] torch types what modules hold as tensors and modules
         sizes = (shape[0], shape[1] // prod(getattr(module, "kernel_size", ())) * groups)
         for name, size in zip(_NAMES[type(module)], sizes):
             setattr(module, name, size)
@@ -270,10 +270,10 @@ def _change(
     if not isinstance(lines, Lines) and (is_matrix(module) or type(module) in VECTORS) and not _is_grouped(module):
         lines = _as_lines(module, lines)
     if not isinstance(lines, Lines):
-        tensors = {**module._parameters, **module._buffers}
-        parts = {own: cut(tensors[own].shape, kept) for own, kept in lines.items()}  # type: ignore[union-attr]
+        tensors: dict[str, Any] = {**module._parameters, **module._buffers}
+        parts = {own: cut(tensors[own].shape, kept) for own, kept in lines.items()}
         shapes = {
-            own: tuple(kept[d].numel() if d in kept else n for d, n in enumerate(tensors[own].shape))  # type: ignore[union-attr]
+            own: tuple(kept[d].numel() if d in kept else n for d, n in enumerate(tensors[own].shape))
             for own, kept in lines.items()
         }
         remap = Remap(torch.zeros(0, dtype=torch.int64), 0, parts=parts)
@@ -310,10 +310,10 @@ def _as_lines(module: nn.Module, cuts: Cuts) -> Lines:
     return Lines(rows, columns)
 
 
-def _features_in(module: nn.Module) -> int:
+def _features_in(module: Any) -> int:
     if isinstance(module, SparseConv2d):
         return module.geometry.weight_shape[1]
-    return shape_of(module)[1] if isinstance(module, SparseLayer) else module.weight.shape[1]  # type: ignore[union-attr]
+    return shape_of(module)[1] if isinstance(module, SparseLayer) else module.weight.shape[1]
 
 
 def _owner(model: nn.Module, tensor: str) -> tuple[nn.Module, str]:
@@ -341,4 +341,4 @@ def note_sizes(module: nn.Module) -> None:
             module.groups = shape[0]
         module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
     elif hasattr(module, "nf") and hasattr(module, "nx"):  # transformers' Conv1D
-        module.nx, module.nf = shape  # type: ignore[assignment]
+        module.nx, module.nf = shape  # type: ignore[assignment] torch types what modules hold as tensors and modules
