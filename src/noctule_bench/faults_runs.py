@@ -142,17 +142,21 @@ class Running:
                     yield int(path.parent.name)
 
     def children(self) -> list[int]:
-        """Its processes, oldest first."""
-        found: list[int] = []
-        for path in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
-            found += map(int, path.read_text().split())
+        """Its processes, those that they have forked too, oldest first."""
+        found, parents = list[int](), [self.process.pid]
+        while parents:
+            for path in Path(f"/proc/{parents.pop()}/task").glob("*/children"):
+                with suppress(OSError):  # it has ended
+                    new = [int(pid) for pid in path.read_text().split()]
+                    found, parents = found + new, parents + new
         return sorted(found)
 
     def server(self) -> int | None:
         """The process of the parameter server."""
         for child in self.children():
-            if b"server" in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"):
-                return child
+            with suppress(OSError):
+                if Path(f"/proc/{child}/comm").read_text() == "the server\n":
+                    return child
         return None
 
     def steps(self, worker: int) -> list[Step]:

@@ -204,7 +204,8 @@ def test_torchrun_starts_all_again_from_the_checkpoint(tmp_path):
     )
     try:
         until(lambda: len(records(tmp_path / "run")) > 5, process)
-        os.kill(workers_of(tmp_path)[-1], signal.SIGKILL)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
         finished(process)
     finally:
         process.kill()
