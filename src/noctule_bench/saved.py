@@ -1,30 +1,23 @@
 """What compressing saved activations saves and costs: bytes kept, peak memory in a process of its own, and the time of a step."""
 
 import gc
-import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
-from itertools import cycle, islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint_sequential
+from torch import Tensor
 
-from noctule.core.errors import UsageError
-from noctule.core.method import attach
-from noctule.data import Batches, load, standardize
 from noctule.measure import interleave, ratio
 from noctule.measure.memory import resident_bytes, resident_peak
-from noctule.memory import AdaptiveBound, Saved, compress_saved
-from noctule.models import resnet
+from noctule.memory import Saved
 from noctule_bench import program
+from noctule_bench.saved_accuracy import compare
+from noctule_bench.saved_steps import ROWS, prepared
 
-ROWS = ("off", "8 bits", "8 bits, all kept", "4 bits", "adaptive", "checkpoint")
 TARGETS = {"8 bits": (3.8, 2.5, 1.3), "adaptive": (8.0, 3.0, 1.6)}
 """Times fewer packed bytes, times lower a peak, and times as long a step at most."""
 IN_FLIGHT = 4
@@ -42,6 +35,9 @@ def saved(
     rounds: int = 7,
     k: float = 0.03,
     rows: tuple[str, ...] = (),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    epochs: int = 6,
+    samples: int = 10000,
     threads: int = 1,
     out: Path | None = None,
 ) -> None:
@@ -56,6 +52,9 @@ def saved(
         rounds: steps that are timed, in turn.
         k: of the adaptive bounds.
         rows: what to measure, instead of all.
+        seeds: of the trainings of the first of the depths, whose accuracy is compared; none for no such comparison.
+        epochs: of each of them; those that are in the output file already are not made again.
+        samples: of the training set, for them.
         threads: of everything.
         out: a file that the lines are appended to.
     """
@@ -67,7 +66,7 @@ def saved(
     for depth in depths:
         setting = (data, data_dir, depth, batch, warm, k)
         peaks = {row: _apart(_peak, threads, row, *setting) for row in {"off": 0, **dict.fromkeys(chosen)}}
-        steps = {row: _prepared(row, *setting) for row in peaks}
+        steps = {row: prepared(row, *setting) for row in peaks}
         kept = {row: step() for row, step in steps.items()}
         timings = interleave(steps, rounds=rounds, warmup=1)
         for row in peaks:
@@ -90,6 +89,11 @@ def saved(
             )
     program.table(written, "saved", "saved: activations kept for the backward pass", _COLUMNS)
     _targets(lines, written)
+    if seeds:
+        about = {"data": data, "data_dir": data_dir, "depth": depths[0], "batch": batch, "k": k}
+        about |= {"seeds": seeds, "epochs": epochs, "samples": samples}
+        trained = [row for row in ROWS if row == "off" or (row in TARGETS and row in chosen)]
+        compare(lines, trained, **about, found=program.read(out, "saved.accuracy"))
 
 
 _COLUMNS: dict[str, program.Column] = {
@@ -117,55 +121,9 @@ def _figures(kept: Saved | None) -> dict[str, Any]:
     }
 
 
-def _prepared(
-    row: str, data: str, data_dir: Path | None, depth: int, batch: int, warm: int, k: float
-) -> Callable[[], Saved | None]:
-    """A training step, after some."""
-    torch.manual_seed(0)
-    splits = standardize(load(data, data_dir=data_dir, seed=0, validation_fraction=0.1))
-    shape = splits.train.shape
-    if shape is None or len(shape) not in (2, 3):
-        raise UsageError(f"{data} has no images: name a data set whose samples have a shape")
-    image = (1, *shape) if len(shape) == 2 else shape
-    model = resnet((image[0], image[1], image[2]), splits.train.classes, depth=depth)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    bound = AdaptiveBound(k=k)
-    if row == "adaptive":
-        attach(model, optimizer, bound)
-    batches = cycle(list(islice(Batches(splits.train, batch, seed=0).epoch(0), 20)))
-
-    def step() -> Saved | None:
-        inputs, targets = next(batches)
-        optimizer.zero_grad()
-        with _context(row, bound) as kept:
-            output = _forward(row, model, inputs)
-            loss = nn.functional.cross_entropy(output, targets)
-        loss.backward()
-        optimizer.step()
-        return kept
-
-    for _ in range(warm):
-        step()
-    return step
-
-
-def _context(row: str, bound: AdaptiveBound) -> Any:
-    if row == "adaptive":
-        return compress_saved(8, adaptive=bound)
-    if "bits" in row:
-        return compress_saved(int(row[0]), recompute="all kept" not in row)
-    return nullcontext()
-
-
-def _forward(row: str, model: nn.Sequential, inputs: Tensor) -> Tensor:
-    if row != "checkpoint":
-        return model(inputs)
-    return checkpoint_sequential(model, round(math.sqrt(len(model))), inputs, use_reentrant=False)
-
-
 def _peak(row: str, *setting: Any) -> dict[str, int]:
     """The peak of a step over what is there before it, and the largest tensor that is saved."""
-    step = _prepared(row, *setting)
+    step = prepared(row, *setting)
     gc.collect()
     before = resident_bytes() or 0
     with resident_peak() as peak:

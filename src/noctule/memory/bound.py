@@ -4,7 +4,7 @@ Jin et al. 2022 (COMET, VLDB; arXiv 2111.09562): an error uniform in [-eb, eb] o
 of output channel c by a normal error of standard deviation eb sqrt(R / 3) ||g_c||, with g_c the loss's gradient at that channel and
 R the share of the input that is not zero. It may be a fraction k of the root mean square of the channel's momentum: eb = k
 rms(m_c) sqrt(3 / R) / ||g_c||, here the median over channels. Differs from the paper: batch norms have a bound too (that of their
-weight), and codes have a fixed width, for which a larger k than the paper's 0.01 is needed to save as much. The authors' code has a
+weight, with one momentum a channel, of which the root mean square over all is taken), and codes have a fixed width, for which a larger k than the paper's 0.01 is needed to save as much. The authors' code has a
 fixed bound.
 """
 
@@ -143,7 +143,7 @@ class AdaptiveBound(Method):
         momentum = state.get("momentum_buffer", state.get("exp_avg"))
         if momentum is None or call.norm_C is None:
             return 0.0
-        rms_C = momentum.flatten(1).square().mean(1).sqrt() if momentum.dim() > 1 else momentum.abs()
+        rms_C = momentum.square().flatten(min(1, momentum.dim() - 1)).mean(-1).sqrt()
         norm_C = call.norm_C
         if isinstance(call.layer, _NORMS) and call.layer.running_var is not None:
             norm_C = norm_C * (call.layer.running_var + call.layer.eps).rsqrt()
