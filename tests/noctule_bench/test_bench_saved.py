@@ -20,8 +20,10 @@ def test_bytes_peak_seconds_and_accuracy(capsys, tmp_path):
     for line in map(json.loads, out.read_text().splitlines()):
         kinds.setdefault(line["name"], []).append(line)
     off, adaptive = kinds["saved"]
-    assert off["row"] == "off" and adaptive["bytes_kept"] < adaptive["bytes_before"] / 2
-    assert adaptive["peak_bytes"] > 0 and adaptive["times_as_long"]["ratio"] > 0
+    assert off["row"] == "off"
+    assert adaptive["bytes_kept"] < adaptive["bytes_before"] / 2
+    assert adaptive["peak_bytes"] > 0
+    assert adaptive["times_as_long"]["ratio"] > 0
     assert [(x["row"], x["seed"]) for x in kinds["saved.accuracy"]] == [
         (r, s) for s in (0, 1) for r in ("off", "adaptive")
     ]
@@ -29,7 +31,8 @@ def test_bytes_peak_seconds_and_accuracy(capsys, tmp_path):
     assert "accuracy on the test set, ResNet-8" in captured.err
     assert bench("saved", words) == 0
     again = [json.loads(line)["name"] for line in out.read_text().splitlines()]
-    assert again.count("saved.accuracy") == 4 and again.count("saved") == 4
+    assert again.count("saved.accuracy") == 4
+    assert again.count("saved") == 4
 
 
 def test_an_unknown_row_is_refused():

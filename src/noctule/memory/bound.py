@@ -4,8 +4,8 @@ Jin et al. 2022 (COMET, VLDB; arXiv 2111.09562): an error uniform in [-eb, eb] o
 of output channel c by a normal error of standard deviation eb sqrt(R / 3) ||g_c||, with g_c the loss's gradient at that channel and
 R the share of the input that is not zero. It may be a fraction k of the root mean square of the channel's momentum: eb = k
 rms(m_c) sqrt(3 / R) / ||g_c||, here the median over channels. Differs from the paper: batch norms have a bound too (that of their
-weight, with one momentum a channel, of which the root mean square over all is taken), and codes have a fixed width, for which a larger k than the paper's 0.01 is needed to save as much. The authors' code has a
-fixed bound.
+weight; since a channel has one momentum, the root mean square is that of all channels), and codes have a fixed width, for which a
+larger k than the paper's 0.01 is needed to save as much. The authors' code has a fixed bound.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
