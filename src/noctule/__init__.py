@@ -19,10 +19,12 @@ _HOME = {
     "Dataset": "data",
     "Decay": "sparse.rewire.decay",
     "ExponentialAverage": "sparse.average",
+    "Factor": "compress.factor",
     "FuseEpilogue": "sparse.layers",
     "ImportancePruning": "compress.shrink",
     "KeepLayout": "sparse.layers",
     "Method": "core.method",
+    "Prune": "compress.prune",
     "Remap": "core.remap",
     "Rewire": "sparse.rewire",
     "RunFolder": "report",
@@ -31,10 +33,13 @@ _HOME = {
     "SparseLinear": "sparse.layers",
     "SparseMLPClassifier": "estimators",
     "SparseMLPRegressor": "estimators",
+    "StaticInt8": "compress.quantize",
     "ToDense": "sparse.layers",
     "ToSparse": "sparse.layers",
     "Topology": "core.topology",
+    "WeightOnly": "compress.quantize",
     "attach": "core.method",
+    "compress_saved": "memory",
     "convert_": "core.convert",
     "ctre": "sparse.rewire",
     "erdos_renyi": "sparse.budget",
@@ -42,17 +47,20 @@ _HOME = {
     "fit": "train.fit",
     "follow": "sparse.follow",
     "footprint": "measure",
+    "gradual_magnitude": "compress.prune",
     "gse": "sparse.rewire",
     "keep_freed_memory": "measure.allocator",
     "load_model": "checkpoint",
     "merge": "core.remap",
     "mlp": "models",
     "param_groups": "core.optim",
+    "rebuild": "compress.shrink",
     "resize": "core.remap",
     "rigl": "sparse.rewire",
     "save_model": "checkpoint",
     "set_": "sparse.rewire",
     "shrink": "compress.shrink",
+    "taps": "compress.distill",
     "uniform": "sparse.budget",
     "write_report": "report",
 }
@@ -61,7 +69,11 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from noctule.checkpoint import Checkpoints, load_model, save_model
-    from noctule.compress.shrink import ImportancePruning, shrink
+    from noctule.compress.distill import taps
+    from noctule.compress.factor import Factor
+    from noctule.compress.prune import Prune, gradual_magnitude
+    from noctule.compress.quantize import StaticInt8, WeightOnly
+    from noctule.compress.shrink import ImportancePruning, rebuild, shrink
     from noctule.core.convert import Conversion, convert_
     from noctule.core.method import Method, Session, attach
     from noctule.core.optim import param_groups
@@ -71,6 +83,7 @@ if TYPE_CHECKING:
     from noctule.estimators import SparseMLPClassifier, SparseMLPRegressor
     from noctule.measure import footprint
     from noctule.measure.allocator import keep_freed_memory
+    from noctule.memory import compress_saved
     from noctule.models import mlp
     from noctule.report import RunFolder, write_report
     from noctule.sparse.average import ExponentialAverage
