@@ -8,6 +8,7 @@ from torch import nn
 
 from noctule import ToSparse, convert_
 from noctule.compress.shrink import rebuild, shrink
+from noctule.compress.shrink.following import Following
 from noctule.models import ViT, mobilenet, resnet
 
 transformers = pytest.importorskip("transformers")
@@ -136,3 +137,43 @@ def test_as_many_parameters_stay_as_with_torch_pruning(name):
     shrink(ours, 0.5, example=x)
     shapes = [[tuple(p.shape) for p in model.parameters()] for model in (ours, theirs)]
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet20", "resnet18", "mobilenet", "vit"])
+def test_the_same_lines_go_together_as_with_torch_pruning(name):
+    pruning = pytest.importorskip("torch_pruning")
+    make = {
+        "mobilenet": lambda: mobilenet((1, 12, 12), 10),
+        "vit": lambda: ViT((1, 12, 12), 10, width=32, depth=2),
+    }.get(name, lambda: resnet((1, 12, 12), 10, depth=int(name[6:])))
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.rand(2, 144)
+    modules = dict(model.named_modules())
+    names = {id(m): n for n, m in [*modules.items(), *model.named_parameters()]}
+    following, theirs = Following(model, x), pruning.DependencyGraph().build_dependency(model, example_inputs=x)
+    assert len(following.groups) >= 5
+    for number, group in enumerate(following.groups):
+        unit = group.members[group.producers[0]][1].tolist()
+        second = torch.tensor([u == 1 for u in range(group.units)])
+        cut = following.removal({number: second}, {}).step["cut"]
+        ours = {
+            (
+                tensor.rpartition(".")[0] or tensor,
+                "out" if dimension == "0" else "in",
+                tuple(i for i in range(c["of"]) if i not in c["kept"]),
+            )
+            for tensor, dimensions in cut.items()
+            for dimension, c in dimensions.items()
+            if tensor.endswith(".weight") or "." not in tensor
+        }
+        layer = modules[group.layers[0]]
+        prune = theirs.get_pruner_of_module(layer).prune_out_channels
+        expected = set()
+        for dependency, lines in theirs.get_pruning_group(layer, prune, idxs=unit):
+            target, there = dependency.target.module, names.get(id(dependency.target.module), "")
+            if isinstance(target, nn.Parameter):
+                expected.add((there, "in", tuple(sorted(lines))))
+            elif there and list(target.parameters(recurse=False)):
+                out = theirs.is_out_channel_pruning_fn(dependency.handler)
+                expected.add((there, "out" if out else "in", tuple(sorted(lines))))
+        assert ours == expected
