@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from noctule import SparseLinear, ToSparse, convert_
 from noctule.core.method import attach
 from noctule.memory import AdaptiveBound, compress_saved
 from noctule.models import resnet
@@ -42,6 +43,27 @@ def test_bounds_are_found_and_save():
     assert kept[2] < 0.9 * kept[0]
     assert {"stage1_0.conv1", "stage1_0.norm1", "stem.1"} <= bound.bounds.keys()
     assert all(value >= 0 for value in bound.bounds.values())
+
+
+def test_a_sparse_layer_with_all_places_has_the_bound_of_its_dense_twin():
+    bounds = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 10))
+        if sparse:
+            weight, bias = model[2].weight.detach().flatten(), model[2].bias.detach()
+            convert_(model, ToSparse(density=1.0), where=lambda name, _: name == "2")
+            assert isinstance(model[2], SparseLinear)
+            model[2].load_state_dict({**model[2].state_dict(), "values": weight, "bias": bias})
+        torch.manual_seed(1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        bound = AdaptiveBound()
+        x, t = torch.randn(64, 32), torch.randint(10, (64,))
+        with attach(model, optimizer, bound):
+            kept = [step(model, optimizer, x, t, bound)[0].bytes_kept for _ in range(3)]
+        assert kept[2] < kept[0]
+        bounds.append(bound.bounds)
+    assert bounds[1] == pytest.approx(bounds[0], rel=0.01)
 
 
 def test_a_larger_k_keeps_less():

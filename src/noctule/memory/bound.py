@@ -4,8 +4,9 @@ Jin et al. 2022 (COMET, VLDB; arXiv 2111.09562): an error uniform in [-eb, eb] o
 of output channel c by a normal error of standard deviation eb sqrt(R / 3) ||g_c||, with g_c the loss's gradient at that channel and
 R the share of the input that is not zero. It may be a fraction k of the root mean square of the channel's momentum: eb = k
 rms(m_c) sqrt(3 / R) / ||g_c||, here the median over channels. Differs from the paper: batch norms have a bound too (that of their
-weight; since a channel has one momentum, the root mean square is that of all channels), and codes have a fixed width, for which a
-larger k than the paper's 0.01 is needed to save as much. The authors' code has a fixed bound.
+weight; since a channel has one momentum, the root mean square is that of all channels); with a fused activation the gradient is
+taken behind it, where it is no smaller; and codes have a fixed width, for which a larger k than the paper's 0.01 is needed to save
+as much. The authors' code has a fixed bound.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,13 +21,14 @@ from typing_extensions import override
 
 from noctule.core.method import Method
 from noctule.core.remap import Remap
+from noctule.sparse.layers import SparseLayer, SparseLinear
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_NORMS)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, SparseLayer, *_NORMS)
 
 
 class AdaptiveBound(Method):
-    """Bounds for the inputs of dense layers, convolutions and batch norms: attach it, and name it in `compress_saved`.
+    """Bounds for the inputs of linear layers, convolutions and batch norms: attach it, and name it in `compress_saved`.
 
     Bounds are found in the second step, again after twice as many steps, and so on up to every ``every`` steps. Saved tensors
     are told apart by their order in the forward pass, their producer and their shape; one that does not fit takes the bits of the
@@ -62,7 +64,7 @@ class AdaptiveBound(Method):
             if group.get("momentum") or "betas" in group
         }
         layers: dict[nn.Module, str] = {
-            m: name for name, m in model.named_modules() if isinstance(m, _LAYERS) and id(m.weight) in moving
+            m: name for name, m in model.named_modules() if isinstance(m, _LAYERS) and id(_weight(m)) in moving
         }
         if not layers:
             raise ValueError(
@@ -138,18 +140,31 @@ class AdaptiveBound(Method):
 
     def _limit(self, call: "_Call") -> float:
         """The bound of the input of one call of a layer; inf where the gradient is zero."""
-        weight: Any = call.layer.weight
+        weight = _weight(call.layer)
         state = next((o.state[weight] for o in self._optimizers if weight in o.state), {})
         momentum = state.get("momentum_buffer", state.get("exp_avg"))
         if momentum is None or call.norm_C is None:
             return 0.0
-        rms_C = momentum.square().flatten(min(1, momentum.dim() - 1)).mean(-1).sqrt()
+        rms_C = _rms(call.layer, momentum)
         norm_C = call.norm_C
         if isinstance(call.layer, _NORMS) and call.layer.running_var is not None:
             norm_C = norm_C * (call.layer.running_var + call.layer.eps).rsqrt()
         limit_C = self.k * rms_C * (3.0 / max(call.filled, 1e-3)) ** 0.5 / norm_C.clamp(min=1e-30)
         limit = float(limit_C.median())
         return limit if limit == limit else 0.0
+
+
+def _weight(layer: Any) -> Tensor:
+    return layer.values if isinstance(layer, SparseLayer) else layer.weight
+
+
+def _rms(layer: Any, momentum: Tensor) -> Tensor:
+    """The root mean square of the momentum of each output channel (C,); of a norm one number for all."""
+    if isinstance(layer, SparseLayer):
+        rows, count = layer.topology.rows(), layer.topology.shape[0]
+        squares_C = momentum.new_zeros(count).index_add_(0, rows, momentum.square())
+        return (squares_C / torch.bincount(rows, minlength=count).clamp(min=1)).sqrt()
+    return momentum.square().flatten(min(1, momentum.dim() - 1)).mean(-1).sqrt()
 
 
 class _Call:
@@ -162,7 +177,7 @@ class _Call:
 
     def see(self, gradient: Tensor) -> None:
         """The norm of each channel of the output's gradient."""
-        channel = -1 if isinstance(self.layer, nn.Linear) else 1
+        channel = -1 if isinstance(self.layer, nn.Linear | SparseLinear) else 1
         self.norm_C = gradient.float().movedim(channel, 0).flatten(1).norm(dim=1)
 
 
