@@ -35,9 +35,10 @@ def saved(
     rounds: int = 7,
     k: float = 0.03,
     rows: tuple[str, ...] = (),
+    trained: int = 8,
     seeds: tuple[int, ...] = (0, 1, 2),
     epochs: int = 6,
-    samples: int = 10000,
+    samples: int = 20000,
     threads: int = 1,
     out: Path | None = None,
 ) -> None:
@@ -48,11 +49,12 @@ def saved(
         data_dir: where data sets are looked for first.
         depths: of the networks.
         batch: samples of a step.
-        warm: training steps before anything is measured, in which the adaptive bounds are found.
+        warm: training steps in which the adaptive bounds are found; the other rows take two.
         rounds: steps that are timed, in turn.
         k: of the adaptive bounds.
         rows: what to measure, instead of all.
-        seeds: of the trainings of the first of the depths, whose accuracy is compared; none for no such comparison.
+        trained: depth of the networks whose accuracy is compared.
+        seeds: of their trainings.
         epochs: of each of them; those that are in the output file already are not made again.
         samples: of the training set, for them.
         threads: of everything.
@@ -90,10 +92,10 @@ def saved(
     program.table(written, "saved", "saved: activations kept for the backward pass", _COLUMNS)
     _targets(lines, written)
     if seeds:
-        about = {"data": data, "data_dir": data_dir, "depth": depths[0], "batch": batch, "k": k}
+        about = {"data": data, "data_dir": data_dir, "depth": trained, "batch": batch, "k": k}
         about |= {"seeds": seeds, "epochs": epochs, "samples": samples}
-        trained = [row for row in ROWS if row == "off" or (row in TARGETS and row in chosen)]
-        compare(lines, trained, **about, found=program.read(out, "saved.accuracy"))
+        judged = [row for row in ROWS if row == "off" or (row in TARGETS and row in chosen)]
+        compare(lines, judged, **about, found=program.read(out, "saved.accuracy"))
 
 
 _COLUMNS: dict[str, program.Column] = {

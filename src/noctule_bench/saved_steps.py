@@ -24,11 +24,11 @@ Step = Callable[[Tensor, Tensor], Saved | None]
 def prepared(
     row: str, data: str, data_dir: Path | None, depth: int, batch: int, warm: int, k: float
 ) -> Callable[[], Saved | None]:
-    """A training step on the next batch, after some."""
+    """A training step on the next batch; of the adaptive row after some, in which it finds its bounds."""
     splits = standardize(load(data, data_dir=data_dir, seed=0, validation_fraction=0.1))
     step = stepper(row, network(splits, depth, seed=0), k)
     batches = cycle(list(islice(Batches(splits.train, batch, seed=0).epoch(0), 20)))
-    for _ in range(warm):
+    for _ in range(warm if row == "adaptive" else 2):
         step(*next(batches))
     return lambda: step(*next(batches))
 
