@@ -6,6 +6,7 @@ from noctule.parallel.diloco import AVERAGE, NESTEROV, DiLoCo
 from noctule.parallel.gossip import Gossip
 from noctule.parallel.graphs import complete, random, ring, torus
 from noctule.parallel.merging import Merge, merge_workers
+from noctule.parallel.parallel_gap import ParallelGaP
 from noctule.parallel.sandblaster.coordinate import coordinate
 from noctule.parallel.sandblaster.optimizer import Sandblaster
 from noctule.parallel.server.push_pull import PushPull
@@ -19,6 +20,7 @@ __all__ = [
     "EverySync",
     "Gossip",
     "Merge",
+    "ParallelGaP",
     "Phases",
     "PushPull",
     "Sandblaster",

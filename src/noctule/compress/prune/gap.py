@@ -63,19 +63,14 @@ class GaP(Pruning):
     @property
     def parts(self) -> list[list[str]]:
         """The layers of each partition."""
-        names, n = [*self.layers], self.partitions
-        return [names[len(names) * k // n : len(names) * (k + 1) // n] for k in range(n)]
+        return cut([*self.layers], self.partitions)
 
     @override
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         super().begin(model, optimizers)
         for name in self.layers:
             check_carry(self._optimizers, self.weight(name))  # what grows needs new state
-        if self.partitions > len(self.layers):
-            raise ValueError(
-                f"{len(self.layers)} layers cannot be cut into {self.partitions} partitions: {[*self.layers]}; "
-                "give fewer partitions="
-            )
+        cut([*self.layers], self.partitions)
 
     @override
     def act(self) -> None:
@@ -86,3 +81,16 @@ class GaP(Pruning):
         self.prune_(self.pattern, self.density, self.score, spare=growing)
         for name in growing:
             self.grow_(name)
+
+
+def cut(layers: Sequence[str], partitions: int) -> list[list[str]]:
+    """Parts of neighbouring layers.
+
+    Raises:
+        ValueError: there are fewer layers than parts.
+    """
+    if partitions > len(layers):
+        raise ValueError(
+            f"{len(layers)} layers cannot be cut into {partitions} partitions: {[*layers]}; have fewer of them"
+        )
+    return [[*layers[len(layers) * k // partitions : len(layers) * (k + 1) // partitions]] for k in range(partitions)]
