@@ -128,7 +128,7 @@ def pruning(
     epochs: int = 3,
     channels: tuple[int, ...] = (16, 32),
     hidden: int = 128,
-    penalty: float = 0.5,
+    penalty: float = 0.3,
     samples: int | None = None,
     threads: int = 1,
     out: Path | None = None,
