@@ -3,12 +3,17 @@
 import json
 
 import pytest
+from torch.nn import functional as F
 
+from noctule.compress.prune import EarlyCroP, sup_tickets
 from noctule.core.errors import UsageError
+from noctule.data import Batches, load
 from noctule_bench import pruning
 from noctule_bench.program import run as bench
 
-SMALL = "--data digits --channels 6 8 --epochs 2 --densities 0.2 --threads 1 --seeds 0 --samples 400".split()
+SMALL = (
+    "--data digits --channels 6 8 --hidden 20 --epochs 2 --densities 0.2 --threads 1 --seeds 0 --samples 400".split()
+)
 
 
 def run(capsys, *options: str):
@@ -47,6 +52,25 @@ def test_every_method_keeps_what_it_is_given(capsys):
     assert lines["sup-tickets"]["cost_epochs"] == pytest.approx(0.4, abs=0.02)
 
 
+def test_the_rate_begins_anew_after_a_crop_and_in_each_cycle():
+    batches = Batches(load("digits", seed=0).train, 100, seed=0)
+    setting = pruning.Setting(0.1, 20, 20 * len(batches), batches, 0, 0.5)
+    crop = EarlyCroP(density=0.1, loss_fn=F.cross_entropy, batches=batches.epoch(0), every=1)
+    rate, end = pruning._rate(setting, [crop]), setting.steps
+    assert (rate(0), rate(end)) == pytest.approx((1.0, 0.01))
+    at = end // 2
+    before, crop.pruned_at = rate(at + end // 10), at
+    assert rate(at) == pytest.approx(0.1)  # weights that lost most others are not to jump
+    assert rate(at + end // 10) > before + 0.2
+    assert rate(end) == pytest.approx(0.01)
+    _, tickets = own = sup_tickets(**setting.cycles)
+    rate = pruning._rate(setting, own)
+    for start in range(tickets.start, tickets.start + 3 * tickets.cycle, tickets.cycle):
+        assert (rate(start), rate(start + tickets.cycle // 2)) == pytest.approx(pruning.TICKETS, abs=0.05)
+
+
 def test_unknown_methods_are_refused():
     with pytest.raises(UsageError, match="there is no row 'gradul'"):
         bench("pruning", [*SMALL, "--methods", "gradul"])
+    with pytest.raises(UsageError, match="give --channels two numbers, not 3"):
+        bench("pruning", [*SMALL, "--channels", "1", "2", "3"])

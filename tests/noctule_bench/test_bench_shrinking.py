@@ -54,6 +54,25 @@ def test_without_pruning_it_is_the_recipe(lines, tmp_path):
     assert summary["series"]["sparse"]["test_accuracy"] == lines["shrinking"][1]["whole_accuracy"]
 
 
+def test_each_way_removes_neurons_of_a_dense_network(capsys):
+    options = (
+        "--data digits --hidden 60 40 --density 1 --epochs 3 --rounds 2 --last 2 --least 15 --removed 0.7 --seeds 0"
+    )
+    assert (
+        bench("shrinking", [*options.split(), "--percentile", "50", "--ways", "importance", "spectral", "--skip"]) == 0
+    )
+    lines = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    trained = {line["way"]: line for line in lines if line["name"] == "shrinking"}
+    assert {way: line["less_widths"] for way, line in trained.items()} == {
+        "importance": [15, 15, 10],
+        "spectral": [15, 15, 10],
+    }
+    shares = [line for line in lines if line["name"] == "shrinking.target" and line["target"] == 0.7]
+    assert [line["way"] for line in shares if line["found"] == 0.7 and line["holds"]] == ["importance", "spectral"]
+    with pytest.raises(UsageError, match="give --density 1"):
+        bench("shrinking", ["--data", "digits", "--ways", "spectral"])
+
+
 def test_a_network_without_hidden_layers_is_refused():
     with pytest.raises(UsageError, match="--hidden must be at least 1"):
         bench("shrinking", ["--data", "digits", "--hidden"])

@@ -233,6 +233,22 @@ def test_a_closed_gate_keeps_its_value_and_opens_where_the_loss_wants_it():
         assert step(-1.0) == [1.0, 1.0]  # the gradient came through the closed gate
 
 
+def test_gates_begin_late_and_at_the_size_of_the_values_so_that_small_ones_close_first():
+    layer = nn.Linear(4, 2, bias=False)
+    layer.weight.data = torch.tensor([[0.4, 0.1, 0.3, 0.2], [1.0, 3.0, 2.0, 4.0]])
+    model, scl = nn.Sequential(layer), SCL(penalty=1.0, start=2, until=100, rate=0.1)
+    optimizer, order = SGD(model.parameters(), lr=0.0), [[], []]
+    with attach(model, optimizer, scl):
+        for step in range(16):
+            optimizer.zero_grad()
+            model(torch.zeros(1, 4)).sum().backward()  # no gradient: the penalty alone moves gates
+            optimizer.step()
+            assert step >= 2 or not scl.gates
+            for row, found in zip(layer.weight, order, strict=True):
+                found += [k for k in (row == 0).nonzero()[:, 0].tolist() if k not in found]
+    assert order == [[1, 3, 2], [0, 2, 1]]
+
+
 # -- Sup-tickets ----------------------------------------------------------------------------------------------------
 
 

@@ -10,17 +10,15 @@ begins a full one-cycle schedule; up to 102 rounds there, as many as make a diff
 authors' threshold for neurons is negative above a sparsity of 90 %, and would never be met.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from noctule.compress.prune.pattern import Globally, Pattern
 from noctule.compress.prune.pruning import Pruning
-from noctule.core.remap import Remap
 from noctule.sparse.budget import check_density
 
 
@@ -37,6 +35,9 @@ class EarlyCroP(Pruning):
         pattern: which connections stay, given the scores.
         skip: names of layers that are left alone.
     """
+
+    plain = ("pruned_at", "distances")
+    shaped = MappingProxyType({"_first": 0.0})
 
     def __init__(
         self,
@@ -69,17 +70,11 @@ class EarlyCroP(Pruning):
         self.distances: list[float] = []
         """d after each epoch but the first."""
         self._first: dict[str, Tensor] = {}
-        self._model: nn.Module | None = None
 
     @property
     def threshold(self) -> float | None:
         """Below which a change of d is small."""
         return self.distances[0] * self.density if self.distances else None
-
-    @override
-    def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        super().begin(model, optimizers)
-        self._model = model
 
     @override
     def act(self) -> None:
@@ -117,27 +112,6 @@ class EarlyCroP(Pruning):
             candidates = [self.candidates(name, s) for name, s in zip(names, scores, strict=True)]
             self.keep_(dict(zip(names, self.pattern(candidates, left), strict=True)))
         self.pruned_at, self._first = self.steps, {}
-
-    @override
-    def remapped(self, layer: nn.Module, remap: Remap) -> None:
-        super().remapped(layer, remap)
-        self.follow(self._first, layer, remap, new=0.0)
-
-    @override
-    def end(self) -> None:
-        super().end()
-        self._model = None
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        first = {name: w.clone() for name, w in self._first.items()}
-        return super().state_dict() | {"pruned_at": self.pruned_at, "distances": [*self.distances], "first": first}
-
-    @override
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.pruned_at, self.distances = state["pruned_at"], [*state["distances"]]
-        self._first = {name: w.clone() for name, w in state["first"].items()}
 
 
 def gradient_flow(

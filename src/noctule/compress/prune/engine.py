@@ -1,7 +1,6 @@
 """The one engine that removes connections on a schedule."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from typing_extensions import override
 
@@ -42,6 +41,8 @@ class Prune(Pruning):
     {'0': Kept(weights=8, places=32, sparse=False), '2': Kept(weights=2, places=8, sparse=False)}
     """
 
+    plain = ("density",)
+
     def __init__(
         self,
         *,
@@ -68,12 +69,3 @@ class Prune(Pruning):
         if density < self.density:
             self.prune_(self.pattern, density, self.score)
             self.density = density
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"density": self.density}
-
-    @override
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.density = float(state["density"])

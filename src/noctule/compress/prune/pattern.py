@@ -32,6 +32,12 @@ class Candidates(NamedTuple):
         """I."""
         return prod(self.shape[1:])
 
+    @property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Row and column of each (N,)."""
+        width = max(self.columns, 1)
+        return self.keys // width, self.keys % width
+
 
 Pattern = Callable[[Sequence[Candidates], float], list[Tensor]]
 """The layers and the density that is wanted -> for each layer which of its connections stay, a mask (N,)."""
@@ -79,10 +85,7 @@ class Rows:
 
     def __call__(self, layers: Sequence[Candidates], density: float) -> list[Tensor]:
         """Keep this share of each layer's rows."""
-        return [
-            _best_groups(x.keys // max(x.columns, 1), x.scores, x.shape[0], weights_at(density, x.shape[:1]))
-            for x in layers
-        ]
+        return [_best_groups(x.places[0], x.scores, x.shape[0], weights_at(density, x.shape[:1])) for x in layers]
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class NM:
         k = max(self.n, round(density * self.m))
         stays = []
         for x in layers:
-            row, column = x.keys // max(x.columns, 1), x.keys % max(x.columns, 1)
+            row, column = x.places
             groups = row * -(-x.columns // self.m) + column // self.m
             order = x.scores.argsort(descending=True, stable=True)
             order = order[groups[order].argsort(stable=True)]  # by group, within it by score
@@ -129,7 +132,7 @@ class Blocks:
         """Keep this share of each layer's blocks."""
         stays = []
         for x in layers:
-            row, column = x.keys // max(x.columns, 1), x.keys % max(x.columns, 1)
+            row, column = x.places
             grid = (-(-x.shape[0] // self.height), -(-x.columns // self.width))
             blocks = row // self.height * grid[1] + column // self.width
             stays.append(_best_groups(blocks, x.scores, prod(grid), weights_at(density, grid)))

@@ -5,7 +5,8 @@ Shapes: O rows and I columns of a weight as a matrix, N connections.
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from copy import deepcopy
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +43,16 @@ class Pruning(Method):
 
     A dense layer has a mask. Its gradient is masked before each step and its weight after it, so whatever the optimizer keeps, no
     weight comes back. A sparse layer gets a topology without the places, and the optimizer's state follows. A kind says in `act`
-    what happens after a step.
+    what happens after a step, and names the attributes that resuming needs.
 
     Args:
         skip: names of layers that are left alone.
     """
+
+    plain: ClassVar[tuple[str, ...]] = ()
+    """Attributes that are numbers, None or lists of numbers."""
+    shaped: ClassVar[Mapping[str, float]] = {}
+    """Attributes that hold tensors in the shape of a layer's weight by its name -> what they are for a new connection."""
 
     def __init__(self, skip: Sequence[str]) -> None:
         self.skip = tuple(skip)
@@ -56,6 +62,7 @@ class Pruning(Method):
         """Name of a layer that is left alone -> why."""
         self._gone: dict[str, Tensor] = {}  # of dense layers: True where there is no connection
         self._optimizers: list[Optimizer] = []
+        self._model: nn.Module | None = None
 
     @abstractmethod
     def act(self) -> None:
@@ -89,6 +96,7 @@ class Pruning(Method):
             gone[name] = mask.to(layer.weight.device)
         self.layers, self.left, self._gone = found, left, gone
         self._optimizers = [inner for given in optimizers for inner in unwrapped(given)]
+        self._model = model
 
     @torch.no_grad()
     @override
@@ -108,16 +116,22 @@ class Pruning(Method):
 
     @override
     def remapped(self, layer: nn.Module, remap: Remap) -> None:
-        self.follow(self._gone, layer, remap, new=False)
+        for attribute, new in {"_gone": False, **self.shaped}.items():
+            kept = getattr(self, attribute)
+            for name, x in kept.items():
+                if self.layers[name] is layer:
+                    kept[name] = remap.apply(x.flatten(), new=new).view_as(self.weight(name))
 
     @override
     def end(self) -> None:
-        self._optimizers = []
+        self._optimizers, self._model = [], None
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Steps and masks (True: no connection); the places of sparse layers are the model's own state."""
-        return {"steps": self.steps, "masks": {name: gone.clone() for name, gone in self._gone.items()}}
+        """Steps, masks (True: no connection) and what the kind names; the places of sparse layers are the model's own state."""
+        plain = {key: deepcopy(getattr(self, key)) for key in ("steps", *self.plain)}
+        shaped = {key: {name: x.clone() for name, x in getattr(self, key).items()} for key in self.shaped}
+        return plain | shaped | {"masks": {name: gone.clone() for name, gone in self._gone.items()}}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -130,7 +144,10 @@ class Pruning(Method):
                     f"{wanted}: load it into the model that it was saved with"
                 )
         self._gone = {name: masks[name].to(gone.device, copy=True) for name, gone in self._gone.items()}
-        self.steps = int(state["steps"])
+        for key in ("steps", *self.plain):
+            setattr(self, key, deepcopy(state[key]))
+        for key in self.shaped:
+            setattr(self, key, {name: x.clone() for name, x in state[key].items()})
 
     def report(self) -> dict[str, Kept]:
         """What is left of each layer, and whether it is truly sparse or masked."""
@@ -208,12 +225,6 @@ class Pruning(Method):
         remap = Remap(torch.where(gone, -1, torch.arange(gone.numel(), device=gone.device)), gone.numel())
         carry_state(self._optimizers, layer.weight, layer.weight, remap)
         gone.zero_()
-
-    def follow(self, kept: dict[str, Tensor], layer: nn.Module, remap: Remap, *, new: float) -> None:
-        """Move what is kept in the shape of a layer's weight, by name."""
-        for name, x in kept.items():
-            if self.layers[name] is layer:
-                kept[name] = remap.apply(x.flatten(), new=new).view_as(self.weight(name))
 
 
 def _obstacle(layer: nn.Module, seen: set[int]) -> str | None:

@@ -3,13 +3,14 @@
 Tang, Luo, Xie and others 2022 (IEEE TNNLS), "Automatic Sparse Connectivity Learning for Neural Networks", arXiv 2201.05020. A
 weight is v step(m); the gradient passes the step as through the identity and is normalised per feature; the number of connections
 is added to the loss. How sparse the network becomes is found, not set. Differs from the paper, of which no code is public: gates
-take plain steps at a rate of their own and lie in [-1, 1]; normalised is by the root mean square of a row's gate gradients, so that
-the penalty means the same in every layer; a layer keeps its last gate open; after ``until`` steps gates are frozen, and closed
+begin after ``start`` steps at the sizes of the values, over the root mean square of their row, so small ones are asked first;
+they take plain steps at a rate of their own and lie in [-1, 3]; normalised is by the root mean square of a row's gate gradients, so
+that the penalty means the same in every layer; a layer keeps its last gate open; after ``until`` steps gates are frozen, and closed
 connections are masked.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from noctule.compress.prune.pruning import Pruning
-from noctule.core.remap import Remap
+
+LEAST, HIGHEST = 0.01, 3.0
+"""Where gates begin at least: a value of zero is open too, else no gradient would ever reach it; and at most, then and later."""
 
 
 class SCL(Pruning):
@@ -30,42 +33,47 @@ class SCL(Pruning):
     Args:
         penalty: what an open connection costs, as a share of the root mean square of its feature's gate gradients; more is sparser.
         until: the number of steps after which the gates are frozen.
-        rate: of the gates, which begin at 1 and close below 0.
+        start: steps before the gates begin; a tenth of the training gives the values time to differ.
+        rate: of the gates, which begin at 1 in the mean square and close below 0.
         skip: names of layers that are left alone.
     """
 
-    def __init__(self, *, penalty: float, until: int, rate: float = 0.01, skip: Sequence[str] = ()) -> None:
-        if penalty < 0.0 or rate <= 0.0 or until < 1:
-            raise ValueError(f"SCL needs penalty >= 0, rate > 0 and until >= 1, got {penalty}, {rate} and {until}")
+    shaped = MappingProxyType({"gates": 1.0, "_values": 0.0})
+
+    def __init__(
+        self, *, penalty: float, until: int, start: int = 0, rate: float = 0.01, skip: Sequence[str] = ()
+    ) -> None:
+        if penalty < 0.0 or rate <= 0.0 or not 0 <= start < until:
+            raise ValueError(
+                f"SCL needs penalty >= 0, rate > 0 and 0 <= start < until, got {penalty}, {rate}, {start} and {until}"
+            )
         super().__init__(skip)
-        self.penalty, self.until, self.rate = penalty, until, rate
+        self.penalty, self.until, self.start, self.rate = penalty, until, start, rate
         self.gates: dict[str, Tensor] = {}
-        """Of each dense layer, in the shape of its weight, until they are frozen."""
+        """Of each dense layer, in the shape of its weight, from ``start`` until they are frozen."""
         self._values: dict[str, Tensor] = {}
 
     @override
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         super().begin(model, optimizers)
-        dense = {name: self.weight(name) for name in self._gone}
-        if not dense:
+        if not self._gone:
             raise ValueError("SCL learns which connections of dense layers stay, and the model has only sparse ones")
-        if self.steps < self.until:
-            self.gates = {name: self.gates.get(name, torch.ones_like(w.detach())) for name, w in dense.items()}
-            self._values = {name: self._values.get(name, torch.zeros_like(w.detach())) for name, w in dense.items()}
 
     @torch.no_grad()
     @override
     def before_step(self) -> None:
         super().before_step()
+        if self.steps == self.start:
+            self._values = {name: self.weight(name).detach().clone() for name in self._gone}
+            self.gates = {name: _normalised(value.abs()).clamp(LEAST, HIGHEST) for name, value in self._values.items()}
         for name, gate in self.gates.items():
             weight = self.weight(name)
             weight.copy_(torch.where(gate > 0.0, weight, self._values[name]))
             if weight.grad is not None:
-                through = (weight.grad * weight).flatten(1)
-                through /= through.pow(2).mean(1, keepdim=True).sqrt().clamp_(min=1e-30)
+                through = _normalised(weight.grad * weight)
                 weight.grad.masked_fill_(gate <= 0.0, 0.0)
                 best = gate.flatten().argmax()
-                gate.sub_(self.rate * (through.view_as(gate) + self.penalty)).clamp_(-1.0, 1.0)
+                gate.sub_(self.rate * (through + self.penalty)).clamp_(-1.0, HIGHEST)
                 if not (gate > 0.0).any():
                     gate.view(-1)[best] = self.rate
 
@@ -81,12 +89,6 @@ class SCL(Pruning):
             self.gates, self._values = {}, {}
 
     @override
-    def remapped(self, layer: nn.Module, remap: Remap) -> None:
-        super().remapped(layer, remap)
-        self.follow(self.gates, layer, remap, new=1.0)
-        self.follow(self._values, layer, remap, new=0.0)
-
-    @override
     def weights(self, name: str) -> int:
         """How many connections of a layer are open."""
         return int((self.gates[name] > 0.0).sum()) if name in self.gates else super().weights(name)
@@ -100,12 +102,8 @@ class SCL(Pruning):
             "a connection (weight, value behind the gate, gate) beside the optimizer's state until the gates are frozen"
         )
 
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        gates, values = ({name: x.clone() for name, x in kept.items()} for kept in (self.gates, self._values))
-        return super().state_dict() | {"gates": gates, "values": values}
 
-    @override
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.gates, self._values = ({n: x.clone() for n, x in state[k].items()} for k in ("gates", "values"))
+def _normalised(x: Tensor) -> Tensor:
+    """Each row over its root mean square."""
+    rows = x.flatten(1)
+    return (rows / rows.pow(2).mean(1, keepdim=True).sqrt().clamp_(min=1e-30)).view_as(x)
