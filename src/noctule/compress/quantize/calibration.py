@@ -1,6 +1,6 @@
 """The ranges of activations, observed on a few batches."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,8 @@ from noctule.compress.quantize.operation import KINDS
 BINS = 8192
 """Of a histogram: an eighth of a step of 8 bits at most, as the largest number lies in its outer half."""
 
-Ranges = Mapping[str, tuple[tuple[float, float], tuple[float, float]]]
-"""Name of a layer -> smallest and largest number of its input, and of its output."""
+Ranges = Mapping[str, Sequence[Sequence[float]]]
+"""Name of a layer -> smallest and largest number of its input, and of its output: lists, as JSON has them."""
 
 
 @dataclass
@@ -96,7 +96,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, observer: Observer = 
 
     >>> model = nn.Sequential(nn.Linear(2, 3)).eval()
     >>> calibrate(model, [torch.tensor([[-1.0, 0.5]])])["0"][0]
-    (-1.0, 0.5)
+    [-1.0, 0.5]
     """
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode, where activations are others: call model.eval() first")
@@ -136,4 +136,4 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, observer: Observer = 
             handle.remove()
     if shape is None:
         raise ValueError("there is no batch to calibrate with: give some hundred samples of the training data")
-    return {name: (observer(into), observer(out)) for name, (into, out) in seen.items() if name in used}
+    return {name: [[*observer(into)], [*observer(out)]] for name, (into, out) in seen.items() if name in used}
