@@ -92,7 +92,7 @@ def test_few_bits_that_were_trained_are_stored(bits):
     assert losses[1] < 0.8 * losses[0]
     expected = model(x)
     convert_(model, WeightOnly())
-    assert [m.stored.bits for m in model if isinstance(m, WeightOnlyLayer)] == [bits] * 4
+    assert [m.bits for m in model if isinstance(m, WeightOnlyLayer)] == [bits] * 4
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -132,10 +132,10 @@ def test_ranges_are_moving_averages():
     convert_(model, FakeQuantize(momentum=0.25))
     model(torch.linspace(-1.0, 3.0, 16)[None])
     model(torch.linspace(-5.0, 3.0, 16)[None])
-    assert model[0].ranges[0].tolist() == [-2.0, 3.0]
-    before = model[0].ranges.clone()
+    assert model[0].range.tolist() == [-2.0, 3.0]
+    before = model[0].range.clone()
     model.eval()(torch.full((1, 16), 50.0))
-    assert torch.equal(model[0].ranges, before)
+    assert torch.equal(model[0].range, before)
 
 
 def test_training_resumes_from_a_state_as_if_it_had_not_stopped():
@@ -203,7 +203,7 @@ def test_the_choice_is_the_best_of_all(budget):
     assert harm(own) <= best
     expected = taken(own)
     convert_(model, WeightOnly(bits=chosen))
-    stored = sum(m.stored.codes.nbytes + m.stored.scales.nbytes for m in model if isinstance(m, WeightOnlyLayer))
+    stored = sum(m.codes.nbytes + m.scales.nbytes for m in model if isinstance(m, WeightOnlyLayer))
     rest = sum(m.weight.nbytes for m in model if isinstance(m, nn.Linear | nn.Conv2d))
     assert stored + rest == expected
 

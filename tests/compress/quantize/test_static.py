@@ -1,6 +1,7 @@
 """Integer layers: their sums are those of Python's integers, their ranges those that were observed."""
 
 import copy
+import json
 from functools import partial
 
 import pytest
@@ -52,11 +53,11 @@ def made(name: str, activation_bits: int, low: float = -2.0) -> tuple[nn.Module,
 def reference(layer: nn.Module, small: Int8Layer, codes: torch.Tensor) -> torch.Tensor:
     """The sums in 64-bit integers, in float64."""
     dense = layer.to_dense() if hasattr(layer, "to_dense") else layer
-    integers = small.stored.integers().long()
-    if small.stored.places is not None:
+    integers = small.integers().long()
+    if small.places is not None:
         whole = torch.zeros(dense.weight.numel(), dtype=torch.int64)
-        integers = whole.index_put((small.stored.places.keys(),), integers).view(dense.weight.shape)
-    x = codes.long() - small.input_grid.zero_point
+        integers = whole.index_put((small.places.keys(),), integers).view(dense.weight.shape)
+    x = codes.long() - small.grid.zero_point
     if isinstance(dense, nn.Linear):
         return (x.unsqueeze(-2) * integers).sum(-1)
     dense = copy.deepcopy(dense).double()
@@ -70,18 +71,13 @@ def reference(layer: nn.Module, small: Int8Layer, codes: torch.Tensor) -> torch.
 @pytest.mark.parametrize("activation_bits", [8, 7])
 def test_sums_are_those_of_integers(name, activation_bits):
     layer, small, x = made(name, activation_bits)
-    codes = quantize(x, small.input_grid)
+    codes = quantize(x, small.grid)
     expected = reference(layer, small, codes)
-    assert torch.equal(small.sums(codes, small.input_grid).long(), expected)
+    assert torch.equal(small.sums(codes, small.grid).long(), expected)
     rows = (-1,) if expected.dim() == x.dim() and name.endswith(("linear", "sequences")) else (-1, 1, 1)
-    scales = (small.stored.scales.double() * small.input_grid.scale).view(rows)
+    scales = (small.scales.double() * small.grid.scale).view(rows)
     y = expected * scales + (0.0 if small.bias is None else small.bias.double().view(rows))
     torch.testing.assert_close(small(x).double(), y, rtol=1e-5, atol=1e-5)
-    again = small.requantize(codes)
-    assert again.dtype is torch.uint8
-    out = small.output_grid
-    low, high = (out.scale * (end - out.zero_point) for end in (out.lowest, out.highest))
-    assert float(((again.double() - out.zero_point) * out.scale - y.clamp(low, high)).abs().max()) <= 0.51 * out.scale
 
 
 @pytest.mark.parametrize("activation_bits", [8, 7])
@@ -110,7 +106,7 @@ def test_a_state_brings_a_fresh_model_to_the_same_bits(name, tmp_path):
     noctule.save_model(tmp_path, model.state_dict(), {})
     torch.manual_seed(9)
     other = nn.Sequential(LAYERS[name][0]()).eval()
-    convert_(other, StaticInt8(ranges={"0": ((0.0, 1.0), (0.0, 1.0))}))
+    convert_(other, StaticInt8(ranges={"0": (0.0, 1.0)}))
     other(x)  # packs a weight that is replaced below
     other.load_state_dict(noctule.load_model(tmp_path)[0])
     assert torch.equal(other(x), expected)
@@ -151,7 +147,7 @@ def test_a_sparse_network_becomes_integers_too():
     expected = model(x)
     convert_(model, StaticInt8(ranges=calibrate(model, [x]), narrowest=1))
     kinds = [m for m in model.modules() if isinstance(m, Int8Layer)]
-    assert all(m.stored.places is not None for m in kinds)
+    assert all(m.places is not None for m in kinds)
     assert float((model(x) - expected).square().mean() / expected.square().mean()) < 5e-3
 
 
@@ -190,8 +186,8 @@ def test_observers_are_functions_and_ranges_plain_numbers():
     model = nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20)).eval()
     ranges = calibrate(model, [(torch.randn(50, 20), torch.zeros(50))], observer=partial(percentile, share=0.99))
     assert list(ranges) == ["0", "2"]
-    assert ranges["2"][0][0] == 0.0
-    assert all(isinstance(end, float) for pair in ranges.values() for ends in pair for end in ends)
+    assert ranges["2"][0] == 0.0
+    assert json.loads(json.dumps(ranges)) == ranges
     assert not model[0]._forward_hooks
 
 
