@@ -138,6 +138,19 @@ def test_ranges_are_moving_averages():
     assert torch.equal(model[0].range, before)
 
 
+def test_a_layer_that_learns_in_few_bits_is_not_wrapped_again():
+    model = convert_(nn.Sequential(nn.Linear(16, 16)), FakeQuantize()).model
+    with pytest.warns(UserWarning, match="learns in few bits already"):
+        convert_(model, FakeQuantize())
+    assert type(model[0].layer) is nn.Linear
+
+
+def test_a_bfloat16_network_learns_in_few_bits():
+    model = convert_(nn.Sequential(nn.Linear(16, 16)), FakeQuantize()).model.bfloat16()
+    model(torch.randn(4, 16, dtype=torch.bfloat16)).sum().backward()
+    assert model[0].layer.weight.grad.abs().sum() > 0
+
+
 def test_training_resumes_from_a_state_as_if_it_had_not_stopped():
     def start() -> nn.Module:
         return convert_(network(), FakeQuantize()).model
@@ -194,8 +207,13 @@ def test_the_choice_is_the_best_of_all(budget):
         for name in ("1", "3", "6", "8")
     }
     chosen = choose_bits(model, harms, budget)
-    taken = lambda bits: sum(weight_bytes(model.get_submodule(n), b) for n, b in zip(harms, bits, strict=True))  # noqa: E731
-    harm = lambda bits: sum({32: 0.0, **harms[n]}[b] for n, b in zip(harms, bits, strict=True))  # noqa: E731
+
+    def taken(bits):
+        return sum(weight_bytes(model.get_submodule(n), b) for n, b in zip(harms, bits, strict=True))
+
+    def harm(bits):
+        return sum({32: 0.0, **harms[n]}[b] for n, b in zip(harms, bits, strict=True))
+
     own = [chosen.get(name, 32) for name in harms]
     assert taken(own) <= budget
     room = budget * (1 - 4 / 2048)  # each layer is rounded up to a part of the budget

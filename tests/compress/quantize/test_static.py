@@ -15,6 +15,7 @@ from noctule.compress.quantize import (
     Int8Layer,
     StaticInt8,
     calibrate,
+    dequantize,
     fold_batch_norms,
     grid,
     least_error,
@@ -88,6 +89,14 @@ def test_the_largest_numbers_do_not_saturate(activation_bits):
     x = torch.ones(16, 512)
     convert_(model, StaticInt8(ranges=calibrate(model, [x]), activation_bits=activation_bits))
     torch.testing.assert_close(model(x), torch.full((16, 16), 512.0))
+
+
+@layers
+@pytest.mark.parametrize("activation_bits", [8, 7])
+def test_no_samples_give_no_outputs(name, activation_bits):
+    layer, small, x = made(name, activation_bits)
+    if name != "one image":
+        assert small(x[:0]).shape == layer(x[:0]).shape
 
 
 @layers
@@ -171,7 +180,10 @@ def test_observers_leave_out_outliers_and_the_least_error_is_least():
     x[0] = 60.0
     seen = Histogram()
     seen.add(x)
-    error = lambda ends: F.mse_loss((quantize(x, to := grid(*ends)).float() - to.zero_point) * to.scale, x)  # noqa: E731
+
+    def error(ends):
+        return F.mse_loss(dequantize(quantize(x, to := grid(*ends)), to), x)
+
     assert min_max(seen)[1] == 60.0
     assert percentile(seen)[1] < 6.0
     assert percentile(seen, share=1.0)[1] > 59.0
@@ -189,6 +201,19 @@ def test_observers_are_functions_and_ranges_plain_numbers():
     assert ranges["2"][0] == 0.0
     assert json.loads(json.dumps(ranges)) == ranges
     assert not model[0]._forward_hooks
+
+
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(20, 20)
+
+    def forward(self, x):
+        return self.layer(input=x)
+
+
+def test_a_layer_that_is_called_by_keyword_is_observed():
+    assert calibrate(ByKeyword().eval(), [torch.linspace(0.0, 2.0, 40).view(2, 20)]) == {"layer": [0.0, 2.0]}
 
 
 def test_calibration_refuses_what_would_give_wrong_ranges():
@@ -300,6 +325,25 @@ def test_an_output_that_others_read_is_not_folded_and_a_forward_that_branches_is
     assert result.folded == {"body.1": "body.0"}
     assert list(result.left) == ["norm"]
     torch.testing.assert_close(model(x), expected)
+
+
+def test_a_weight_that_another_layer_uses_too_is_not_folded():
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+    model = shaken(nn.Sequential(first, nn.BatchNorm1d(4), nn.ReLU(), second))
+    x = torch.randn(5, 4)
+    expected = model(x)
+    assert "tied" in fold_batch_norms(model).left["1"]
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_pair_that_stands_in_two_places_is_not_folded():
+    pair = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    for model in (nn.Sequential(pair, pair), nn.Sequential(pair[0], pair[1], nn.ReLU(), nn.Sequential(*pair))):
+        x = torch.randn(5, 4)
+        expected = shaken(model)(x)
+        assert not fold_batch_norms(model).folded
+        torch.testing.assert_close(model(x), expected)
 
 
 def test_a_model_in_training_mode_is_not_folded():

@@ -141,6 +141,13 @@ def test_weights_that_are_not_finite_are_refused_before_any_layer_changes():
     assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
 
 
+def test_layers_without_numbers_stay_and_are_named():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(20, 20))
+    with pytest.warns(UserWarning, match="load its weights first"):
+        convert_(model, WeightOnly())
+
+
 def test_layers_with_hooks_or_other_padding_stay_and_are_named():
     model = nn.Sequential(
         nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 1)

@@ -98,11 +98,10 @@ def attention_transfer(student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
 
 
 def rkd(student_BD: Tensor, teacher_BD: Tensor, *, distance: float = 25.0, angle: float = 50.0) -> Tensor:
-    """How differently embeddings of a batch lie to each other: ``distance`` weighs the distances of pairs, each over their mean,
-    and ``angle`` the cosines at the corners of triples.
+    """How differently embeddings of a batch lie to each other: by the distances of pairs and the angles in triples.
 
-    Park, Kim, Lu, Cho 2019, "Relational Knowledge Distillation", arXiv 1904.05068. An embedding is the input of the last layer, say;
-    widths may differ, more dimensions are flattened. Angles take B^3 D operations.
+    Distances are over their mean, angles are compared by their cosines. Park, Kim, Lu, Cho 2019, "Relational Knowledge
+    Distillation", arXiv 1904.05068. Widths may differ, more dimensions are flattened. Angles take B^3 D operations.
     """
     if len(student_BD) != len(teacher_BD) or len(student_BD) < 2:
         raise ValueError(

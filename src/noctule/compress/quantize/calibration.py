@@ -102,10 +102,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, observer: Observer = 
     check_evaluation(model.modules())
     seen: dict[str, Histogram] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        return lambda module, args: seen.setdefault(name, Histogram()).add(args[0])
+    def watch(name: str) -> Any:
+        return lambda layer, args, named: seen.setdefault(name, Histogram()).add([*args, *named.values()][0])
 
-    handles = [m.register_forward_pre_hook(watch(name)) for name, m in model.named_modules() if type(m) in KINDS]
+    layers = ((name, module) for name, module in model.named_modules() if type(module) in KINDS)
+    handles = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers]
     first: torch.Size | None = None
     try:
         for number, batch in enumerate(batches):

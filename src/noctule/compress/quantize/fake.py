@@ -59,7 +59,7 @@ class FakeQuantized(nn.Module):
     def _rounded(self, x: Tensor) -> Tensor:
         if self.training:
             with torch.no_grad():
-                self.range.lerp_(torch.stack(x.aminmax()).float(), self.momentum if self.batches else 1.0)
+                self.range.lerp_(torch.stack(x.aminmax()).to(self.range.dtype), self.momentum if self.batches else 1.0)
                 self.batches += 1
         elif not self.batches:
             raise ValueError("no batch was seen in training, so there is no range to round to: train, or give ranges=")

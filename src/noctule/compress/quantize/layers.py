@@ -75,7 +75,7 @@ def rule_for(modules: Mapping[str, nn.Module], make: Callable[[str, Any], nn.Mod
     names = {module: name for name, module in modules.items()}
     inside = {module.layer for module in names if isinstance(module, wrapper)}
     for module, name in names.items():
-        if type(module) in KINDS and not all_finite(weight_of(module)[0].detach()):
+        if type(module) in KINDS and not (weight := weight_of(module)[0]).is_meta and not all_finite(weight.detach()):
             raise ValueError(f"the weights of {name or 'the model'} are NaN or infinite: load a checkpoint from before")
 
     def rule(module: nn.Module) -> nn.Module | None:
@@ -89,6 +89,8 @@ def rule_for(modules: Mapping[str, nn.Module], make: Callable[[str, Any], nn.Mod
             raise Leave(f"{type(module).__name__} is not one of {', '.join(kind.__name__ for kind in KINDS)}")
         if module not in names:
             raise Leave("it holds tied weights")
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise Leave("it is on the meta device: load its weights first")
         return make(names[module], module)
 
     return rule

@@ -80,7 +80,7 @@ class Int8Layer(IntegerLayer):
             flat = codes.reshape(-1, codes.shape[-1])
             packed = self._pack(of, _onednn.qlinear_prepack, None)
             y = _onednn.qlinear_pointwise(flat, of.scale, of.zero_point, packed, self.scales, zeros, self.bias, *last)
-            return y.view(*codes.shape[:-1], -1)
+            return y.view(*codes.shape[:-1], self.widths[1])
         (top, below), (left, right) = g.padding
         if (top, left) != (below, right):
             codes, top, left = F.pad(codes, (left, right, top, below), value=of.zero_point), 0, 0
