@@ -181,6 +181,8 @@ def test_bad_ranks_and_options_are_refused():
         tucker2(nn.Conv2d(5, 9, 3), 1, 10)
     with pytest.raises(ValueError, match="groups"):
         tucker2(nn.Conv2d(4, 4, 3, groups=2), 1, 1)
+    with pytest.raises(ValueError, match="groups"):
+        low_rank(nn.Conv2d(4, 4, 1, groups=2), 1)
     with pytest.raises(ValueError, match="use tucker2"):
         low_rank(nn.Conv2d(4, 4, 3), 1)
     for options in ({}, {"energy": 0.5, "parameters": 3}, {"energy": 0.0}, {"energy": 1.1}):

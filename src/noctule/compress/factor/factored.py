@@ -1,4 +1,4 @@
-"""Smaller layers in the place of one: what low rank and separable convolutions make of a layer."""
+"""A layer replaced by a product of smaller ones: what low rank and separable convolutions have in common."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,10 +11,10 @@ from noctule.core.convert import Leave, hooked
 
 
 class Factored(nn.Sequential):
-    """Layers that do one after the other, with fewer numbers, about what one layer did.
+    """A chain of smaller layers that approximates one layer.
 
     Args:
-        layer: what it takes the place of; dtype, device, mode and what is trained are those of this layer.
+        layer: what it takes the place of, whose dtype, device, mode and ``requires_grad`` it has.
         parts: name -> weight and, of a convolution, how it goes over the image; the last part gets the bias.
         about: what it was and what it is, in words.
         product: the weights of the parts -> the weight of the one layer that they are together.
@@ -73,15 +73,9 @@ def _made(layer: Any, weight: Tensor, bias: Tensor | None, **options: Any) -> nn
 
 
 def check_plain(module: nn.Module, *kinds: type[nn.Module], replaced: bool = True) -> bool:
-    """Whether a module is of one of the kinds.
+    """Whether a module is of one of these classes; `Leave` where it is and has to stay as it is, such as a subclass.
 
-    Args:
-        module: any.
-        kinds: classes, whose subclasses may do anything with their weights.
-        replaced: whether another module is to take its place, which hooks and groups prevent.
-
-    Raises:
-        Leave: it is of a kind, and has to stay as it is; the text says why.
+    Hooks and groups prevent only that another module is to take its place (``replaced``).
     """
     if not isinstance(module, kinds):
         return False
@@ -101,16 +95,13 @@ def check_plain(module: nn.Module, *kinds: type[nn.Module], replaced: bool = Tru
     return True
 
 
-def check_rank(rank: int, most: int) -> None:
-    """Refuse a rank that there cannot be."""
-    if not 1 <= rank <= most:
-        raise ValueError(f"a rank must lie from 1 to {most}, got {rank}")
-
-
-def check_ungrouped(layer: nn.Conv2d) -> None:
-    """Refuse a convolution with groups."""
-    if layer.groups > 1:
-        raise ValueError(f"a convolution with groups is not factored, this one has {layer.groups}")
+def check_ranks(layer: nn.Linear | nn.Conv2d, *ranks: tuple[int, int]) -> None:
+    """Refuse ranks above the highest, given with each, and convolutions with groups."""
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+        raise ValueError(f"a convolution with groups cannot be factored, this one has {layer.groups}")
+    for rank, most in ranks:
+        if not 1 <= rank <= most:
+            raise ValueError(f"a rank must lie from 1 to {most}, got {rank}")
 
 
 def steps_of(layer: Any) -> dict[str, Any]:

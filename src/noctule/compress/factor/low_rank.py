@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from noctule.compress.factor.factored import Factored, check_plain, check_rank, check_ungrouped, steps_of
+from noctule.compress.factor.factored import Factored, check_plain, check_ranks, steps_of
 from noctule.core.convert import Leave, Rule
 
 
@@ -85,12 +85,12 @@ def low_rank(layer: nn.Linear | nn.Conv2d, rank: int) -> Factored:
     Both have the same share in the scale of their product, so that weight decay and learning rates act alike on them.
 
     Raises:
-        ValueError: the rank does not lie from 1 to the smaller width, or the kernel is larger than 1x1.
+        ValueError: the rank does not lie from 1 to the smaller width, the kernel is larger than 1x1, or there are groups.
     """
     if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
         raise ValueError(f"a kernel of {layer.kernel_size} is no matrix: use tucker2")
     w_OI = _double(layer.weight).flatten(1)
-    check_rank(rank, min(w_OI.shape))
+    check_ranks(layer, (rank, min(w_OI.shape)))
     left_OR, sizes_R, right_RI = torch.linalg.svd(w_OI, full_matrices=False)
     roots, ones = sizes_R[:rank].sqrt(), [1] * (layer.weight.dim() - 2)
     down = (roots[:, None] * right_RI[:rank]).view(rank, -1, *ones)
@@ -111,10 +111,8 @@ def tucker2(layer: nn.Conv2d, rank_in: int, rank_out: int, *, iterations: int = 
     Raises:
         ValueError: a rank that there cannot be, or a convolution with groups.
     """
-    check_ungrouped(layer)
     w = _double(layer.weight)
-    check_rank(rank_in, w.shape[1])
-    check_rank(rank_out, w.shape[0])
+    check_ranks(layer, (rank_in, w.shape[1]), (rank_out, w.shape[0]))
     into_CR, out_OR = _directions(_by_input(w), rank_in), _directions(w.flatten(1), rank_out)
     for _ in range(iterations):
         out_OR = _directions(torch.einsum("ochw,cr->orhw", w, into_CR).flatten(1), rank_out)
@@ -132,7 +130,7 @@ Tails = tuple[list[float], ...]
 
 
 class Point(NamedTuple):
-    """What a layer can become."""
+    """A choice of ranks for a layer."""
 
     numbers: int
     lost: float
@@ -162,13 +160,13 @@ def _point(layer: Any, tails: Tails, level: float) -> Point:
 
 
 def _points(layer: Any, tails: Tails) -> list[Point]:
-    """All that a layer can be, itself included."""
+    """All choices for a layer, as it is included."""
     levels = {0.0, *(x for lost in tails for x in lost[1:])}
     return [Point(layer.weight.numel(), 0.0), *(_point(layer, tails, level) for level in levels)]
 
 
 def _by_budget(points: Mapping[nn.Module, list[Point]], parameters: int) -> dict[nn.Module, Point]:
-    """Ranks under a total of numbers: at the lowest price of a number at which what each layer chooses for itself fits."""
+    """The ranks with the least loss under a total of numbers, by a Lagrange multiplier: the price of a number."""
 
     def at(price: float) -> dict[nn.Module, Point]:
         return {m: min(own, key=lambda p: (p.lost + price * p.numbers, p.numbers)) for m, own in points.items()}

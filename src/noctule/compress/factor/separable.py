@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from noctule.compress.factor.factored import Factored, check_plain, check_rank, check_ungrouped, steps_of
+from noctule.compress.factor.factored import Factored, check_plain, check_ranks, steps_of
 from noctule.core.convert import Leave
 
 
@@ -62,9 +62,8 @@ def separable(layer: nn.Conv2d, rank: int) -> Factored:
     Raises:
         ValueError: the rank does not lie from 1 to the smaller of O and H W, or the convolution has groups.
     """
-    check_ungrouped(layer)
     rows, columns, high, wide = layer.weight.shape
-    check_rank(rank, min(rows, high * wide))
+    check_ranks(layer, (rank, min(rows, high * wide)))
     w_COK = layer.weight.detach().cpu().double().flatten(2).transpose(0, 1)
     mixed_COR, sizes_CR, kernels_CRK = torch.linalg.svd(w_COK, full_matrices=False)
     mixed_COR = mixed_COR[:, :, :rank] * sizes_CR[:, None, :rank]

@@ -1,4 +1,4 @@
-"""Weights that share a few values: a code book, and for each weight the number of its code.
+"""Weights that share a few values: k-means centroids, and for each weight the number of its centroid.
 
 Han, Mao, Dally 2016, "Deep Compression: Compressing Deep Neural Networks with Pruning, Trained Quantization and Huffman Coding",
 arXiv 1510.00149: k-means on a layer's weights from evenly spread centres, then training of the shared values, whose gradient is the
@@ -28,7 +28,7 @@ from noctule.sparse.layers import SparseLayer
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Has the weights of `nn.Linear`, `nn.Conv2d` and sparse layers share ``codes`` values each, which stay trainable.
+    """`nn.Linear`, `nn.Conv2d`, sparse layers -> the same whose weights share ``codes`` values, which stay trainable.
 
     The layer's parameter becomes the code book (K,), and a buffer holds the codes of the weights, side by side in whole bits; the
     weight is looked up at each forward. `torch.nn.utils.parametrize.remove_parametrizations` makes it a plain one again.

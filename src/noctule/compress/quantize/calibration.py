@@ -19,7 +19,7 @@ Ranges = Mapping[str, Sequence[float]]
 
 @dataclass
 class Histogram:
-    """How often activations had which value; from ``-bound`` to ``bound`` in equal bins, doubled as needed."""
+    """Counts of activations in equal bins from ``-bound`` to ``bound``, which doubles as needed."""
 
     low: float = 0.0
     high: float = 0.0
@@ -48,11 +48,11 @@ class Histogram:
 
 
 Observer = Callable[[Histogram], tuple[float, float]]
-"""What was observed -> the range that is kept."""
+"""Histogram of activations -> the range that they are clipped to."""
 
 
 def min_max(observed: Histogram) -> tuple[float, float]:
-    """All of it."""
+    """The whole range."""
     return observed.low, observed.high
 
 

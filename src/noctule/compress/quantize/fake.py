@@ -1,4 +1,4 @@
-"""Quantisation in floating point, so that a network learns with the weights and activations that it will have.
+"""Quantisation-aware training: weights and activations are rounded in each forward and learnt in floating point.
 
 Jacob, Kligys, Chen, Zhu, Tang, Howard, Adam, Kalenichenko 2018, "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", arXiv 1712.05877. Differs from the paper: batch norms are folded before (`fold_batch_norms`),
@@ -45,7 +45,7 @@ class FakeQuantized(nn.Module):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        """What the layer makes of rounded inputs with rounded weights."""
+        """The layer's output for rounded inputs and weights."""
         weight, topology = weight_of(self.layer)
         if self.bits == 1 and self.training:
             with torch.no_grad():

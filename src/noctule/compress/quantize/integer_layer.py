@@ -49,7 +49,7 @@ class IntegerLayer(nn.Module):
         self.slope = layer.epilogue.slope if isinstance(layer, SparseLayer) else 1.0
         weight, self._places = weight_of(layer)
         codes, scales = quantize_weight(weight, bits, self._places)
-        self.shape, self.is_sparse = tuple(codes.shape), self._places is not None
+        self.shape, self.matrix_shape = tuple(codes.shape), None if self._places is None else self._places.shape
         self.register_buffer("codes", pack(codes, bits))
         self.register_buffer("scales", scales)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().to(torch.float32).clone())
@@ -63,14 +63,9 @@ class IntegerLayer(nn.Module):
         """(..., I) -> (..., O), or images (B, C, H, W) -> (B, O, H', W'), in the dtype of the input."""
 
     @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """(O, I), or (O, C / G x KH x KW) of a convolution."""
-        return self.geometry.shape if self.geometry else (self.widths[1], self.widths[0])
-
-    @property
     def places(self) -> Topology | None:
         """Where the values of a sparse weight lie."""
-        if self.is_sparse and self._places is None:
+        if self.matrix_shape is not None and self._places is None:
             self._places = Topology(self.matrix_shape, self.row_ptr, self.columns)
         return self._places
 
@@ -123,9 +118,9 @@ class IntegerLayer(nn.Module):
             raise ValueError(f"expected images of {self.widths[0]} channels, got shape {tuple(x.shape)}")
 
     def _with_zeros(self, weight: Tensor) -> Tensor:
-        if self.places is None:
+        if (places := self.places) is None:
             return weight
-        return dense_weight(weight, self.places, self.geometry.weight_shape if self.geometry else self.matrix_shape)
+        return dense_weight(weight, places, self.geometry.weight_shape if self.geometry else places.shape)
 
     @override
     def _apply(self, fn, recurse: bool = True) -> Self:
@@ -142,7 +137,7 @@ class IntegerLayer(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        if self.is_sparse and f"{prefix}columns" in state_dict:
+        if self.matrix_shape is not None and f"{prefix}columns" in state_dict:
             given = {name: state_dict.get(f"{prefix}{name}") for name in ("row_ptr", "columns", "codes")}
             try:
                 size = Topology.from_state_dict({"shape": self.matrix_shape, **given}).size

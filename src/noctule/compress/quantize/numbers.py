@@ -30,7 +30,7 @@ def over_rows(x: Tensor, how: str, topology: Topology | None = None) -> Tensor:
 
 
 def spread(scales: Tensor, weight: Tensor, topology: Topology | None = None) -> Tensor:
-    """The scale of each weight, in a shape that multiplies it."""
+    """Scales of rows (O,), broadcast to the shape of the weight."""
     if topology is not None:
         return scales.repeat_interleave(topology.row_ptr.diff().to(torch.int64), output_size=topology.size)
     return scales.view(-1, *[1] * (weight.dim() - 1))
@@ -88,7 +88,7 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
 
 
 class Grid(NamedTuple):
-    """Evenly spaced activations: scale times (code - zero_point), of codes from 0 to ``highest``."""
+    """Affine quantisation of activations: scale times (code - zero_point), of codes from 0 to ``highest``."""
 
     scale: float
     zero_point: int
