@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
-from noctule.compress.factor import Share, pack_state, unpack_state
+import noctule
+from noctule.compress.factor import Share
 from noctule.compress.factor.sharing import clusters
 from noctule.core.convert import Leave, convert_
 from noctule.measure import footprint
@@ -70,10 +71,10 @@ def test_values_are_shared_and_a_code_gets_the_gradients_of_its_weights(kind):
 
 
 @pytest.mark.parametrize("kind", list(layers()))
-def test_a_packed_state_loads_bit_for_bit(kind):
+def test_a_saved_state_loads_bit_for_bit(kind, tmp_path):
     layer, x = layers()[kind]
     model = convert_(nn.Sequential(copy.deepcopy(layer)), Share(codes=16)).model
-    state = pack_state(model)
+    noctule.save_model(tmp_path, model.state_dict(), {})
     other = convert_(
         nn.Sequential(
             layer.__class__.from_dense(layer.to_dense()) if hasattr(layer, "to_dense") else copy.deepcopy(layer)
@@ -83,7 +84,7 @@ def test_a_packed_state_loads_bit_for_bit(kind):
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()
-    other.load_state_dict(unpack_state(other, state))
+    other.load_state_dict(noctule.load_model(tmp_path)[0])
     assert torch.equal(model(x), other(x))
 
 
@@ -100,14 +101,14 @@ def test_codes_are_held_in_whole_bits_and_stored_at_about_their_entropy(codes):
     layer = nn.Linear(300, 200, bias=False)
     nn.init.normal_(layer.weight)
     model = convert_(nn.Sequential(layer), Share(codes=codes)).model
-    state, book = pack_state(model), 4 * codes
+    state, book = model.state_dict(), 4 * codes
     index = model[0].parametrizations.weight[0].index()
     assert len(index) == 60_000
     assert footprint(model).total_bytes == 60_000 * (codes - 1).bit_length() // 8 + book
     stored = sum(t.nbytes for t in state.values()) - book
     assert stored < 1.02 * entropy_bytes(index) + 100
     other = convert_(nn.Sequential(nn.Linear(300, 200, bias=False)), Share(codes=codes)).model
-    other.load_state_dict(unpack_state(other, state))
+    other.load_state_dict(state)
     assert torch.equal(other[0].weight, model[0].weight)
 
 
@@ -116,17 +117,17 @@ def test_codes_are_held_in_whole_bits_and_stored_at_about_their_entropy(codes):
 def test_torn_states_are_refused_or_give_codes(data):
     torch.manual_seed(0)
     model = convert_(nn.Sequential(nn.Linear(20, 20)), Share(codes=5)).model
-    state = pack_state(model)
-    (key,) = (k for k in state if k.endswith("packed"))
+    state = model.state_dict()
+    key = "0.parametrizations.weight.0._extra_state"
     torn = state[key].clone()
     if data.draw(st.booleans()):
         torn = torn[: data.draw(st.integers(0, len(torn) - 1))]
         with pytest.raises(ValueError, match="torn"):
-            unpack_state(model, {**state, key: torn})
+            model.load_state_dict({**state, key: torn})
     else:
         torn[data.draw(st.integers(0, len(torn) - 1))] ^= data.draw(st.integers(1, 255))
         with contextlib.suppress(ValueError):
-            model.load_state_dict(unpack_state(model, {**state, key: torn}))
+            model.load_state_dict({**state, key: torn})
 
 
 def test_few_numbers_are_kept_exactly_and_the_rule_is_repeatable():
@@ -178,10 +179,10 @@ def test_what_stays_is_named_with_the_reason():
 def test_another_model_s_state_is_refused():
     torch.manual_seed(0)
     one, other = (convert_(nn.Sequential(nn.Linear(n, 20)), Share(codes=16)).model for n in (20, 30))
-    with pytest.raises(ValueError, match="not of 600 weights with 16 codes"):
-        unpack_state(other, pack_state(one))
-    with pytest.raises(ValueError, match="the state has no"):
-        unpack_state(one, nn.Linear(2, 2).state_dict())
+    with pytest.raises(ValueError, match="600 weights that share 16 values"):
+        other.load_state_dict(one.state_dict())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        one.load_state_dict(nn.Sequential(nn.Linear(20, 20)).state_dict())
 
 
 def test_a_shared_weight_becomes_plain_again():

@@ -229,7 +229,7 @@ def test_the_choice_is_the_best_of_all(budget):
 def test_a_budget_that_holds_nothing_is_refused():
     model = network()
     harms = sensitivity(model.eval(), [digits()[0][:20]])
-    with pytest.raises(ValueError, match="the fewest bits take"):
+    with pytest.raises(ValueError, match="100 do not hold these layers: the smallest choices take"):
         choose_bits(model, harms, 100)
     with pytest.raises(ValueError, match="another model"):
         choose_bits(nn.Sequential(nn.Linear(2, 2)), harms, 10_000)

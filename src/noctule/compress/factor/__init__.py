@@ -3,16 +3,6 @@
 from noctule.compress.factor.factored import Factored
 from noctule.compress.factor.low_rank import Factor, low_rank, tucker2
 from noctule.compress.factor.separable import ToSeparable, separable
-from noctule.compress.factor.sharing import Share, pack_state, unpack_state
+from noctule.compress.factor.sharing import Share
 
-__all__ = [
-    "Factor",
-    "Factored",
-    "Share",
-    "ToSeparable",
-    "low_rank",
-    "pack_state",
-    "separable",
-    "tucker2",
-    "unpack_state",
-]
+__all__ = ["Factor", "Factored", "Share", "ToSeparable", "low_rank", "separable", "tucker2"]

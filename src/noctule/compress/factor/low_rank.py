@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from noctule.compress.budget import least_harm
 from noctule.compress.factor.factored import Factored, check_plain, check_ranks, steps_of
 from noctule.core.convert import Leave, Rule
 
@@ -28,8 +29,8 @@ class Factor:
     Args:
         energy: share of the squared singular values that each layer keeps, in (0, 1]; of convolutions on each of the two sides.
             Give this or ``parameters``.
-        parameters: numbers that the weights of all these layers hold together afterwards, shared out by the least energy lost for
-            each number saved; biases come on top.
+        parameters: numbers that the weights of all these layers hold together afterwards, shared out so that the sum of the shares
+            of energy lost is least; biases come on top.
 
     >>> from noctule.core.convert import convert_
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
@@ -58,7 +59,9 @@ class Factor:
             except Leave as reason:
                 reasons[module] = reason
         if self.parameters is not None:
-            chosen = _by_budget({module: _points(module, own) for module, own in tails.items()}, self.parameters)
+            points = [_points(module, own) for module, own in tails.items()]
+            taken = least_harm([[point[:2] for point in own] for own in points], self.parameters)
+            chosen = {module: own[k] for module, own, k in zip(tails, points, taken, strict=True)}
         else:
             lost = 1.0 - (self.energy or 1.0)
             chosen = {module: _point(module, own, lost) for module, own in tails.items()}
@@ -163,35 +166,6 @@ def _points(layer: Any, tails: Tails) -> list[Point]:
     """All choices for a layer, as it is included."""
     levels = {0.0, *(x for lost in tails for x in lost[1:])}
     return [Point(layer.weight.numel(), 0.0), *(_point(layer, tails, level) for level in levels)]
-
-
-def _by_budget(points: Mapping[nn.Module, list[Point]], parameters: int) -> dict[nn.Module, Point]:
-    """The ranks with the least loss under a total of numbers, by a Lagrange multiplier: the price of a number."""
-
-    def at(price: float) -> dict[nn.Module, Point]:
-        return {m: min(own, key=lambda p: (p.lost + price * p.numbers, p.numbers)) for m, own in points.items()}
-
-    def spare(chosen: Mapping[nn.Module, Point]) -> int:
-        return parameters - sum(point.numbers for point in chosen.values())
-
-    low, high = 0.0, 3.0  # a layer loses 2 at most, so at 3 a number nothing but the numbers counts
-    if (room := spare(at(high))) < 0:
-        raise ValueError(
-            f"parameters={parameters:,} are too few: the least that these layers can have is {parameters - room:,}"
-        )
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if spare(at(middle)) >= 0 else (middle, high)
-    chosen = at(high)
-
-    def better() -> list[tuple[float, nn.Module, Point]]:
-        room = spare(chosen)
-        fitting = ((m, p) for m, own in points.items() for p in own if p.numbers <= chosen[m].numbers + room)
-        return [(chosen[m].lost - p.lost, m, p) for m, p in fitting if p.lost < chosen[m].lost]
-
-    while options := better():  # what the price left over goes where it helps most
-        _, module, chosen[module] = max(options, key=lambda option: option[0])
-    return chosen
 
 
 def _double(weight: Tensor) -> Tensor:

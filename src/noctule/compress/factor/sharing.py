@@ -10,7 +10,7 @@ Shapes: N weights, K codes.
 """
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,8 @@ class Share:
 class CodeBook(nn.Module):
     """The parametrization of a weight whose numbers are looked up: code book (K,) -> weight.
 
+    In a state dict the codes are entropy-coded.
+
     Args:
         index_N: code of each weight, uint8.
         codes: K.
@@ -92,13 +94,42 @@ class CodeBook(nn.Module):
     def __init__(self, index_N: Tensor, codes: int, shape: torch.Size) -> None:
         super().__init__()
         self.codes, self.shape, self.bits = codes, shape, (codes - 1).bit_length()
-        self.register_buffer("packed", pack_codes(index_N, self.bits).clone())
+        self.register_buffer("packed", pack_codes(index_N, self.bits).clone(), persistent=False)
 
     def index(self) -> Tensor:
         """The code of each weight, (N,) uint8."""
         is_traced = torch.compiler.is_compiling()
         decode = reference.unpack_bits if is_traced and self.bits < 8 else unpack_codes
         return decode(self.packed, self.shape.numel(), self.bits)
+
+    @override
+    def get_extra_state(self) -> Tensor:
+        coder = zlib.compressobj(9, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
+        codes = pack_codes(self.index(), self._symbol_bits).cpu().numpy().tobytes()
+        return torch.frombuffer(bytearray(coder.compress(codes) + coder.flush()), dtype=torch.uint8)
+
+    @override
+    def set_extra_state(self, state: Any) -> None:
+        n, bits = self.shape.numel(), self._symbol_bits
+        try:
+            codes = bytearray(zlib.decompress(state.cpu().numpy().tobytes()))
+        except (AttributeError, zlib.error) as error:
+            raise ValueError(
+                f"the codes of a shared weight are torn ({error}): load a state as it was saved"
+            ) from error
+        right = len(codes) == -(-n * bits // 8)
+        index = unpack_codes(torch.frombuffer(codes, dtype=torch.uint8), n, bits) if right else None
+        if index is None or int(index.max()) >= self.codes:
+            raise ValueError(
+                f"these are not the codes of {n} weights that share {self.codes} values: convert the model with the same Share and "
+                "where= as the one saved"
+            )
+        self.packed = pack_codes(index, self.bits).to(self.packed.device)
+
+    @property
+    def _symbol_bits(self) -> int:
+        """Bits of a code where a byte holds a whole number of codes: 1, 2, 4 or 8."""
+        return 1 << (self.bits - 1).bit_length()
 
     @override
     def forward(self, codes_K: Tensor) -> Tensor:
@@ -145,50 +176,3 @@ def clusters(weight: Tensor, codes: int, iterations: int = 100) -> Tensor:
             break
         centres = moved
     return torch.searchsorted((centres[1:] + centres[:-1]) / 2, x_N).to(torch.uint8)
-
-
-def pack_state(model: nn.Module) -> dict[str, Any]:
-    """The state dict of a model, codes of shared weights entropy-coded: tensors all, to be saved as usual."""
-    state = model.state_dict()
-    for key, book in _books(model):
-        coder = zlib.compressobj(9, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
-        codes = pack_codes(book.index(), _symbol_bits(book)).cpu().numpy().tobytes()
-        state[key] = torch.frombuffer(bytearray(coder.compress(codes) + coder.flush()), dtype=torch.uint8)
-    return state
-
-
-def unpack_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict that `pack_state` packed, for ``load_state_dict`` of a model converted alike.
-
-    Raises:
-        ValueError: it is of another model, or torn.
-    """
-    plain = dict(state)
-    for key, book in _books(model):
-        if key not in plain:
-            raise ValueError(
-                f"the state has no {key}: convert the model with the same Share and where= as the one saved"
-            )
-        n, bits = book.shape.numel(), _symbol_bits(book)
-        try:
-            codes = zlib.decompress(plain[key].cpu().numpy().tobytes())
-        except zlib.error as error:
-            raise ValueError(f"{key} is torn, or not from pack_state ({error})") from error
-        right = len(codes) == -(-n * bits // 8)
-        index = unpack_codes(torch.frombuffer(bytearray(codes), dtype=torch.uint8), n, bits) if right else None
-        if index is None or int(index.max()) >= book.codes:
-            raise ValueError(f"{key} is not of {n} weights with {book.codes} codes, which the model's layer has")
-        plain[key] = pack_codes(index, book.bits)
-    return plain
-
-
-def _books(model: nn.Module) -> Iterator[tuple[str, CodeBook]]:
-    """The codes' name in a state dict, and the parametrization, of every shared weight."""
-    for name, module in model.named_modules():
-        if isinstance(module, CodeBook):
-            yield f"{name}.packed", module
-
-
-def _symbol_bits(book: CodeBook) -> int:
-    """Bits of a code where a byte holds a whole number of codes: 1, 2, 4 or 8."""
-    return 1 << (book.bits - 1).bit_length()

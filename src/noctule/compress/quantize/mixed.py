@@ -6,14 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from noctule.compress.budget import least_harm
 from noctule.compress.quantize.layers import KINDS, check_evaluation, weight_of
 from noctule.compress.quantize.numbers import dequantize_weight, quantize_weight
 
 Sensitivity = Mapping[str, Mapping[int, float]]
 """Name of a layer -> bits -> harm to the model if only this layer has that few."""
-
-UNITS = 4096
-"""Parts of the budget that are told apart; a layer's bytes count as whole parts, rounded up."""
 
 
 @torch.no_grad()
@@ -77,8 +75,8 @@ def weight_bytes(module: nn.Module, bits: int) -> int:
 def choose_bits(model: nn.Module, harms: Sensitivity, budget_bytes: int) -> dict[str, int]:
     """The bits of each layer whose weights fit the budget together with the least sum of harms.
 
-    It is a knapsack, solved by dynamic programming over 4,096 parts of the budget; of equal sums the one with more bits in the
-    first layers. A layer that is better left as it is is not in the mapping, which `WeightOnly` and `FakeQuantize` take.
+    A layer that is better left as it is is not in the mapping, which `WeightOnly` and `FakeQuantize` take. The budget is told apart
+    in 4,096 parts.
 
     Args:
         model: whose layers ``harms`` names.
@@ -91,21 +89,7 @@ def choose_bits(model: nn.Module, harms: Sensitivity, budget_bytes: int) -> dict
     modules = dict(model.named_modules())
     if lost := [name for name in harms if type(modules.get(name)) not in KINDS]:
         raise ValueError(f"these harms are of another model: no layer {', '.join(lost[:8])} here")
-    unit = max(1, budget_bytes // UNITS)
-    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
-    for name, harm in harms.items():
-        wider: dict[int, tuple[float, tuple[int, ...]]] = {}
-        for bits, added in sorted({32: 0.0, **harm}.items(), reverse=True):
-            units = -(-weight_bytes(modules[name], bits) // unit)
-            for used, (total, chosen) in best.items():
-                at = used + units
-                if at * unit <= budget_bytes and (at not in wider or total + added < wider[at][0]):
-                    wider[at] = total + added, (*chosen, bits)
-        best = wider
-    if not best:
-        least = sum(min(weight_bytes(modules[name], bits) for bits in harm) for name, harm in harms.items())
-        raise ValueError(
-            f"{budget_bytes:,} bytes do not hold these layers: the fewest bits take {least:,} (and rounding)"
-        )
-    _, chosen = min(best.values(), key=lambda entry: (entry[0], [-bits for bits in entry[1]]))
-    return {name: bits for name, bits in zip(harms, chosen, strict=True) if bits != 32}
+    choices = [sorted({32: 0.0, **harm}.items(), reverse=True) for harm in harms.values()]
+    sizes = [[(weight_bytes(modules[n], bits), h) for bits, h in own] for n, own in zip(harms, choices, strict=True)]
+    taken = zip(harms, choices, least_harm(sizes, budget_bytes), strict=True)
+    return {name: own[k][0] for name, own, k in taken if own[k][0] != 32}
