@@ -39,8 +39,8 @@ def smaller(
     *,
     data: str = "fashion-mnist",
     seeds: tuple[int, ...] = (0, 1, 2),
-    epochs: int = 6,
-    student_epochs: int = 10,
+    epochs: int = 3,
+    student_epochs: int = 5,
     threads: int = 1,
     out: Path | None = None,
 ) -> None:

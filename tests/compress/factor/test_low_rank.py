@@ -35,6 +35,15 @@ def test_a_linear_layer_loses_what_its_smallest_singular_values_hold():
         assert low_rank(layer, rank).lost == pytest.approx(float(squares[rank:].sum() / squares.sum()), abs=1e-6)
 
 
+def test_a_weight_of_zeros_still_learns():
+    layer = nn.Linear(6, 5)
+    nn.init.zeros_(layer.weight)
+    new = low_rank(layer, 2)
+    assert not new.weight.any()
+    new(torch.ones(3, 6)).sum().backward()
+    assert new.up.weight.grad.abs().sum() > 0
+
+
 OPTIONS = [
     {},
     {"stride": 2, "padding": 1},

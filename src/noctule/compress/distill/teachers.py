@@ -45,8 +45,7 @@ def distilling(
     >>> teacher.weight.grad is None
     True
     """
-    is_module = isinstance(teacher, nn.Module)
-    if is_module and {*map(id, teacher.parameters())} & {*map(id, student.parameters())}:
+    if isinstance(teacher, nn.Module) and {*map(id, teacher.parameters())} & {*map(id, student.parameters())}:
         raise ValueError("teacher and student share parameters: give a copy, as with copy.deepcopy(student)")
     told: list[Any] = []
 
@@ -64,7 +63,7 @@ def distilling(
 
     hook = student.register_forward_pre_hook(ask, with_kwargs=True)
     try:
-        with _evaluating(teacher) if is_module else nullcontext():
+        with _evaluating(teacher) if isinstance(teacher, nn.Module) else nullcontext():
             yield loss_fn
     finally:
         hook.remove()

@@ -96,7 +96,8 @@ def low_rank(layer: nn.Linear | nn.Conv2d, rank: int) -> Factored:
     check_ranks(layer, (rank, min(w_OI.shape)))
     left_OR, sizes_R, right_RI = torch.linalg.svd(w_OI, full_matrices=False)
     roots, ones = sizes_R[:rank].sqrt(), [1] * (layer.weight.dim() - 2)
-    down = (roots[:, None] * right_RI[:rank]).view(rank, -1, *ones)
+    # next to a feature of no weight stays one side that is not zero, or neither would learn
+    down = (torch.where(roots > 0.0, roots, 1.0)[:, None] * right_RI[:rank]).view(rank, -1, *ones)
     up = (left_OR[:, :rank] * roots).view(-1, rank, *ones)
     parts = {"down": (down, steps_of(layer)), "up": (up, {})}
     return Factored(layer, parts, about=f"rank={rank}", product=_matrix_product)
@@ -164,7 +165,7 @@ def _point(layer: Any, tails: Tails, level: float) -> Point:
 
 def _points(layer: Any, tails: Tails) -> list[Point]:
     """All choices for a layer, as it is included."""
-    levels = {0.0, *(x for lost in tails for x in lost[1:])}
+    levels = sorted({0.0, *(x for lost in tails for x in lost[1:])})
     return [Point(layer.weight.numel(), 0.0), *(_point(layer, tails, level) for level in levels)]
 
 

@@ -46,18 +46,19 @@ def fold_batch_norms(model: nn.Module) -> Folded:
     for name, norm in modules.items():
         if not isinstance(norm, Norm):
             continue
-        both = (modules[pairs[name]], norm) if name in pairs else ()
-        if not both:
+        if name not in pairs:
             result.left[name] = "no linear layer or convolution lies right before it"
-        elif any(names[module] > 1 or any(holders[p] > 1 for p in module.parameters()) for module in both):
-            result.left[name] = "it or the layer before it is used twice, or has a tied parameter"
-        elif (why := _obstacle(*both)) is not None:
+            continue
+        layer = modules[pairs[name]]
+        twice = any(names[m] > 1 or any(holders[p] > 1 for p in m.parameters()) for m in (layer, norm))
+        why = "it or the layer before it is used twice, or has a tied parameter" if twice else _obstacle(layer, norm)
+        if why is not None:
             result.left[name] = why
-        else:
-            _fold(*both)
-            parent, _, own = name.rpartition(".")
-            setattr(modules[parent], own, nn.Identity().eval())
-            result.folded[name] = pairs[name]
+            continue
+        _fold(layer, norm)
+        parent, _, own = name.rpartition(".")
+        setattr(modules[parent], own, nn.Identity().eval())
+        result.folded[name] = pairs[name]
     return result
 
 
@@ -68,7 +69,7 @@ def _pairs(model: nn.Module, prefix: str = "") -> dict[str, str]:
     except Exception:  # a forward that depends on its input can raise anything
         children = model.named_children()
         return {norm: layer for name, child in children for norm, layer in _pairs(child, f"{prefix}{name}.").items()}
-    calls = [node for node in graph.nodes if node.op == "call_module"]
+    calls: list[Any] = [node for node in graph.nodes if node.op == "call_module"]
     count, pairs = Counter(node.target for node in calls), {}
     for node in calls:
         before = node.args[0] if node.args else None
