@@ -102,7 +102,7 @@ def _train(model: nn.Module, batches: Any, loss_fn: Any, epochs: int) -> None:
 
 def _built(about: Mapping[str, Any]) -> nn.Module:
     """A new model of this structure."""
-    model = resnet(about["shape"], about["classes"], **NETWORK)
+    model: Any = resnet(about["shape"], about["classes"], **NETWORK)
     rebuild(model, about["record"])
     if "ranges" in about:
         fold_batch_norms(model.eval())

@@ -72,7 +72,7 @@ def _pairs(model: nn.Module, prefix: str = "") -> dict[str, str]:
     calls: list[Any] = [node for node in graph.nodes if node.op == "call_module"]
     count, pairs = Counter(node.target for node in calls), {}
     for node in calls:
-        before = node.args[0] if node.args else None
+        before: Any = node.args[0] if node.args else None
         if before in calls and isinstance(model.get_submodule(node.target), Norm):
             once = count[node.target] == count[before.target] == len(before.users) == 1
             if once and type(model.get_submodule(before.target)) in KINDS:

@@ -41,10 +41,11 @@ def sensitivity(
     if loss is not None and any(target is None for _, target in pairs):
         raise ValueError("a loss needs batches of (inputs, targets)")
     if loss is None:
-        loss, pairs = _error_share, [(x, model(x)) for x, _ in pairs]
+        pairs = [(x, model(x)) for x, _ in pairs]
+    measure = loss or _error_share
 
     def mean_loss() -> float:
-        return sum(float(loss(model(x), target)) for x, target in pairs) / len(pairs)
+        return sum(float(measure(model(x), target)) for x, target in pairs) / len(pairs)
 
     def harm(weight: Tensor, topology: Any, few: int) -> float:
         kept = weight.clone()
@@ -59,8 +60,8 @@ def sensitivity(
     return {name: {few: harm(*layer, few) for few in bits} for name, layer in layers.items()}
 
 
-def _error_share(output: Tensor, target: Tensor) -> float:
-    return float((output - target).double().square().sum()) / max(float(target.double().square().sum()), 1e-30)
+def _error_share(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).double().square().sum() / target.double().square().sum().clamp(min=1e-30)
 
 
 def weight_bytes(module: nn.Module, bits: int) -> int:
