@@ -183,6 +183,14 @@ def test_what_cannot_be_stored_later_is_refused():
         convert_(model, WeightOnly())
 
 
+def test_a_layer_that_saw_no_batch_stays_and_is_named():
+    model = convert_(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), FakeQuantize()).model
+    model[0](torch.ones(2, 16))
+    done = convert_(model.eval(), StaticInt8())
+    assert list(done.changed) == ["0"]
+    assert "saw no batch" in done.left["1"]
+
+
 # -- mixed precision --------------------------------------------------------------------------------------------------
 
 
