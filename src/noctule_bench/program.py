@@ -27,6 +27,7 @@ BENCHMARKS = (
     "pruning",
     "saved",
     "distil",
+    "smaller",
     "bat_brain",
     "transformer",
     "together",

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,62 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
-from noctule.compress.factor import Share, entropy_bytes, pack, pack_state, shared_sizes, unpack, unpack_state
+import noctule
+from noctule.compress.factor import Share
 from noctule.compress.factor.sharing import clusters
 from noctule.core.convert import Leave, convert_
 from noctule.measure import footprint
 from noctule.sparse.layers import SparseConv2d, SparseLinear
-
-CODES = st.integers(1, 256).flatmap(lambda k: st.tuples(st.just(k), st.lists(st.integers(0, k - 1), max_size=3000)))
-
-
-@settings(max_examples=60, deadline=None)
-@given(CODES)
-def test_unpacking_gives_what_was_packed(given):
-    codes, symbols = given
-    x = torch.tensor(symbols, dtype=torch.uint8)
-    packed = pack(x, codes)
-    assert torch.equal(unpack(packed), x)
-    blocks = -(-len(x) // 2048)
-    # Huffman's codes take less than a bit a symbol more than the entropy
-    assert entropy_bytes(x) <= len(packed) - 10 - codes - 2 * blocks < entropy_bytes(x) + len(x) / 8 + 1
-
-
-@pytest.mark.parametrize("n", [2047, 2048, 2049, 4096, 300_001])
-def test_blocks_and_skewed_codes(n):
-    # Fibonacci frequencies make codes as long as there are symbols: they are cut at 16 bits
-    weights = np.array([1.618**k for k in range(40)])
-    x = torch.from_numpy(np.random.default_rng(0).choice(40, n, p=weights / weights.sum()).astype(np.uint8))
-    packed = pack(x, 40)
-    assert torch.equal(unpack(packed), x)
-    if n > 4096:
-        assert len(packed) < 1.06 * entropy_bytes(x)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_torn_bytes_are_refused_or_give_codes(data):
-    packed = bytearray(pack(torch.arange(200, dtype=torch.uint8) % 7, 7))
-    if data.draw(st.booleans()):
-        with pytest.raises(ValueError, match="torn"):
-            unpack(bytes(packed[: data.draw(st.integers(0, len(packed) - 1))]))
-    else:
-        at = data.draw(st.integers(0, len(packed) - 1))
-        packed[at] ^= data.draw(st.integers(1, 255))
-        with contextlib.suppress(ValueError):
-            assert unpack(bytes(packed)).dtype is torch.uint8
-
-
-def test_what_cannot_be_packed_is_refused():
-    for x, codes in (
-        (torch.zeros(3), 2),
-        (torch.zeros(3, 3, dtype=torch.uint8), 2),
-        (torch.zeros(3, dtype=torch.uint8), 0),
-    ):
-        with pytest.raises(ValueError, match="pack takes"):
-            pack(x, codes)
-    with pytest.raises(ValueError, match="code 5"):
-        pack(torch.tensor([5], dtype=torch.uint8), 5)
 
 
 @settings(max_examples=30, deadline=None)
@@ -122,10 +71,10 @@ def test_values_are_shared_and_a_code_gets_the_gradients_of_its_weights(kind):
 
 
 @pytest.mark.parametrize("kind", list(layers()))
-def test_a_packed_state_loads_bit_for_bit(kind):
+def test_a_saved_state_loads_bit_for_bit(kind, tmp_path):
     layer, x = layers()[kind]
     model = convert_(nn.Sequential(copy.deepcopy(layer)), Share(codes=16)).model
-    state = pack_state(model)
+    noctule.save_model(tmp_path, model.state_dict(), {})
     other = convert_(
         nn.Sequential(
             layer.__class__.from_dense(layer.to_dense()) if hasattr(layer, "to_dense") else copy.deepcopy(layer)
@@ -135,21 +84,50 @@ def test_a_packed_state_loads_bit_for_bit(kind):
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()
-    other.load_state_dict(unpack_state(other, state))
+    other.load_state_dict(noctule.load_model(tmp_path)[0])
     assert torch.equal(model(x), other(x))
 
 
-def test_bytes_are_counted():
+def entropy_bytes(index: torch.Tensor) -> float:
+    """The least that any code of single symbols takes for these, from their frequencies."""
+    shares = torch.bincount(index).double() / len(index)
+    shares = shares[shares > 0.0]
+    return float(-(shares * shares.log2()).sum()) * len(index) / 8
+
+
+@pytest.mark.parametrize("codes", [2, 3, 8, 16, 32, 256])
+def test_codes_are_held_in_whole_bits_and_stored_at_about_their_entropy(codes):
     torch.manual_seed(0)
-    model = convert_(nn.Sequential(nn.Linear(300, 200, bias=False)), Share(codes=16)).model
-    size = shared_sizes(model)["0"]
-    assert size.weights == 60_000
-    assert size.plain_bytes == 240_000
-    assert size.held_bytes == 30_000 + 64 == footprint(model).total_bytes
-    assert size.entropy_bytes < size.packed_bytes < 1.03 * size.entropy_bytes
-    state = pack_state(model)
-    assert sum(t.nbytes for t in state.values()) == size.packed_bytes
-    nn.init.normal_(model[0].parametrizations.weight.original)
+    layer = nn.Linear(300, 200, bias=False)
+    nn.init.normal_(layer.weight)
+    model = convert_(nn.Sequential(layer), Share(codes=codes)).model
+    state, book = model.state_dict(), 4 * codes
+    index = model[0].parametrizations.weight[0].index()
+    assert len(index) == 60_000
+    assert footprint(model).total_bytes == 60_000 * (codes - 1).bit_length() // 8 + book
+    stored = sum(t.nbytes for t in state.values()) - book
+    assert stored < 1.02 * entropy_bytes(index) + 100
+    other = convert_(nn.Sequential(nn.Linear(300, 200, bias=False)), Share(codes=codes)).model
+    other.load_state_dict(state)
+    assert torch.equal(other[0].weight, model[0].weight)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_torn_states_are_refused_or_give_codes(data):
+    torch.manual_seed(0)
+    model = convert_(nn.Sequential(nn.Linear(20, 20)), Share(codes=5)).model
+    state = model.state_dict()
+    key = "0.parametrizations.weight.0._extra_state"
+    torn = state[key].clone()
+    if data.draw(st.booleans()):
+        torn = torn[: data.draw(st.integers(0, len(torn) - 1))]
+        with pytest.raises(ValueError, match="torn"):
+            model.load_state_dict({**state, key: torn})
+    else:
+        torn[data.draw(st.integers(0, len(torn) - 1))] ^= data.draw(st.integers(1, 255))
+        with contextlib.suppress(ValueError):
+            model.load_state_dict({**state, key: torn})
 
 
 def test_few_numbers_are_kept_exactly_and_the_rule_is_repeatable():
@@ -201,10 +179,10 @@ def test_what_stays_is_named_with_the_reason():
 def test_another_model_s_state_is_refused():
     torch.manual_seed(0)
     one, other = (convert_(nn.Sequential(nn.Linear(n, 20)), Share(codes=16)).model for n in (20, 30))
-    with pytest.raises(ValueError, match="400 weights, the model's layer 600"):
-        unpack_state(other, pack_state(one))
-    with pytest.raises(ValueError, match="the state has no"):
-        unpack_state(one, nn.Linear(2, 2).state_dict())
+    with pytest.raises(ValueError, match="600 weights that share 16 values"):
+        other.load_state_dict(one.state_dict())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        one.load_state_dict(nn.Sequential(nn.Linear(20, 20)).state_dict())
 
 
 def test_a_shared_weight_becomes_plain_again():

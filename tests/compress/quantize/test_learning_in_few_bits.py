@@ -92,7 +92,7 @@ def test_few_bits_that_were_trained_are_stored(bits):
     assert losses[1] < 0.8 * losses[0]
     expected = model(x)
     convert_(model, WeightOnly())
-    assert [m.stored.bits for m in model if isinstance(m, WeightOnlyLayer)] == [bits] * 4
+    assert [m.bits for m in model if isinstance(m, WeightOnlyLayer)] == [bits] * 4
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -132,10 +132,23 @@ def test_ranges_are_moving_averages():
     convert_(model, FakeQuantize(momentum=0.25))
     model(torch.linspace(-1.0, 3.0, 16)[None])
     model(torch.linspace(-5.0, 3.0, 16)[None])
-    assert model[0].ranges[0].tolist() == [-2.0, 3.0]
-    before = model[0].ranges.clone()
+    assert model[0].range.tolist() == [-2.0, 3.0]
+    before = model[0].range.clone()
     model.eval()(torch.full((1, 16), 50.0))
-    assert torch.equal(model[0].ranges, before)
+    assert torch.equal(model[0].range, before)
+
+
+def test_a_layer_that_learns_in_few_bits_is_not_wrapped_again():
+    model = convert_(nn.Sequential(nn.Linear(16, 16)), FakeQuantize()).model
+    with pytest.warns(UserWarning, match="learns in few bits already"):
+        convert_(model, FakeQuantize())
+    assert type(model[0].layer) is nn.Linear
+
+
+def test_a_bfloat16_network_learns_in_few_bits():
+    model = convert_(nn.Sequential(nn.Linear(16, 16)), FakeQuantize()).model.bfloat16()
+    model(torch.randn(4, 16, dtype=torch.bfloat16)).sum().backward()
+    assert model[0].layer.weight.grad.abs().sum() > 0
 
 
 def test_training_resumes_from_a_state_as_if_it_had_not_stopped():
@@ -170,6 +183,14 @@ def test_what_cannot_be_stored_later_is_refused():
         convert_(model, WeightOnly())
 
 
+def test_a_layer_that_saw_no_batch_stays_and_is_named():
+    model = convert_(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), FakeQuantize()).model
+    model[0](torch.ones(2, 16))
+    done = convert_(model.eval(), StaticInt8())
+    assert list(done.changed) == ["0"]
+    assert "saw no batch" in done.left["1"]
+
+
 # -- mixed precision --------------------------------------------------------------------------------------------------
 
 
@@ -194,8 +215,13 @@ def test_the_choice_is_the_best_of_all(budget):
         for name in ("1", "3", "6", "8")
     }
     chosen = choose_bits(model, harms, budget)
-    taken = lambda bits: sum(weight_bytes(model.get_submodule(n), b) for n, b in zip(harms, bits, strict=True))  # noqa: E731
-    harm = lambda bits: sum({32: 0.0, **harms[n]}[b] for n, b in zip(harms, bits, strict=True))  # noqa: E731
+
+    def taken(bits):
+        return sum(weight_bytes(model.get_submodule(n), b) for n, b in zip(harms, bits, strict=True))
+
+    def harm(bits):
+        return sum({32: 0.0, **harms[n]}[b] for n, b in zip(harms, bits, strict=True))
+
     own = [chosen.get(name, 32) for name in harms]
     assert taken(own) <= budget
     room = budget * (1 - 4 / 2048)  # each layer is rounded up to a part of the budget
@@ -203,7 +229,7 @@ def test_the_choice_is_the_best_of_all(budget):
     assert harm(own) <= best
     expected = taken(own)
     convert_(model, WeightOnly(bits=chosen))
-    stored = sum(m.stored.codes.nbytes + m.stored.scales.nbytes for m in model if isinstance(m, WeightOnlyLayer))
+    stored = sum(m.codes.nbytes + m.scales.nbytes for m in model if isinstance(m, WeightOnlyLayer))
     rest = sum(m.weight.nbytes for m in model if isinstance(m, nn.Linear | nn.Conv2d))
     assert stored + rest == expected
 
@@ -211,7 +237,7 @@ def test_the_choice_is_the_best_of_all(budget):
 def test_a_budget_that_holds_nothing_is_refused():
     model = network()
     harms = sensitivity(model.eval(), [digits()[0][:20]])
-    with pytest.raises(ValueError, match="the fewest bits take"):
+    with pytest.raises(ValueError, match="100 do not hold these layers: the smallest choices take"):
         choose_bits(model, harms, 100)
     with pytest.raises(ValueError, match="another model"):
         choose_bits(nn.Sequential(nn.Linear(2, 2)), harms, 10_000)

@@ -96,8 +96,8 @@ def test_damaged_places_are_refused_and_change_nothing():
     model = convert_(nn.Sequential(SparseLinear(30, 20, weights=100)), WeightOnly()).model
     x, state = torch.randn(4, 30), model.state_dict()
     before = model(x)
-    bad = {**state, "0.stored.columns": state["0.stored.columns"][:-3].clone()}
-    with pytest.raises(RuntimeError, match=r"0\.stored"):
+    bad = {**state, "0.columns": state["0.columns"][:-3].clone()}
+    with pytest.raises(RuntimeError, match=r"0: not a topology"):
         model.load_state_dict(bad)
     assert torch.equal(model(x), before)
 
@@ -117,7 +117,7 @@ def test_half_precision_activations_keep_float32_scales():
     x = torch.randn(3, 24)
     expected = model(x)
     model.bfloat16()
-    assert model[0].stored.scales.dtype is torch.float32
+    assert model[0].scales.dtype is torch.float32
     assert model(x.bfloat16()).dtype is torch.bfloat16
     torch.testing.assert_close(model(x.bfloat16()).float(), expected, atol=0.05, rtol=0.05)
 
@@ -126,7 +126,7 @@ def test_bits_by_name_leave_the_others():
     model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20), nn.Linear(20, 20))
     done = convert_(model, WeightOnly(bits={"0": 4, "2": 1}))
     assert [type(layer) for layer in model] == [WeightOnlyLayer, nn.Linear, WeightOnlyLayer]
-    assert (model[0].stored.bits, model[2].stored.bits) == (4, 1)
+    assert (model[0].bits, model[2].bits) == (4, 1)
     assert done.left["1"].startswith("bits= does not name it")
     with pytest.raises(ValueError, match="this one has no 7"):
         convert_(nn.Sequential(nn.Linear(2, 2)), WeightOnly(bits={"7": 4}))
@@ -139,6 +139,13 @@ def test_weights_that_are_not_finite_are_refused_before_any_layer_changes():
     with pytest.raises(ValueError, match="weights of 1 are NaN or infinite"):
         convert_(model, WeightOnly())
     assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+
+
+def test_layers_without_numbers_stay_and_are_named():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(20, 20))
+    with pytest.warns(UserWarning, match="load its weights first"):
+        convert_(model, WeightOnly())
 
 
 def test_layers_with_hooks_or_other_padding_stay_and_are_named():

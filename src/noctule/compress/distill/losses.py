@@ -87,26 +87,21 @@ def attention_transfer(student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
     Zagoruyko, Komodakis 2017, "Paying More Attention to Attention", arXiv 1612.03928; the form of the authors' code, which weighs
     it by 1000 / 2. The larger image is averaged to the smaller size.
     """
-    for name, x in (("student", student_BCHW), ("teacher", teacher_BCHW)):
-        if x.dim() != 4:
-            raise ValueError(
-                f"attention maps need images (B, C, H, W), the {name} has {tuple(x.shape)}: tap a convolution"
-            )
+    if student_BCHW.dim() != 4 or teacher_BCHW.dim() != 4:
+        raise ValueError(
+            f"attention maps need images (B, C, H, W), the student has {tuple(student_BCHW.shape)}, the teacher "
+            f"{tuple(teacher_BCHW.shape)}: tap a convolution"
+        )
     maps = (x.square().mean(1, keepdim=True) for x in (student_BCHW, teacher_BCHW.detach()))
     own, teachers = (F.normalize(x.flatten(1)) for x in _same_size(*maps))
     return F.mse_loss(own, teachers)
 
 
 def rkd(student_BD: Tensor, teacher_BD: Tensor, *, distance: float = 25.0, angle: float = 50.0) -> Tensor:
-    """How differently the samples of a batch lie to each other: their distances, and the angles of all triples.
+    """How differently embeddings of a batch lie to each other: by the distances of pairs and the angles in triples.
 
-    Park, Kim, Lu, Cho 2019, "Relational Knowledge Distillation", arXiv 1904.05068. Widths may differ. Angles take B^3 D operations.
-
-    Args:
-        student_BD: embeddings, such as the input of the last layer; more dimensions are flattened.
-        teacher_BD: those of the teacher, of any width.
-        distance: weight of the distances, each over their mean.
-        angle: weight of the cosines of the angles.
+    Distances are over their mean, angles are compared by their cosines. Park, Kim, Lu, Cho 2019, "Relational Knowledge
+    Distillation", arXiv 1904.05068. Widths may differ, more dimensions are flattened. Angles take B^3 D operations.
     """
     if len(student_BD) != len(teacher_BD) or len(student_BD) < 2:
         raise ValueError(
@@ -122,21 +117,17 @@ def rkd(student_BD: Tensor, teacher_BD: Tensor, *, distance: float = 25.0, angle
 def mutual(outputs: Sequence[Tensor], targets: Tensor, *, temperature: float = 1.0) -> Tensor:
     """The sum of each student's cross entropy and its mean divergence from the others, which are constants to it.
 
-    Zhang, Xiang, Hospedales, Lu 2018, "Deep Mutual Learning", arXiv 1706.00384. Differs from the paper: all students step on
-    outputs of the same moment, not one after the other.
-
-    Args:
-        outputs: (B, K) of each of at least two students, on the same inputs.
-        targets: (B,) classes.
-        temperature: 1 in the paper.
+    ``outputs`` are (B, K) of each of at least two students, on the same inputs. Zhang, Xiang, Hospedales, Lu 2018, "Deep Mutual
+    Learning", arXiv 1706.00384. Differs from the paper: all students step on outputs of the same moment, not one after the other.
     """
     if len(outputs) < 2:
         raise ValueError(f"mutual learning needs the outputs of at least 2 students, got {len(outputs)}")
-    total = targets.new_zeros((), dtype=outputs[0].dtype)
-    for k, own in enumerate(outputs):
-        others = [hinton(own, other, temperature=temperature) for j, other in enumerate(outputs) if j != k]
-        total = total + F.cross_entropy(own, targets) + torch.stack(others).mean()
-    return total
+    losses = [F.cross_entropy(own, targets) for own in outputs]
+    for own in outputs:
+        losses += [
+            hinton(own, other, temperature=temperature) / (len(outputs) - 1) for other in outputs if other is not own
+        ]
+    return torch.stack(losses).sum()
 
 
 def self_distillation(
@@ -144,23 +135,18 @@ def self_distillation(
 ) -> Tensor:
     """The cross entropy of every exit of a network, and Hinton's loss of the earlier ones from the last: for `fit` as it is.
 
-    Zhang, Song, Gao, Chen, Bao, Ma 2019, "Be Your Own Teacher", arXiv 1905.08094. Differs from the paper: without its hint loss
-    between features, and each exit is weighed the same.
-
-    Args:
-        outputs: (B, K) of each exit, the deepest last, as `EarlyExits` returns in training; or the one output in evaluation.
-        targets: (B,) classes.
-        weight: share of the teacher in the loss of an earlier exit.
-        temperature: of Hinton's loss.
+    ``outputs`` are (B, K) of each exit, the deepest last, as `EarlyExits` returns in training, or the one output in evaluation;
+    ``weight`` is the share of the teacher in the loss of an earlier exit. Zhang, Song, Gao, Chen, Bao, Ma 2019, "Be Your Own
+    Teacher", arXiv 1905.08094. Differs from the paper: without its hint loss between features, and each exit is weighed the same.
     """
     if isinstance(outputs, Tensor):
         return F.cross_entropy(outputs, targets)
     *early, last = outputs
-    total = F.cross_entropy(last, targets)
+    losses = [F.cross_entropy(last, targets)]
     for own in early:
         taught = hinton(own, last, temperature=temperature)
-        total = total + (1.0 - weight) * F.cross_entropy(own, targets) + weight * taught
-    return total
+        losses.append((1.0 - weight) * F.cross_entropy(own, targets) + weight * taught)
+    return torch.stack(losses).sum()
 
 
 def _divergence(student_BK: Tensor, teacher_BK: Tensor) -> Tensor:
@@ -192,13 +178,9 @@ def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 def _distances(x_BD: Tensor) -> Tensor:
     """Distances of all pairs (B, B), over the mean of those of different samples."""
-    products = x_BD @ x_BD.T
-    squares = products.diagonal()
-    # the clamp keeps the gradient of the root finite where samples are equal
-    found = (squares[:, None] + squares - 2.0 * products).clamp(min=1e-12).sqrt()
-    apart = 1.0 - torch.eye(len(x_BD), dtype=x_BD.dtype, device=x_BD.device)
-    found = found * apart
-    return found / (found.sum() / apart.sum()).clamp(min=1e-12)
+    # the other mode, by a product of matrices, rounds small distances away
+    found = torch.cdist(x_BD, x_BD, compute_mode="donot_use_mm_for_euclid_dist")
+    return found / (found.sum() / (len(x_BD) * (len(x_BD) - 1))).clamp(min=1e-12)
 
 
 def _cosines(x_BD: Tensor) -> Tensor:

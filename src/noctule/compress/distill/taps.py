@@ -10,45 +10,36 @@ from typing_extensions import override
 from noctule.core.place import nearest
 
 
-class Recorded(Mapping[str, Any]):
+class Recorded(dict[str, Any]):
     """Name of a module -> what it returned last; `taps` makes one."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._names, self._found = tuple(names), dict[str, tuple[Any, int]]()
+        super().__init__()
+        self.names, self.versions = names, dict[str, int]()
 
     def record(self, name: str, output: Any) -> None:
         """Keep an output, and which version of its memory that was."""
-        self._found[name] = output, _version(output)
+        self[name], self.versions[name] = output, _version(output)
 
-    def clear(self) -> None:
-        """Forget all outputs."""
-        self._found.clear()
+    def __missing__(self, name: str) -> Any:
+        """Say why there is no output."""
+        if name in self.names:
+            raise RuntimeError(f"{name!r} has returned nothing since it was tapped: call the model inside the block")
+        raise KeyError(f"{name!r} is not tapped{nearest(name, self.names)}; tapped: {', '.join(self.names)}")
 
     @override
     def __getitem__(self, name: str) -> Any:
-        if name not in self._names:
-            raise KeyError(f"{name!r} is not tapped{nearest(name, self._names)}; tapped: {', '.join(self._names)}")
-        if name not in self._found:
-            raise RuntimeError(f"{name!r} has returned nothing since it was tapped: call the model inside the block")
-        output, version = self._found[name]
-        if _version(output) != version:
+        output = super().__getitem__(name)
+        if _version(output) != self.versions[name]:
             raise RuntimeError(
                 f"a later module has changed the output of {name!r} in place, as nn.ReLU(inplace=True) does: tap that module, "
                 "or make it work out of place"
             )
         return output
 
-    @override
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    @override
-    def __len__(self) -> int:
-        return len(self._names)
-
 
 @contextmanager
-def taps(model: nn.Module, names: Sequence[str]) -> Iterator[Recorded]:
+def taps(model: nn.Module, names: Sequence[str]) -> Iterator[Mapping[str, Any]]:
     """Record the outputs of the modules of these names at every forward pass, until the block ends.
 
     Outputs are as the modules return them: with their graph in a student, without one in a teacher under ``torch.no_grad``. Of a
@@ -64,11 +55,11 @@ def taps(model: nn.Module, names: Sequence[str]) -> Iterator[Recorded]:
     torch.Size([5, 4])
     """
     modules = dict(model.named_modules())
-    for name in (names := [names] if isinstance(names, str) else list(names)):
-        if name not in modules:
-            raise ValueError(
-                f"the model has no module {name!r}{nearest(name, list(modules))}: see model.named_modules()"
-            )
+    names = [names] if isinstance(names, str) else [*names]
+    if lost := [name for name in names if name not in modules]:
+        raise ValueError(
+            f"the model has no module {lost[0]!r}{nearest(lost[0], [*modules])}: see model.named_modules()"
+        )
     recorded = Recorded(names)
 
     def keep(name: str) -> Any:

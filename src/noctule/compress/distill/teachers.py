@@ -5,7 +5,7 @@ The teacher may run beside the student (`distilling`), be several (`Ensemble`), 
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -45,19 +45,14 @@ def distilling(
     >>> teacher.weight.grad is None
     True
     """
-    modes: dict[nn.Module, bool] = {}
-    if isinstance(teacher, nn.Module):
-        if {*map(id, teacher.parameters())} & {*map(id, student.parameters())}:
-            raise ValueError("teacher and student share parameters: give a copy, as with copy.deepcopy(student)")
-        modes = {module: module.training for module in teacher.modules()}
-        teacher.eval()
+    if isinstance(teacher, nn.Module) and {*map(id, teacher.parameters())} & {*map(id, student.parameters())}:
+        raise ValueError("teacher and student share parameters: give a copy, as with copy.deepcopy(student)")
     told: list[Any] = []
 
     def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module.training:
-            told.clear()
             with torch.no_grad():
-                told.append(teacher(*args, **kwargs))
+                told[:] = [teacher(*args, **kwargs)]
 
     def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
         if not student.training:
@@ -68,9 +63,20 @@ def distilling(
 
     hook = student.register_forward_pre_hook(ask, with_kwargs=True)
     try:
-        yield loss_fn
+        with _evaluating(teacher) if isinstance(teacher, nn.Module) else nullcontext():
+            yield loss_fn
     finally:
         hook.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; then each module is in the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
         for module, training in modes.items():
             module.training = training
 
@@ -108,14 +114,8 @@ def outputs_of(teacher: nn.Module, inputs: Tensor, *, batch_size: int = 1000) ->
         inputs: of all samples, in the order of their numbers.
         batch_size: samples at a time.
     """
-    modes = {module: module.training for module in teacher.modules()}
-    teacher.eval()
-    try:
-        with torch.no_grad():
-            return torch.cat([teacher(part) for part in inputs.split(batch_size)])
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with _evaluating(teacher), torch.no_grad():
+        return torch.cat([teacher(part) for part in inputs.split(batch_size)])
 
 
 class Stored:

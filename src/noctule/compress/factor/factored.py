@@ -1,4 +1,4 @@
-"""Smaller layers in the place of one: what low rank and separable convolutions make of a layer."""
+"""A layer replaced by a product of smaller ones: what low rank and separable convolutions have in common."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,31 +11,44 @@ from noctule.core.convert import Leave, hooked
 
 
 class Factored(nn.Sequential):
-    """Layers that do one after the other, with fewer numbers, about what one layer did.
+    """A chain of smaller layers that approximates one layer.
 
     Args:
-        layers: by name, in order; the last one has the bias.
+        layer: what it takes the place of, whose dtype, device, mode and ``requires_grad`` it has.
+        parts: name -> weight and, of a convolution, how it goes over the image; the last part gets the bias.
         about: what it was and what it is, in words.
-        product: the layers' weights -> the weight of the one layer that they are together.
-        lost: share of the squares of the replaced weight that the product does not have.
+        product: the weights of the parts -> the weight of the one layer that they are together.
     """
 
+    lost: float
+    """Share of the squares of the layer's weight that the product did not have at the start."""
+
     def __init__(
-        self, layers: Mapping[str, nn.Module], *, about: str, product: Callable[..., Tensor], lost: float
+        self,
+        layer: nn.Linear | nn.Conv2d,
+        parts: Mapping[str, tuple[Tensor, dict[str, Any]]],
+        *,
+        about: str,
+        product: Callable[..., Tensor],
     ) -> None:
         super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.about, self.product, self.lost = about, product, lost
+        for name, (weight, options) in parts.items():
+            bias = layer.bias if name == [*parts][-1] else None
+            self.add_module(name, _made(layer, weight, bias, **options))
+        whole = layer.weight.detach().double().square().sum()
+        self.about, self.product = f"{layer.weight.shape[1]}, {layer.weight.shape[0]}, {about}", product
+        missing = (layer.weight - self.weight).detach().double().square().sum()
+        self.lost = float(missing / whole) if whole > 0.0 else 0.0
+        self.train(layer.training)
 
     @property
     def weight(self) -> Tensor:
         """The weight of one layer in the place of all, computed: for modules that read that of their parts."""
-        return self.product(*(layer.weight for layer in self))
+        return self.product(*(part.weight for part in self))
 
     @property
     def bias(self) -> Tensor | None:
-        """That of the last layer."""
+        """That of the last part."""
         last: Any = self[-1]
         return last.bias
 
@@ -44,16 +57,25 @@ class Factored(nn.Sequential):
         return f"Factored({self.about}, lost={self.lost:.2%})"
 
 
+def _made(layer: Any, weight: Tensor, bias: Tensor | None, **options: Any) -> nn.Module:
+    """A linear layer, or a convolution, of these numbers."""
+    more: dict[str, Any] = {"bias": bias is not None, "device": layer.weight.device, "dtype": layer.weight.dtype}
+    out, into, *kernel = weight.shape
+    if kernel:
+        new: Any = nn.Conv2d(into * options.get("groups", 1), out, (kernel[0], kernel[1]), **options, **more)
+    else:
+        new = nn.Linear(into, out, **more)
+    with torch.no_grad():
+        new.weight.copy_(weight).requires_grad_(layer.weight.requires_grad)
+        if bias is not None:
+            new.bias.copy_(bias).requires_grad_(bias.requires_grad)
+    return new
+
+
 def check_plain(module: nn.Module, *kinds: type[nn.Module], replaced: bool = True) -> bool:
-    """Whether a module is of one of the kinds.
+    """Whether a module is of one of these classes; `Leave` where it is and has to stay as it is, such as a subclass.
 
-    Args:
-        module: any.
-        kinds: classes, whose subclasses may do anything with their weights.
-        replaced: whether another module is to take its place, which hooks and groups prevent.
-
-    Raises:
-        Leave: it is of a kind, and has to stay as it is; the text says why.
+    Hooks and groups prevent only that another module is to take its place (``replaced``).
     """
     if not isinstance(module, kinds):
         return False
@@ -73,38 +95,16 @@ def check_plain(module: nn.Module, *kinds: type[nn.Module], replaced: bool = Tru
     return True
 
 
-def linear_like(layer: nn.Linear, weight: Tensor, *, bias: Tensor | None = None) -> nn.Linear:
-    """A linear layer of these numbers, in the dtype, place and mode of another."""
-    return _filled(nn.Linear(*weight.shape[::-1], bias=bias is not None, **_place(layer)), layer, weight, bias)
+def check_ranks(layer: nn.Linear | nn.Conv2d, *ranks: tuple[int, int]) -> None:
+    """Refuse ranks above the highest, given with each, and convolutions with groups."""
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+        raise ValueError(f"a convolution with groups cannot be factored, this one has {layer.groups}")
+    for rank, most in ranks:
+        if not 1 <= rank <= most:
+            raise ValueError(f"a rank must lie from 1 to {most}, got {rank}")
 
 
-def conv_like(layer: nn.Conv2d, weight: Tensor, *, bias: Tensor | None = None, **options: Any) -> nn.Conv2d:
-    """A convolution of these numbers, in the dtype, place and mode of another."""
-    out_channels, channels = weight.shape[0], weight.shape[1] * options.get("groups", 1)
-    size = (weight.shape[2], weight.shape[3])
-    new = nn.Conv2d(channels, out_channels, size, bias=bias is not None, **options, **_place(layer))
-    return _filled(new, layer, weight, bias)
-
-
-def steps_of(layer: nn.Conv2d) -> dict[str, Any]:
-    """How a convolution goes over the image."""
-    return {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "padding_mode")}
-
-
-def lost_share(before: Tensor, after: Tensor) -> float:
-    """Share of the squares of a weight that another one does not have."""
-    whole = float(before.detach().double().square().sum())
-    return float((before.detach().double() - after.detach().double()).square().sum()) / whole if whole else 0.0
-
-
-def _place(layer: nn.Module) -> dict[str, Any]:
-    weight: Any = layer.weight
-    return {"device": weight.device, "dtype": weight.dtype}
-
-
-def _filled(new: Any, old: Any, weight: Tensor, bias: Tensor | None) -> Any:
-    with torch.no_grad():
-        new.weight.copy_(weight).requires_grad_(old.weight.requires_grad)
-        if bias is not None:
-            new.bias.copy_(bias).requires_grad_(old.bias.requires_grad)
-    return new.train(old.training)
+def steps_of(layer: Any) -> dict[str, Any]:
+    """How a convolution goes over the image; nothing for a linear layer."""
+    names = ("stride", "padding", "dilation", "padding_mode")
+    return {name: getattr(layer, name) for name in names} if isinstance(layer, nn.Conv2d) else {}

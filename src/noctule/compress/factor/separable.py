@@ -3,7 +3,7 @@
 Guo, Li, Lin, Chen, Li 2018, "Network Decoupling: From Regular to Depthwise Separable Convolutions", arXiv 1808.05517: the best
 approximation of each input channel's kernels by a few of them. Fine-tune or distil afterwards.
 
-Shapes: O x C x H x W of the weight, R kernels for each input channel.
+Shapes: O x C x H x W of the weight, K = H W, R kernels for each input channel.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from noctule.compress.factor.factored import Factored, check_plain, conv_like, lost_share, steps_of
+from noctule.compress.factor.factored import Factored, check_plain, check_ranks, steps_of
 from noctule.core.convert import Leave
 
 
@@ -46,9 +46,9 @@ class ToSeparable:
         if not check_plain(module, nn.Conv2d):
             return None
         assert isinstance(module, nn.Conv2d)
-        rows, columns, *kernel = module.weight.shape
-        numbers = columns * self.rank * (kernel[0] * kernel[1] + rows)
-        if self.rank > kernel[0] * kernel[1] or numbers >= module.weight.numel():
+        rows, columns, high, wide = module.weight.shape
+        numbers = columns * self.rank * (high * wide + rows)
+        if numbers >= module.weight.numel():
             raise Leave(f"{numbers:,} numbers would be no fewer than its {module.weight.numel():,}")
         new = separable(module, self.rank)
         if new.lost > self.most_lost:
@@ -62,26 +62,15 @@ def separable(layer: nn.Conv2d, rank: int) -> Factored:
     Raises:
         ValueError: the rank does not lie from 1 to the smaller of O and H W, or the convolution has groups.
     """
-    if layer.groups > 1:
-        raise ValueError(f"separable is for convolutions without groups, this one has {layer.groups}")
-    rows, columns, height, width = layer.weight.shape
-    if not 1 <= rank <= min(rows, height * width):
-        raise ValueError(f"a rank must lie from 1 to {min(rows, height * width)}, got {rank}")
+    rows, columns, high, wide = layer.weight.shape
+    check_ranks(layer, (rank, min(rows, high * wide)))
     w_COK = layer.weight.detach().cpu().double().flatten(2).transpose(0, 1)
-    vectors_CKK = torch.linalg.eigh(w_COK.transpose(1, 2) @ w_COK).eigenvectors
-    kernels_CKR = vectors_CKK.flip(2)[:, :, :rank]
-    mixed_COR = w_COK @ kernels_CKR
-    depthwise = kernels_CKR.transpose(1, 2).reshape(columns * rank, 1, height, width)
-    pointwise = mixed_COR.permute(1, 0, 2).reshape(rows, columns * rank, 1, 1)
-    layers = {
-        "depthwise": conv_like(layer, depthwise, groups=columns, **steps_of(layer)),
-        "pointwise": conv_like(layer, pointwise, bias=layer.bias),
-    }
-    new = Factored(
-        layers, about=f"{columns}, {rows}, separable, rank={rank}", product=partial(_product, rank=rank), lost=0.0
-    )
-    new.lost = lost_share(layer.weight, new.weight)
-    return new.train(layer.training)
+    mixed_COR, sizes_CR, kernels_CRK = torch.linalg.svd(w_COK, full_matrices=False)
+    mixed_COR = mixed_COR[:, :, :rank] * sizes_CR[:, None, :rank]
+    depthwise = kernels_CRK[:, :rank].reshape(columns * rank, 1, high, wide)
+    pointwise = mixed_COR.transpose(0, 1).reshape(rows, columns * rank, 1, 1)
+    parts = {"depthwise": (depthwise, {"groups": columns, **steps_of(layer)}), "pointwise": (pointwise, {})}
+    return Factored(layer, parts, about=f"separable, rank={rank}", product=partial(_product, rank=rank))
 
 
 def _product(depthwise: Tensor, pointwise: Tensor, *, rank: int) -> Tensor:

@@ -1,13 +1,16 @@
-"""Weights that share a few values: a code book, and for each weight the number of its code.
+"""Weights that share a few values: k-means centroids, and for each weight the number of its centroid.
 
 Han, Mao, Dally 2016, "Deep Compression: Compressing Deep Neural Networks with Pruning, Trained Quantization and Huffman Coding",
 arXiv 1510.00149: k-means on a layer's weights from evenly spread centres, then training of the shared values, whose gradient is the
-sum of those of their weights. Differs from the paper: places of sparse layers stay as they are, only values are coded.
+sum of those of their weights. Differs from the paper: places of sparse layers stay as they are, only values are coded; the Huffman
+coder is zlib's, over bytes that hold one, two, four or eight codes. It takes 0 to 0.9 % more bytes than the codes' entropy for
+1,000 x 1,000 normal weights, 7 % less to 1 % more for a trained layer, where neighbours in a byte are alike (2 to 256 codes).
 
 Shapes: N weights, K codes.
 """
 
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +22,13 @@ from typing_extensions import override
 from noctule.codecs import reference
 from noctule.codecs.levels import pack_codes, unpack_codes
 from noctule.compress.factor.factored import check_plain
-from noctule.compress.factor.huffman import entropy_bytes, pack, unpack
 from noctule.core.convert import Leave, Rule
 from noctule.sparse.layers import SparseLayer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Has the weights of `nn.Linear`, `nn.Conv2d` and sparse layers share ``codes`` values each, which stay trainable.
+    """`nn.Linear`, `nn.Conv2d`, sparse layers -> the same whose weights share ``codes`` values, which stay trainable.
 
     The layer's parameter becomes the code book (K,), and a buffer holds the codes of the weights, side by side in whole bits; the
     weight is looked up at each forward. `torch.nn.utils.parametrize.remove_parametrizations` makes it a plain one again.
@@ -79,6 +81,8 @@ class Share:
 class CodeBook(nn.Module):
     """The parametrization of a weight whose numbers are looked up: code book (K,) -> weight.
 
+    In a state dict the codes are entropy-coded.
+
     Args:
         index_N: code of each weight, uint8.
         codes: K.
@@ -90,13 +94,42 @@ class CodeBook(nn.Module):
     def __init__(self, index_N: Tensor, codes: int, shape: torch.Size) -> None:
         super().__init__()
         self.codes, self.shape, self.bits = codes, shape, (codes - 1).bit_length()
-        self.register_buffer("packed", pack_codes(index_N, self.bits).clone())
+        self.register_buffer("packed", pack_codes(index_N, self.bits).clone(), persistent=False)
 
     def index(self) -> Tensor:
         """The code of each weight, (N,) uint8."""
         is_traced = torch.compiler.is_compiling()
         decode = reference.unpack_bits if is_traced and self.bits < 8 else unpack_codes
         return decode(self.packed, self.shape.numel(), self.bits)
+
+    @override
+    def get_extra_state(self) -> Tensor:
+        coder = zlib.compressobj(9, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
+        codes = pack_codes(self.index(), self._symbol_bits).cpu().numpy().tobytes()
+        return torch.frombuffer(bytearray(coder.compress(codes) + coder.flush()), dtype=torch.uint8)
+
+    @override
+    def set_extra_state(self, state: Any) -> None:
+        n, bits = self.shape.numel(), self._symbol_bits
+        try:
+            codes = bytearray(zlib.decompress(state.cpu().numpy().tobytes()))
+        except (AttributeError, zlib.error) as error:
+            raise ValueError(
+                f"the codes of a shared weight are torn ({error}): load a state as it was saved"
+            ) from error
+        right = len(codes) == -(-n * bits // 8)
+        index = unpack_codes(torch.frombuffer(codes, dtype=torch.uint8), n, bits) if right else None
+        if index is None or int(index.max()) >= self.codes:
+            raise ValueError(
+                f"these are not the codes of {n} weights that share {self.codes} values: convert the model with the same Share and "
+                "where= as the one saved"
+            )
+        self.packed = pack_codes(index, self.bits).to(self.packed.device)
+
+    @property
+    def _symbol_bits(self) -> int:
+        """Bits of a code where a byte holds a whole number of codes: 1, 2, 4 or 8."""
+        return 1 << (self.bits - 1).bit_length()
 
     @override
     def forward(self, codes_K: Tensor) -> Tensor:
@@ -143,70 +176,3 @@ def clusters(weight: Tensor, codes: int, iterations: int = 100) -> Tensor:
             break
         centres = moved
     return torch.searchsorted((centres[1:] + centres[:-1]) / 2, x_N).to(torch.uint8)
-
-
-@dataclass(frozen=True)
-class SharedSize:
-    """Bytes of the weight of one layer with a code book."""
-
-    weights: int
-    plain_bytes: int
-    """As one number each."""
-    held_bytes: int
-    """Code book and codes in memory."""
-    packed_bytes: int
-    """Code book and codes as `pack_state` stores them."""
-    entropy_bytes: float
-    """Code book, and codes at their entropy: the least that any code of single symbols takes."""
-
-
-def shared_sizes(model: nn.Module) -> dict[str, SharedSize]:
-    """The bytes of each weight with a code book, by the name of the layer."""
-    sizes = {}
-    for name, book, values in _books(model):
-        index, number = book.index(), values.itemsize
-        sizes[name.partition(".parametrizations")[0]] = SharedSize(
-            weights=index.numel(),
-            plain_bytes=index.numel() * number,
-            held_bytes=book.packed.nbytes + values.nbytes,
-            packed_bytes=len(pack(index, book.codes)) + values.nbytes,
-            entropy_bytes=entropy_bytes(index) + values.nbytes,
-        )
-    return sizes
-
-
-def pack_state(model: nn.Module) -> dict[str, Any]:
-    """The state dict of a model, codes of shared weights entropy-coded: tensors all, to be saved as usual."""
-    state = model.state_dict()
-    for name, book, _ in _books(model):
-        packed = pack(book.index(), book.codes)
-        state[f"{name}.packed"] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-    return state
-
-
-def unpack_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict that `pack_state` packed, for ``load_state_dict`` of a model converted alike.
-
-    Raises:
-        ValueError: it is of another model, or torn.
-    """
-    plain = dict(state)
-    for name, book, _ in _books(model):
-        if (key := f"{name}.packed") not in plain:
-            raise ValueError(
-                f"the state has no {key}: convert the model with the same Share and where= as the one saved"
-            )
-        index = unpack(plain[key].cpu().numpy().tobytes())
-        if len(index) != book.shape.numel() or int(index.max()) >= book.codes:
-            raise ValueError(
-                f"{key} has {len(index)} weights, the model's layer {book.shape.numel()} with {book.codes} codes"
-            )
-        plain[key] = pack_codes(index, book.bits)
-    return plain
-
-
-def _books(model: nn.Module) -> Iterator[tuple[str, CodeBook, Tensor]]:
-    """Name, parametrization and code book of every shared weight."""
-    for name, module in model.named_modules():
-        if isinstance(module, parametrize.ParametrizationList) and isinstance(book := module[0], CodeBook):
-            yield f"{name}.0", book, module.original

@@ -1,25 +1,25 @@
 """The ranges of activations, observed on a few batches."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from noctule.compress.quantize.layers import KINDS, check_evaluation
 from noctule.compress.quantize.numbers import dequantize, grid, quantize
-from noctule.compress.quantize.operation import KINDS
 
 BINS = 8192
 """Of a histogram: an eighth of a step of 8 bits at most, as the largest number lies in its outer half."""
 
-Ranges = Mapping[str, tuple[tuple[float, float], tuple[float, float]]]
-"""Name of a layer -> smallest and largest number of its input, and of its output."""
+Ranges = Mapping[str, Sequence[float]]
+"""Name of a layer -> smallest and largest number of its inputs: lists, as JSON has them."""
 
 
 @dataclass
 class Histogram:
-    """How often activations had which value; from ``-bound`` to ``bound`` in equal bins, doubled as needed."""
+    """Counts of activations in equal bins from ``-bound`` to ``bound``, which doubles as needed."""
 
     low: float = 0.0
     high: float = 0.0
@@ -48,11 +48,11 @@ class Histogram:
 
 
 Observer = Callable[[Histogram], tuple[float, float]]
-"""What was observed -> the range that is kept."""
+"""Histogram of activations -> the range that they are clipped to."""
 
 
 def min_max(observed: Histogram) -> tuple[float, float]:
-    """All of it."""
+    """The whole range."""
     return observed.low, observed.high
 
 
@@ -80,8 +80,9 @@ def least_error(observed: Histogram, *, bits: int = 8, tries: int = 100) -> tupl
     return best * observed.low, best * observed.high
 
 
+@torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Any], *, observer: Observer = min_max) -> Ranges:
-    """Run batches through a model and return the ranges of each linear layer's and convolution's input and output.
+    """Run batches through a model and return the range of each linear layer's and convolution's inputs.
 
     The ranges are plain numbers: with a model they can be kept as JSON. Use some hundred samples of the training data.
 
@@ -95,45 +96,37 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, observer: Observer = 
             than the first, or makes an activation that is not finite.
 
     >>> model = nn.Sequential(nn.Linear(2, 3)).eval()
-    >>> calibrate(model, [torch.tensor([[-1.0, 0.5]])])["0"][0]
-    (-1.0, 0.5)
+    >>> calibrate(model, [torch.tensor([[-1.0, 0.5]])])
+    {'0': [-1.0, 0.5]}
     """
-    if any(module.training for module in model.modules()):
-        raise ValueError("the model is in training mode, where activations are others: call model.eval() first")
-    seen = {name: (Histogram(), Histogram()) for name, m in model.named_modules() if type(m) in KINDS}
-    used: set[str] = set()
+    check_evaluation(model.modules())
+    seen: dict[str, Histogram] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            used.add(name)
-            for histogram, x in zip(seen[name], (args[0], output), strict=True):
-                histogram.add(x)
+    def watch(name: str) -> Any:
+        return lambda layer, args, named: seen.setdefault(name, Histogram()).add([*args, *named.values()][0])
 
-        return hook
-
-    modules = dict(model.named_modules())
-    handles = [modules[name].register_forward_hook(watch(name)) for name in seen]
-    shape = None
+    layers = ((name, module) for name, module in model.named_modules() if type(module) in KINDS)
+    handles = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers]
+    first: torch.Size | None = None
     try:
-        with torch.no_grad():
-            for number, batch in enumerate(batches):
-                x = batch[0] if isinstance(batch, tuple | list) else batch
-                if not isinstance(x, Tensor):
-                    raise ValueError(f"a batch is a tensor or (inputs, targets), got {type(batch).__name__}")
-                shape = shape or tuple(x.shape[1:])
-                if tuple(x.shape[1:]) != shape or not len(x):
-                    raise ValueError(
-                        f"batch {number} has samples of shape {tuple(x.shape[1:])} ({len(x)} of them), the first had {shape}"
-                    )
-                try:
-                    model(x)
-                except (RuntimeError, ValueError, IndexError, TypeError) as error:
-                    raise ValueError(
-                        f"batch {number} of shape {tuple(x.shape)} does not go through the model: {error}"
-                    ) from error
+        for number, batch in enumerate(batches):
+            x = batch[0] if isinstance(batch, tuple | list) else batch
+            if not isinstance(x, Tensor):
+                raise ValueError(f"a batch is a tensor or (inputs, targets), got {type(batch).__name__}")
+            first = first or x.shape[1:]
+            if x.shape[1:] != first or not len(x):
+                raise ValueError(
+                    f"batch {number} has samples of shape {tuple(x.shape[1:])} ({len(x)} of them), the first had {tuple(first)}"
+                )
+            try:
+                model(x)
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                raise ValueError(
+                    f"batch {number} of shape {tuple(x.shape)} does not go through the model: {error}"
+                ) from error
     finally:
         for handle in handles:
             handle.remove()
-    if shape is None:
+    if first is None:
         raise ValueError("there is no batch to calibrate with: give some hundred samples of the training data")
-    return {name: (observer(into), observer(out)) for name, (into, out) in seen.items() if name in used}
+    return {name: [*observer(histogram)] for name, histogram in seen.items()}

@@ -6,14 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from noctule.compress.budget import least_harm
+from noctule.compress.quantize.layers import KINDS, check_evaluation, weight_of
 from noctule.compress.quantize.numbers import dequantize_weight, quantize_weight
-from noctule.compress.quantize.operation import KINDS, weight_of
 
 Sensitivity = Mapping[str, Mapping[int, float]]
 """Name of a layer -> bits -> harm to the model if only this layer has that few."""
-
-UNITS = 4096
-"""Parts of the budget that are told apart; a layer's bytes count as whole parts, rounded up."""
 
 
 @torch.no_grad()
@@ -36,35 +34,34 @@ def sensitivity(
     Raises:
         ValueError: the model is in training mode, there is no batch, or a loss without targets.
     """
-    if any(module.training for module in model.modules()):
-        raise ValueError("the model is in training mode, where outputs are others: call model.eval() first")
+    check_evaluation(model.modules())
     pairs: list[tuple[Any, Any]] = [(b[0], b[1]) if isinstance(b, tuple | list) else (b, None) for b in batches]
     if not pairs:
         raise ValueError("there is no batch to measure with: give some hundred samples of the training data")
     if loss is not None and any(target is None for _, target in pairs):
         raise ValueError("a loss needs batches of (inputs, targets)")
-    before = [model(x) for x, _ in pairs]
+    if loss is None:
+        pairs = [(x, model(x)) for x, _ in pairs]
+    measure = loss or _error_share
 
-    def harm() -> float:
-        now = [model(x) for x, _ in pairs]
-        if loss is None:
-            error = sum(float((a - b).double().square().sum()) for a, b in zip(now, before, strict=True))
-            return error / max(sum(float(b.double().square().sum()) for b in before), 1e-30)
-        grown = [float(loss(a, t)) - float(loss(b, t)) for a, b, (_, t) in zip(now, before, pairs, strict=True)]
-        return max(sum(grown) / len(grown), 0.0)
+    def mean_loss() -> float:
+        return sum(float(measure(model(x), target)) for x, target in pairs) / len(pairs)
 
-    result: dict[str, dict[int, float]] = {}
-    for name, module in model.named_modules():
-        if type(module) in KINDS:
-            weight, topology = weight_of(module)
-            kept = weight.detach().clone()
-            try:
-                for each in bits:
-                    weight.copy_(dequantize_weight(*quantize_weight(kept, each, topology), topology))
-                    result.setdefault(name, {})[each] = harm()
-            finally:
-                weight.copy_(kept)
-    return result
+    def harm(weight: Tensor, topology: Any, few: int) -> float:
+        kept = weight.clone()
+        try:
+            weight.copy_(dequantize_weight(*quantize_weight(kept, few, topology), topology))
+            return max(mean_loss() - before, 0.0)
+        finally:
+            weight.copy_(kept)
+
+    before = mean_loss()
+    layers = {name: weight_of(module) for name, module in model.named_modules() if type(module) in KINDS}
+    return {name: {few: harm(*layer, few) for few in bits} for name, layer in layers.items()}
+
+
+def _error_share(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).double().square().sum() / target.double().square().sum().clamp(min=1e-30)
 
 
 def weight_bytes(module: nn.Module, bits: int) -> int:
@@ -79,8 +76,8 @@ def weight_bytes(module: nn.Module, bits: int) -> int:
 def choose_bits(model: nn.Module, harms: Sensitivity, budget_bytes: int) -> dict[str, int]:
     """The bits of each layer whose weights fit the budget together with the least sum of harms.
 
-    It is a knapsack, solved by dynamic programming over 4,096 parts of the budget; of equal sums the one with more bits in the
-    first layers. A layer that is better left as it is is not in the mapping, which `WeightOnly` and `FakeQuantize` take.
+    A layer that is better left as it is is not in the mapping, which `WeightOnly` and `FakeQuantize` take. The budget is told apart
+    in 4,096 parts.
 
     Args:
         model: whose layers ``harms`` names.
@@ -93,24 +90,7 @@ def choose_bits(model: nn.Module, harms: Sensitivity, budget_bytes: int) -> dict
     modules = dict(model.named_modules())
     if lost := [name for name in harms if type(modules.get(name)) not in KINDS]:
         raise ValueError(f"these harms are of another model: no layer {', '.join(lost[:8])} here")
-    unit = max(1, budget_bytes // UNITS)
-    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
-    for name, harm in harms.items():
-        choices = [
-            (-(-weight_bytes(modules[name], b) // unit), h, b)
-            for b, h in sorted({32: 0.0, **harm}.items(), reverse=True)
-        ]
-        wider: dict[int, tuple[float, tuple[int, ...]]] = {}
-        for used, (total, chosen) in best.items():
-            for units, h, b in choices:
-                at = used + units
-                if at * unit <= budget_bytes and (at not in wider or total + h < wider[at][0]):
-                    wider[at] = total + h, (*chosen, b)
-        best = wider
-    if not best:
-        least = sum(min(weight_bytes(modules[name], b) for b in harm) for name, harm in harms.items())
-        raise ValueError(
-            f"{budget_bytes:,} bytes do not hold these layers: the fewest bits take {least:,} (and rounding)"
-        )
-    _, chosen = min(best.values(), key=lambda entry: (entry[0], [-b for b in entry[1]]))
-    return {name: b for name, b in zip(harms, chosen, strict=True) if b != 32}
+    choices = [sorted({32: 0.0, **harm}.items(), reverse=True) for harm in harms.values()]
+    sizes = [[(weight_bytes(modules[n], bits), h) for bits, h in own] for n, own in zip(harms, choices, strict=True)]
+    taken = zip(harms, choices, least_harm(sizes, budget_bytes), strict=True)
+    return {name: own[k][0] for name, own, k in taken if own[k][0] != 32}

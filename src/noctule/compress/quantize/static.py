@@ -7,17 +7,18 @@ rounds: activations and sums between layers keep their precision.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from typing_extensions import override
 
 from noctule.compress.quantize.calibration import Ranges
-from noctule.compress.quantize.fake import FakeQuantized, check_width
-from noctule.compress.quantize.numbers import Grid, grid, quantize
-from noctule.compress.quantize.operation import Layer, bias_of, operation_of, rule_for, weight_of
-from noctule.compress.quantize.stored import IntegerWeight
+from noctule.compress.quantize.fake import FakeQuantized
+from noctule.compress.quantize.integer_layer import IntegerLayer
+from noctule.compress.quantize.layers import Layer, check_evaluation, check_width, rule_for
+from noctule.compress.quantize.numbers import Grid, grid, over_rows, quantize
 from noctule.core.convert import Leave, Rule
 from noctule.sparse.layers.surroundings import eager
 
@@ -27,126 +28,87 @@ EXACT_SUM = 2**24
 _onednn: Any = torch.ops.onednn
 
 
-class Int8Layer(nn.Module):
-    """A linear layer or a convolution, dense or sparse, of int8 weights and uint8 inputs, whose products and sums are exact.
+class Int8Layer(IntegerLayer):
+    """A layer of int8 weights and uint8 inputs, whose products and sums are exact.
 
     Dense products are oneDNN's where that is exact: on processors with VNNI, and with inputs of 7 bits on all x86 processors
     (without VNNI it adds pairs of products in 16 bits, which saturate with 8). It keeps a packed copy of the weight, as large as
     the weight itself, from the first forward on. Elsewhere, and for sparse layers, the integers are multiplied as floats wide
     enough for the sums to be exact.
 
-    Its buffers are what an integer runtime needs: ``stored.codes`` (int8), ``stored.scales`` (O,), ``bias`` (O,), ``grids`` with a
-    row of scale, zero point, lowest and highest code for the input and one for the output.
+    Its buffers are what an integer runtime needs: those of an `IntegerLayer`, and ``input_grid``, the scale, the zero point and the
+    highest code of its inputs. What a layer's outputs are rounded to is the grid of the layer that reads them.
     """
 
-    bias: Tensor | None
-    grids: Tensor
+    input_grid: Tensor
 
-    def __init__(self, layer: Layer, into: Grid, out: Grid) -> None:
-        super().__init__()
-        self.operation = operation_of(layer)
-        weight, topology = weight_of(layer)
-        self.stored = IntegerWeight(weight, 8, topology)
-        self.register_buffer("bias", bias_of(layer))
-        self.register_buffer("grids", torch.tensor([into, out], dtype=torch.float64, device="cpu"))
+    def __init__(self, layer: Layer, into: Grid) -> None:
+        super().__init__(layer, 8)
+        self.register_buffer("input_grid", torch.tensor(into, dtype=torch.float64, device="cpu"))
         self._packed: tuple[Any, Any, Tensor] | None = None
 
     @property
-    def input_grid(self) -> Grid:
+    def grid(self) -> Grid:
         """What inputs are rounded to."""
-        return self._grid(0)
-
-    @property
-    def output_grid(self) -> Grid:
-        """What outputs lie on where the next layer reads integers."""
-        return self._grid(1)
-
-    def _grid(self, row: int) -> Grid:
-        scale, *codes = self.grids[row].tolist()
+        scale, *codes = self.input_grid.tolist()
         return Grid(scale, *map(int, codes))
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O), or images (B, C, H, W) -> (B, O, H', W'), in the dtype of the input."""
-        self.operation.check(x)
-        to = self.input_grid
-        return self._of_codes(quantize(x, to), to).to(x.dtype)
-
-    def requantize(self, codes: Tensor) -> Tensor:
-        """Codes on the grid of the input -> codes on the grid of the output: the layer in an integer runtime."""
-        return quantize(self._of_codes(codes, self.input_grid), self.output_grid)
-
-    def _of_codes(self, codes: Tensor, of: Grid) -> Tensor:
-        if self.stored.places is None and eager(codes) and codes.is_cpu and exact_in_onednn(of):
-            y = self._by_onednn(codes, of)
-            if y is not None:
-                return self.operation.finish(y, None, None)
-        sums = self.sums(codes, of)
-        return self.operation.finish(sums.float(), self.stored.scales * of.scale, self.bias)
+        self.check(x)
+        of = self.grid
+        codes = quantize(x, of)
+        if self.places is None and eager(codes) and codes.is_cpu and exact_in_onednn(of):
+            y = self.activation(self._by_onednn(codes, of))
+        else:
+            y = self.finish(self.sums(codes, of).float(), self.scales * of.scale)
+        return y.to(x.dtype)
 
     def sums(self, codes: Tensor, of: Grid) -> Tensor:
         """The sums of products of integers, before scales: exact, as floats."""
-        largest = max(of.zero_point - of.lowest, of.highest - of.zero_point) * self.stored.largest_row
+        integers = self.integers()
+        rows = over_rows(integers.to(torch.float64).abs_(), "sum", self.places)
+        largest = max(of.zero_point, of.highest - of.zero_point) * float(rows.max() if len(rows) else 0.0)
         dtype = torch.float32 if largest < EXACT_SUM else torch.float64
-        centred = codes.to(dtype) - of.zero_point
-        return self.operation.product(centred, self.stored.integers().to(dtype), self.stored.places)
+        return self.product(codes.to(dtype) - of.zero_point, integers.to(dtype))
 
-    def _by_onednn(self, codes: Tensor, of: Grid) -> Tensor | None:
-        g, scales = self.operation.geometry, self.stored.scales
-        zeros = torch.zeros(len(scales), dtype=torch.int64, device="cpu")
+    def _by_onednn(self, codes: Tensor, of: Grid) -> Tensor:
+        """Product, scales and bias."""
+        g, zeros = self.geometry, torch.zeros(self.widths[1], dtype=torch.int64, device="cpu")
         last = (1.0, 0, torch.float32, "none", [], "")
         if g is None:
             flat = codes.reshape(-1, codes.shape[-1])
-            packed = self._pack(lambda weight: _onednn.qlinear_prepack(weight, None), of)
-            y = _onednn.qlinear_pointwise(flat, of.scale, of.zero_point, packed, scales, zeros, self.bias, *last)
-            return y.view(*codes.shape[:-1], -1)
+            packed = self._pack(of, _onednn.qlinear_prepack, None)
+            y = _onednn.qlinear_pointwise(flat, of.scale, of.zero_point, packed, self.scales, zeros, self.bias, *last)
+            return y.view(*codes.shape[:-1], self.widths[1])
         (top, below), (left, right) = g.padding
-        if codes.dim() != 4 or (top, left) != (below, right):
-            return None
+        if (top, left) != (below, right):
+            codes, top, left = F.pad(codes, (left, right, top, below), value=of.zero_point), 0, 0
         shape = ([*g.stride], [top, left], [*g.dilation], g.groups)
-        packed = self._pack(lambda weight: _onednn.qconv_prepack(weight, scales, of.scale, of.zero_point, *shape), of)
-        lined = codes.contiguous(memory_format=torch.channels_last)
-        return _onednn.qconv_pointwise(lined, of.scale, of.zero_point, packed, scales, zeros, self.bias, *shape, *last)
+        packed = self._pack(of, _onednn.qconv_prepack, self.scales, of.scale, of.zero_point, *shape)
+        lined = (codes if codes.dim() == 4 else codes[None]).contiguous(memory_format=torch.channels_last)
+        made = (packed, self.scales, zeros, self.bias, *shape, *last)
+        y = _onednn.qconv_pointwise(lined, of.scale, of.zero_point, *made)
+        return y if codes.dim() == 4 else y[0]
 
-    def _pack(self, make: Any, of: Grid) -> Tensor:
+    def _pack(self, of: Grid, prepack: Any, *more: Any) -> Tensor:
         """The weight in oneDNN's layout, made again when it or what it was made for has changed."""
-        made_of = self.stored.codes, self.stored.scales
+        made_of = self.codes, self.scales
         versions = (None if t.is_inference() else t._version for t in made_of)
         key = (of, *versions, *map(id, made_of))  # the tensors are kept too, so that no other one gets their ids
         if self._packed is None or self._packed[0] != key:
-            self._packed = key, made_of, make(self.stored.integers())
+            self._packed = key, made_of, prepack(self.integers(), *more)
         return self._packed[2]
-
-    @override
-    def _apply(self, fn, recurse: bool = True) -> Self:
-        """As in every module, but grids and bias keep their precision: ``half()`` is for activations."""
-        kept = {"grids": self.grids, "bias": self.bias}
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            if before is not None:
-                setattr(self, name, before.to(self.stored.codes.device))
-        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle gets: the packed weight is made anew."""
         return {**self.__dict__, "_packed": None}
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight that the codes mean, float32, made anew: for code that reads it, as torch's encoder layers do."""
-        return self.stored.dense()
-
-    @override
-    def __repr__(self) -> str:
-        return f"Int8Layer({self.operation})"
-
 
 def exact_in_onednn(of: Grid) -> bool:
     """Whether oneDNN's products of uint8 and int8 are exact here: two of them have to fit into 16 bits without VNNI."""
     there = torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported()
-    if not there or of.lowest < 0:
-        return False
-    return torch.cpu._is_vnni_supported() or 2 * of.highest * 127 < 2**15
+    return there and (torch.cpu._is_vnni_supported() or 2 * of.highest * 127 < 2**15)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +126,7 @@ class StaticInt8:
     >>> from noctule.core.convert import convert_
     >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
     >>> print(convert_(model, StaticInt8(ranges=calibrate(model, [torch.randn(100, 64)]))))
-    changed 0: Linear -> Int8Layer(64 -> 32)
+    changed 0: Linear -> Int8Layer(64 -> 32, bits=8)
     left 2: 32 -> 10 is narrower than 16: int8 products gain no time there. WeightOnly(bits=8) saves its bytes; ...
     """
 
@@ -177,11 +139,11 @@ class StaticInt8:
 
     def plan(self, modules: Mapping[str, nn.Module]) -> Rule:
         """Refuse a model in training mode, missing ranges and weights that are not finite before any layer is replaced."""
-        if any(module.training for module in modules.values()):
-            raise ValueError("the model is in training mode: call model.eval() first")
+        check_evaluation(modules.values())
         ranges = self.ranges or {}
-        learnt = [m for m in modules.values() if isinstance(m, FakeQuantized) and m.activations and m.batches]
-        if not ranges and not learnt:
+        if not ranges and not any(
+            isinstance(m, FakeQuantized) and m.activations and m.batches for m in modules.values()
+        ):
             raise ValueError(
                 "StaticInt8 needs ranges of activations: ranges=calibrate(model, batches). Ranges measured anew in each forward "
                 "(dynamic int8) make convolutions 6 to 11 times slower than floating point"
@@ -191,13 +153,14 @@ class StaticInt8:
 
         def make(name: str, module: Layer | FakeQuantized) -> nn.Module:
             if isinstance(module, FakeQuantized):
-                if module not in learnt:
+                if not module.activations:
                     raise Leave("it learnt without quantised activations: convert it with WeightOnly()")
-                return Int8Layer(module.layer, *module.grids)
-            check_width(operation_of(module).widths, self.narrowest)
+                if not module.batches:
+                    raise Leave("it saw no batch in training, so its inputs have no range: train it first")
+                return Int8Layer(module.layer, module.grid)
+            check_width(module, self.narrowest)
             if name not in ranges:
                 raise Leave("no calibration batch went through it, so ranges= does not have it")
-            into, out = (grid(low, high, bits=self.activation_bits) for low, high in ranges[name])
-            return Int8Layer(module, into, out)
+            return Int8Layer(module, grid(*ranges[name], bits=self.activation_bits))
 
-        return rule_for(modules, make, (FakeQuantized,))
+        return rule_for(modules, make, FakeQuantized)
