@@ -10,9 +10,11 @@ from torch.optim import SGD, AdamW
 from noctule.checkpoint import load, save
 from noctule.compress.prune import SCL, EarlyCroP, GaP, Globally, SupTickets, sup_tickets
 from noctule.compress.prune.early_crop import gradient_flow
+from noctule.compress.shrink.following import Following
 from noctule.core.convert import convert_
 from noctule.core.method import Method, attach
 from noctule.core.optim import param_groups
+from noctule.models import resnet
 from noctule.sparse.layers import SparseLayer, ToSparse
 
 
@@ -162,7 +164,7 @@ def test_the_score_is_the_weight_times_the_hessian_times_the_gradient():
 
     flat.requires_grad_(True)
     expected = (flat * (hessian(loss)(flat) @ torch.autograd.grad(loss(flat), flat)[0])).abs()
-    torch.testing.assert_close(torch.cat([s.flatten() for s in scores]), expected.detach())
+    torch.testing.assert_close(torch.cat([s.flatten().abs() for s in scores.values()]), expected.detach())
 
 
 def test_it_prunes_once_when_the_weights_have_settled():
@@ -180,6 +182,50 @@ def test_it_prunes_once_when_the_weights_have_settled():
     kept = method.report().values()
     assert sum(k.weights for k in kept) == round(0.2 * sum(k.places for k in kept))
     assert method.threshold == pytest.approx(0.2 * method.distances[0])
+
+
+@pytest.mark.parametrize("rounds", [None, 3])
+def test_it_removes_neurons_and_channels_for_good(rounds):
+    torch.manual_seed(0)
+    model = resnet((1, 8, 8), 3, depth=8)
+    with torch.no_grad():  # without incoming weights a channel has no part in the flow of the gradient
+        model.get_submodule("stage1_0.conv1").weight[5] = 0.0
+        model.get_submodule("stage1_0.conv1").weight.register_hook(_but(5))
+    optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+    x, y = torch.randn(12, 64), torch.randint(3, (12,))
+    units = [group.units for group in Following(model, x[:2]).groups]
+    options = {"density": 0.4, "loss_fn": F.cross_entropy, "batches": [(x, y)], "example": x[:2], "rounds": rounds}
+    method = EarlyCroP(**options, every=1, latest=3)
+    wide = sum(p.numel() for p in model.parameters())
+    with attach(model, optimizer, method):
+        for _ in range(5):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    left = [group.units for group in Following(model, x[:2]).groups]
+    assert sum(left) == pytest.approx(0.4 * sum(units), abs=1)
+    assert min(left) >= 1
+    assert sum(p.numel() for p in model.parameters()) < 0.4 * wide
+    assert all(optimizer.state[p]["momentum_buffer"].shape == p.shape for p in model.parameters())
+    assert bool((model.get_submodule("stage1_0.conv1").weight != 0).flatten(1).any(1).all())
+
+
+def _but(channel):
+    def hook(gradient):
+        gradient = gradient.clone()
+        gradient[channel : channel + 1] = 0.0
+        return gradient
+
+    return hook
+
+
+def test_neurons_are_refused_early():
+    model = nn.Sequential(nn.Linear(4, 3))
+    options = {"density": 0.4, "loss_fn": F.cross_entropy, "batches": [batch(0)], "every": 1}
+    with pytest.raises(ValueError, match="no group of hidden neurons"):
+        attach(model, SGD(model.parameters(), lr=0.1), EarlyCroP(**options, example=torch.rand(2, 4)))
+    with pytest.raises(ValueError, match="not both"):
+        EarlyCroP(**options, example=torch.rand(2, 4), pattern=Globally())
 
 
 def test_it_needs_a_loss_and_batches():

@@ -116,11 +116,13 @@ class Pruning(Method):
 
     @override
     def remapped(self, layer: nn.Module, remap: Remap) -> None:
+        if (part := remap.of("values" if isinstance(layer, SparseLayer) else "weight")) is None:
+            return
         for attribute, new in {"_gone": False, **self.shaped}.items():
             kept = getattr(self, attribute)
             for name, x in kept.items():
                 if self.layers[name] is layer:
-                    kept[name] = remap.apply(x.flatten(), new=new).view_as(self.weight(name))
+                    kept[name] = part.apply(x.flatten(), new=new).view_as(self.weight(name))
 
     @override
     def end(self) -> None:

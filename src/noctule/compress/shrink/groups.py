@@ -87,7 +87,7 @@ def magnitude(model: nn.Module, group: Group) -> Tensor:
 
     Li et al. 2017, arXiv 1608.08710, where it is the sum of absolute weights of one layer's filter.
     """
-    return _over_weights(model, group, group.members, lambda p: p.detach().double().square()).sqrt()
+    return over_weights(model, group, group.members, lambda p: p.detach().double().square()).sqrt()
 
 
 def taylor(model: nn.Module, group: Group) -> Tensor:
@@ -102,17 +102,15 @@ def taylor(model: nn.Module, group: Group) -> Tensor:
             raise ValueError("the Taylor score needs gradients: call backward() on a loss of some batches before")
         return (p.detach() * p.grad).double()
 
-    return _over_weights(model, group, group.members, product).abs()
+    return over_weights(model, group, group.members, product).abs()
 
 
 def incoming(model: nn.Module, group: Group) -> Tensor:
     """The sum of the absolute weights that lead into each unit (Curci et al. 2021, arXiv 2102.01732)."""
-    return _over_weights(model, group, group.producers, lambda p: p.detach().double().abs())
+    return over_weights(model, group, group.producers, lambda p: p.detach().double().abs())
 
 
-def _over_weights(
-    model: nn.Module, group: Group, members: Iterable[Member], each: Callable[[Tensor], Tensor]
-) -> Tensor:
+def over_weights(model: nn.Module, group: Group, members: Iterable[Member], each: Callable[[Tensor], Tensor]) -> Tensor:
     """The sums (U,) over all numbers of these members, of weights with two dimensions or more."""
     total = torch.zeros(group.units, dtype=torch.float64)
     for tensor, dimension in members:
