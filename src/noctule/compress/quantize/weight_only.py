@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -21,7 +22,9 @@ class WeightOnlyLayer(IntegerLayer):
     @override
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
-        return self.finish(self.product(x, self.floats(x.dtype)))
+        if x.dtype is torch.float16:  # sums of codes could leave its range
+            return self.finish(self.product(x, self.floats(x.dtype)))
+        return self.finish(self.product(x, self.integers().to(x.dtype)), self.scales).to(x.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
