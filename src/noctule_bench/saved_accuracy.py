@@ -37,13 +37,20 @@ def compare(
     found: Sequence[dict[str, Any]],
 ) -> None:
     """Train each row with each seed, but for what was found; then print means and differences."""
-    cell = {"data": data, "depth": depth, "batch": batch, "k": k, "epochs": epochs, "samples": samples}
-    trained = {(line["row"], line["seed"]): line for line in found if cell.items() <= line.items()}
+    cell = {"data": data, "depth": depth, "batch": batch, "epochs": epochs, "samples": samples}
+    bounds_of = {row: k if row == "adaptive" else None for row in rows}
+    trained = {
+        (line["row"], line["seed"]): line
+        for line in found
+        if line["row"] in rows and {**cell, "k": bounds_of[line["row"]]}.items() <= line.items()
+    }
     for seed in seeds:
         for row in rows:
             if (row, seed) not in trained:
-                result = _train(row, seed, **cell, data_dir=data_dir)
-                trained[row, seed] = lines.write("saved.accuracy", row=row, seed=seed, **cell, **result)
+                result = _train(row, seed, **cell, k=k, data_dir=data_dir)
+                trained[row, seed] = lines.write(
+                    "saved.accuracy", row=row, seed=seed, k=bounds_of[row], **cell, **result
+                )
     shown, judged = [], []
     for row in rows:
         own = [trained[row, seed] for seed in seeds]
