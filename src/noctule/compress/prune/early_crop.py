@@ -7,7 +7,7 @@ the largest stay, by one threshold over all layers, in a few rounds that halve t
 
 Differs from the authors' code: it is given training batches (theirs takes the test loader); the training just goes on, where theirs
 begins a one-cycle schedule of all epochs (begin the rate anew at `pruned_at`: at a spent one the weights left learn little); up
-to 102 rounds there, as many as make a difference here (100 rounds kept the same accuracy as 10, to 0.01 points). Connections only:
+to 102 rounds there, as many as make a difference here (at 10 %, 100 gave the accuracy of 10 to 0.01 points). Connections only:
 the authors' threshold for neurons is negative above a sparsity of 90 %, and would never be met.
 """
 
