@@ -27,7 +27,7 @@ def save_model(path: str | os.PathLike, state: dict[str, Any], structure: dict[s
         plain = False
     if not plain:
         raise CheckpointError(
-            f"a structure is plain JSON (dicts with str keys, lists, numbers, str), not {structure!r}"
+            f"a structure is plain JSON (dicts with str keys, lists, numbers, str), not {structure!r:.200}"
         )
     tree, tensors = pack(state)
     checksum = write(weights_path, tensors, {"format": "pt"}, stamp=False)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
+from noctule.core.evaluating import evaluating
 from noctule.core.place import nearest
 
 
@@ -126,16 +127,10 @@ class Exits:
 
 def measure_exits(model: EarlyExits, inputs: Tensor, *, batch_size: int = 1000) -> Exits:
     """Run a model in evaluation mode on inputs and count samples by exit and operations; its mode is restored."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            taken: list[Tensor] = []
-            early = _multiply_adds(lambda part: taken.append(model.leave(part)[1]), inputs, batch_size)
-            full = _multiply_adds(model.stages, inputs, batch_size)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), torch.no_grad():
+        taken: list[Tensor] = []
+        early = _multiply_adds(lambda part: taken.append(model.leave(part)[1]), inputs, batch_size)
+        full = _multiply_adds(model.stages, inputs, batch_size)
     counts = torch.cat(taken).bincount(minlength=len(model.heads) + 1).tolist()
     names = [name for name, _ in model.stages.named_children() if name in model.heads]
     return Exits(dict(zip([*names, ""], counts, strict=True)), early, full)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from noctule.core.evaluating import evaluating
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -63,22 +65,10 @@ def distilling(
 
     hook = student.register_forward_pre_hook(ask, with_kwargs=True)
     try:
-        with _evaluating(teacher) if isinstance(teacher, nn.Module) else nullcontext():
+        with evaluating(teacher) if isinstance(teacher, nn.Module) else nullcontext():
             yield loss_fn
     finally:
         hook.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; then each module is in the mode that it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 class Ensemble(nn.Module):
@@ -114,7 +104,7 @@ def outputs_of(teacher: nn.Module, inputs: Tensor, *, batch_size: int = 1000) ->
         inputs: of all samples, in the order of their numbers.
         batch_size: samples at a time.
     """
-    with _evaluating(teacher), torch.no_grad():
+    with evaluating(teacher), torch.no_grad():
         return torch.cat([teacher(part) for part in inputs.split(batch_size)])
 
 

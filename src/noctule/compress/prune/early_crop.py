@@ -25,6 +25,7 @@ from noctule.compress.prune.pattern import Globally, Pattern
 from noctule.compress.prune.pruning import Pruning
 from noctule.compress.shrink.following import Following
 from noctule.compress.shrink.groups import Group, least, over_weights
+from noctule.core.evaluating import evaluating
 from noctule.sparse.budget import check_density
 
 
@@ -172,23 +173,17 @@ def gradient_flow(
     """w (H g) of each layer's weight by name; g the gradient, H the Hessian, both summed over the batches in evaluation mode."""
     names = [*pruning.layers]
     weights = [pruning.weight(name) for name in names]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.enable_grad():
-            total = [torch.zeros_like(w) for w in weights]
-            for inputs, targets in batches:
-                gradients = torch.autograd.grad(loss_fn(model(inputs), targets), weights)
-                total = [t + g for t, g in zip(total, gradients, strict=True)]
-            curved = [torch.zeros_like(w) for w in weights]
-            for inputs, targets in batches:
-                gradients = torch.autograd.grad(loss_fn(model(inputs), targets), weights, create_graph=True)
-                parts = zip(names, total, gradients, strict=True)
-                z = sum((pruning.stored(n, t) * pruning.stored(n, g)).sum() for n, t, g in parts)
-                assert isinstance(z, Tensor)
-                more = torch.autograd.grad(z, weights, allow_unused=True)
-                curved = [c if m is None else c + m for c, m in zip(curved, more, strict=True)]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), torch.enable_grad():
+        total = [torch.zeros_like(w) for w in weights]
+        for inputs, targets in batches:
+            gradients = torch.autograd.grad(loss_fn(model(inputs), targets), weights)
+            total = [t + g for t, g in zip(total, gradients, strict=True)]
+        curved = [torch.zeros_like(w) for w in weights]
+        for inputs, targets in batches:
+            gradients = torch.autograd.grad(loss_fn(model(inputs), targets), weights, create_graph=True)
+            parts = zip(names, total, gradients, strict=True)
+            z = sum((pruning.stored(n, t) * pruning.stored(n, g)).sum() for n, t, g in parts)
+            assert isinstance(z, Tensor)
+            more = torch.autograd.grad(z, weights, allow_unused=True)
+            curved = [c if m is None else c + m for c, m in zip(curved, more, strict=True)]
     return {name: w.detach() * c for name, w, c in zip(names, weights, curved, strict=True)}

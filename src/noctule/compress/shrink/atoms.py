@@ -80,8 +80,8 @@ class Lines:
         """
         a, b = torch.broadcast_tensors(self.sets(a), self.sets(b))
         pairs = (a * self._used + b)[a != b].unique()  # one number a pair: unique is much slower on columns
-        for pair in pairs.tolist():
-            self._join(*divmod(pair, self._used), fixed)
+        for one, other in (divmod(pair, self._used) for pair in pairs.tolist()):
+            self._join(one, other, fixed)
 
     def fix(self, labels: Tensor, reason: str) -> None:
         """Note that lines have to stay, and why."""

@@ -20,6 +20,7 @@ from noctule.compress.shrink import operators, products
 from noctule.compress.shrink.atoms import FIXED, Value, Weight
 from noctule.compress.shrink.labels import Trace
 from noctule.core.errors import NoctuleError
+from noctule.core.evaluating import evaluating
 from noctule.sparse.layers import SparseLayer
 
 
@@ -99,10 +100,8 @@ def exported(model: nn.Module, example: Any) -> torch.export.ExportedProgram:
         ValueError: it cannot be exported.
     """
     arguments, named = arguments_of(example)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             return torch.export.export(model, arguments, named, strict=False)
     except NoctuleError:
         raise
@@ -112,9 +111,6 @@ def exported(model: nn.Module, example: Any) -> torch.export.ExportedProgram:
             f"torch.export cannot follow this model with that example: {type(error).__name__}: {text:.400}. Give an example that "
             "its forward takes, rewrite what depends on values, or name who reads whom with paths="
         ) from error
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def arguments_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
