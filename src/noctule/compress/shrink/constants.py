@@ -8,7 +8,7 @@ Shapes: O neurons, I columns of the reader, R its rows.
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,13 @@ from noctule.sparse.layers import SparseLayer
 
 
 @torch.no_grad()
-def constants(producer: nn.Module, reader: Reader) -> Tensor:
+def constants(producer: Any, reader: Reader) -> Tensor:
     """What the reader's columns (I,) see in evaluation mode of neurons whose incoming weights are all zero."""
     bias, weight = producer.bias, next(producer.parameters(recurse=False))
     x = weight.new_zeros(shape_of(producer)[0]) if bias is None else bias
     if isinstance(producer, SparseLayer):
-        x = F.leaky_relu(x, producer.epilogue.slope)  # type: ignore[arg-type]
-    x = x.repeat(2, 1)  # type: ignore[operator]  # two samples: a norm without running statistics wants more than one
+        x = F.leaky_relu(x, producer.epilogue.slope)
+    x = x.repeat(2, 1)  # two samples: a norm without running statistics wants more than one
     if is_convolution(producer):
         x = x[:, :, None, None]
     each = 1
@@ -76,19 +76,20 @@ class _Target(NamedTuple):
 
 def _target(reader: Reader) -> _Target | None:
     """What is added to all outputs of the reader: its bias, or (with the other sign) the mean that a norm subtracts."""
-    layer, behind = reader.layer, reader.behind
+    layer: Any = reader.layer
+    behind: Any = reader.behind
     if layer.bias is not None:
-        return _Target(layer.bias, 1)  # type: ignore[arg-type]
+        return _Target(layer.bias, 1)
     straight = not isinstance(layer, SparseLayer) or layer.epilogue.slope == 1.0
-    if straight and type(behind) in (nn.BatchNorm1d, nn.BatchNorm2d) and behind.running_mean is not None:  # type: ignore[union-attr]
-        return _Target(behind.running_mean, -1)  # type: ignore[union-attr,arg-type]
+    if straight and type(behind) in (nn.BatchNorm1d, nn.BatchNorm2d) and behind.running_mean is not None:
+        return _Target(behind.running_mean, -1)
     return None
 
 
-def _product(layer: nn.Module, x: Tensor) -> Tensor:
+def _product(layer: Any, x: Tensor) -> Tensor:
     """W x, (R,), of x (I,) that is mostly zero; a convolution's with its padding taken for more of the same."""
     if isinstance(layer, SparseLayer):
         terms = layer.values.double() * x[layer.topology.columns.to(torch.int64)]
         return x.new_zeros(layer.topology.shape[0]).index_add_(0, layer.topology.rows(), terms)
     at = x.nonzero()[:, 0]
-    return layer.weight.flatten(1)[:, at].double() @ x[at]  # type: ignore[union-attr,operator]
+    return layer.weight.flatten(1)[:, at].double() @ x[at]

@@ -164,7 +164,7 @@ class ImportancePruning(Method):
 
 
 @torch.no_grad()
-def importance(layer: nn.Module) -> Tensor:
+def importance(layer: Any) -> Tensor:
     """The sum of each neuron's absolute incoming weights, (O,).
 
     >>> importance(nn.Linear(3, 2)).shape
@@ -173,7 +173,7 @@ def importance(layer: nn.Module) -> Tensor:
     if isinstance(layer, SparseLayer):
         total = torch.zeros(layer.topology.shape[0], dtype=torch.float64, device=layer.values.device)
         return total.index_add_(0, layer.topology.rows(), layer.values.abs().double())
-    return layer.weight.flatten(1).abs().sum(1)  # type: ignore[union-attr,operator]
+    return layer.weight.flatten(1).abs().sum(1)
 
 
 def _obstacle(model: nn.Module, name: str, reader: Reader, optimizers: Sequence[Optimizer]) -> str | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -125,7 +125,7 @@ def _follow(producer: nn.Module, after: Mapping[str, list[Passage]], name: str, 
     raise ValueError(end or "its path ends with no layer that reads it")
 
 
-def _columns(layer: nn.Module, neurons: int, image: bool, flat: bool, text: str) -> int:
+def _columns(layer: Any, neurons: int, image: bool, flat: bool, text: str) -> int:
     """How many columns of the reading layer belong to a neuron."""
     into_image = is_convolution(layer)
     if into_image != (image and not flat):
@@ -136,7 +136,7 @@ def _columns(layer: nn.Module, neurons: int, image: bool, flat: bool, text: str)
         return _share(shape_of(layer)[1], neurons, spread=image, text=text)
     if groups_of(layer) > 1:
         raise ValueError(f"{text} follows, whose {groups_of(layer)} groups have channels of their own")
-    _share(layer.in_channels, neurons, spread=False, text=text)  # type: ignore[arg-type]
+    _share(layer.in_channels, neurons, spread=False, text=text)
     return shape_of(layer)[1] // neurons
 
 

@@ -53,12 +53,12 @@ def is_matrix(module: nn.Module) -> bool:
     return isinstance(module, SparseLayer) or (type(module) in MATRICES and "weight" in module._parameters)
 
 
-def shape_of(module: nn.Module) -> tuple[int, ...]:
+def shape_of(module: Any) -> tuple[int, ...]:
     """(O, I) of a kind with rows and columns, (O,) of one with a number for each feature."""
     if isinstance(module, SparseLayer):
         return module.topology.shape
     if is_matrix(module):
-        return tuple(module.weight.flatten(1).shape)  # type: ignore[union-attr,operator]
+        return tuple(module.weight.flatten(1).shape)
     return (getattr(module, _NAMES[type(module)][0]),)
 
 
@@ -163,7 +163,7 @@ def _first(wanted: int, have: int) -> Tensor:
     return torch.where(lines < have, lines, -1)
 
 
-def _shape_in(state: Mapping[str, Any], prefix: str, module: nn.Module) -> tuple[int, ...] | None:
+def _shape_in(state: Mapping[str, Any], prefix: str, module: Any) -> tuple[int, ...] | None:
     """The shape a module has in a state, or None where that is not of its kind: loading says what is wrong."""
     if isinstance(module, SparseLayer):
         try:
@@ -179,7 +179,7 @@ def _shape_in(state: Mapping[str, Any], prefix: str, module: nn.Module) -> tuple
         return None
     if not is_matrix(module):
         return tuple(weight.shape) if weight.dim() == 1 else None
-    same_kind = weight.shape[2:] == module.weight.shape[2:] and weight.dim() == module.weight.dim()  # type: ignore[union-attr,operator]
+    same_kind = weight.shape[2:] == module.weight.shape[2:] and weight.dim() == module.weight.dim()
     return tuple(weight.flatten(1).shape) if same_kind else None
 
 
@@ -242,7 +242,8 @@ class Change:
                     setattr(module, name, part.apply(buffer.flatten()).view(self.shapes[name]))
             note_sizes(module)
             return
-        shape = self.remap.resized((*shape_of(module), 1)[:2])  # type: ignore[arg-type]
+        height, width = (*shape_of(module), 1)[:2]
+        shape = self.remap.resized((height, width))
         for name, before in old.items():
             if (part := self.remap.of(name)) is not None:
                 kernel = before.shape[2:]
@@ -284,10 +285,9 @@ def _change(
         )
     elif isinstance(module, SparseLayer):
         topology, remap = resize(module.topology, rows=lines.rows, columns=lines.columns)
-    elif is_matrix(module):
-        remap = resize_full(shape_of(module), rows=lines.rows, columns=lines.columns)  # type: ignore[arg-type]
     else:
-        remap = resize_full((*shape_of(module), 1), rows=lines.rows)  # type: ignore[arg-type]
+        height, width = (*shape_of(module), 1)[:2]  # a norm has one column
+        remap = resize_full((height, width), rows=lines.rows, columns=lines.columns)
     return Change(name, module, remap, topology, listeners_of(module), optimizers, tied, shapes)
 
 
