@@ -125,21 +125,6 @@ def test_gap_grows_one_partition_after_the_other(sparse):
     assert turns == cycle + cycle + [[0.2] * 3] * 4
 
 
-@pytest.mark.parametrize("partitions", [1, 3])
-def test_a_global_pattern_does_not_see_what_grows(partitions):
-    model = network()
-    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
-    gap = GaP(density=0.2, every=2, partitions=partitions, rounds=1, pattern=Globally())
-    seen = []
-    with attach(model, optimizer, Watch(lambda: seen.append([*gap.report().values()])), gap):
-        run(model, optimizer, 0, 2 * partitions + 2)
-    for step, layers in enumerate(seen):
-        others = [
-            k for part, k in enumerate(layers) if step >= 2 * partitions or (partitions > 1 and part != step // 2)
-        ]
-        assert sum(k.weights for k in others) == round(0.2 * sum(k.places for k in others))
-
-
 def test_what_grows_starts_at_zero_and_learns():
     model = network()
     optimizer = AdamW(model.parameters(), lr=0.01)

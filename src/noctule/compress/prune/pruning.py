@@ -193,11 +193,11 @@ class Pruning(Method):
         return Candidates(shape, (~self._gone[name]).flatten().nonzero()[:, 0], scores)
 
     def prune_(self, pattern: Pattern, density: float, score: Score, spare: Collection[str] = ()) -> None:
-        """Take away what the pattern does not keep of all layers but those to spare, which it does not see."""
-        weights = {name: self.weight(name) for name in self.layers if name not in spare}
+        """Take away what the pattern does not keep of all layers, but nothing of those to spare."""
+        weights = {name: self.weight(name) for name in self.layers}
         scored = [self.candidates(name, score(w.detach(), w.grad)) for name, w in weights.items()]
-        if scored:
-            self.keep_(dict(zip(weights, pattern(scored, density), strict=True)))
+        stays = zip(weights, pattern(scored, density), strict=True)
+        self.keep_({name: mask for name, mask in stays if name not in spare})
 
     @torch.no_grad()
     def keep_(self, stays: Mapping[str, Tensor]) -> None:
