@@ -221,7 +221,7 @@ def _train(
             tickets.superpose_(model)
             update_bn(batches.epoch(epochs), model)
     seconds = time.process_time() - started
-    if method != "dense":
+    if method not in ("dense", *SPARSE):
         sparsify_(model, below=1.0)
     weights, places, kept = _weights(model)
     crops = [method.pruned_at for method in own if isinstance(method, EarlyCroP) and method.pruned_at]
