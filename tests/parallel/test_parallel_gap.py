@@ -145,3 +145,13 @@ def test_refused():
 
     with pytest.raises(ExchangeError, match="density"):
         together(WORKERS, different)
+
+    def exchanged(path):
+        model, worker = network(), (1, 0, 2)[path.rank]
+        method = ParallelGaP(Channel(path=path), worker=worker, workers=WORKERS, density=0.25, every=1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with attach(model, optimizer, method):
+            train(model, optimizer, path.rank, range(1))
+
+    with pytest.raises(ExchangeError, match="ranks from 0 to 2"):
+        together(WORKERS, exchanged)

@@ -197,19 +197,32 @@ def _agree(exchange: Exchange, mine: Mapping[str, str]) -> None:
 
 def _share(exchange: Exchange, tensors: Sequence[Tensor], name: str) -> list[list[Tensor]]:
     """The tensors of every worker, in the shapes that they have here, on the CPU."""
-    flat = [x.detach().cpu().contiguous().flatten() for x in tensors]
-    sizes, arrived = [x.nbytes for x in flat], list[list[Tensor]]()
-    for worker, message in enumerate(exchange.share(b"".join(x.view(torch.uint8).numpy().tobytes() for x in flat))):
-        if len(message) != sum(sizes):
-            raise ExchangeError(
-                f"worker {worker} sent {len(message)} bytes for {name!r}, where {sum(sizes)} are needed: do all merge at once?"
-            )
-        wire, at = torch.frombuffer(bytearray(message + b"\0"), dtype=torch.uint8), 0  # frombuffer takes no empty one
-        arrived.append([])
-        for x, size in zip(tensors, sizes, strict=True):
-            arrived[-1].append(wire[at : at + size].clone().view(x.dtype).view(x.shape))
-            at += size
-    return arrived
+    messages = exchange.share(to_bytes(tensors))
+    return [from_bytes(message, tensors, worker, repr(name)) for worker, message in enumerate(messages)]
+
+
+def to_bytes(tensors: Iterable[Tensor]) -> bytes:
+    """The numbers of tensors, one after the other."""
+    flat = (x.detach().cpu().contiguous().flatten() for x in tensors)
+    return b"".join(x.view(torch.uint8).numpy().tobytes() for x in flat)
+
+
+def from_bytes(message: bytes, likes: Sequence[Tensor], worker: int, of: str) -> list[Tensor]:
+    """Tensors of these shapes and dtypes, on the CPU.
+
+    Raises:
+        ExchangeError: there are more or fewer bytes.
+    """
+    if len(message) != sum(x.nbytes for x in likes):
+        raise ExchangeError(
+            f"worker {worker} sent {len(message)} bytes for {of}, where {sum(x.nbytes for x in likes)} are needed: "
+            "do all merge at once?"
+        )
+    wire, at, read = torch.frombuffer(bytearray(message + b"\0"), dtype=torch.uint8), 0, list[Tensor]()
+    for x in likes:  # frombuffer takes no empty one
+        read.append(wire[at : at + x.nbytes].clone().view(x.dtype).view(x.shape))
+        at += x.nbytes
+    return read
 
 
 def _checked(keys: Tensor, topology: Topology, name: str) -> Tensor:

@@ -5,7 +5,7 @@ form. Differs from the authors' code, which trains the parts as separate runs an
 with its own optimizer state; biases, norms and other parameters, and the buffers, become the workers' mean.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from noctule.core.errors import ExchangeError
 from noctule.core.exchange import Exchange
 from noctule.core.optim import check_carry
 from noctule.exchange.handshake import agree
+from noctule.parallel.merging import from_bytes, to_bytes
 from noctule.sparse.budget import check_density
 from noctule.sparse.layers import SparseLayer
 
@@ -32,7 +33,7 @@ class ParallelGaP(Pruning):
 
     Args:
         exchange: between the workers, such as a `Channel`.
-        worker: the number of this one, from 0 on.
+        worker: the rank of this one in the exchange, from 0 on.
         workers: how many there are, and partitions of the layers.
         density: of the layers that are pruned, in (0, 1].
         every: steps of a turn.
@@ -85,46 +86,50 @@ class ParallelGaP(Pruning):
         for name in self.layers:
             check_carry(self._optimizers, self.weight(name))  # what grows needs new state
         self._parts = cut([*self.layers], self.workers)
-        self._trained = model
 
     @override
     def act(self) -> None:
         if self.steps > self.until or (self.steps - 1) % self.every:
             return
-        self._join()
+        assert self._model is not None
+        self._join(self._model)
         own = self._parts[self.worker]
         self.prune_(self.pattern, self.density, self.score, spare=own if self.steps == 1 else ())
         if self.steps < self.until:
             for name in own:
                 self.grow_(name)
 
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"exchange": self.exchange.state_dict()}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.exchange.load_state_dict(state["exchange"])
+
     @torch.no_grad()
-    def _join(self) -> None:
+    def _join(self, model: nn.Module) -> None:
         """The weights of each layer from the worker that grew it, and the mean of all else."""
         grown = self.steps > 1
         if not grown:
             options = {key: getattr(self, key) for key in ("workers", "density", "every", "rounds", "pattern")}
-            agree(self.exchange, self._trained, options, weights={})
-        own = [self.weight(name).detach().cpu().flatten() for name in self._parts[self.worker]]
-        sent = torch.cat(own).contiguous().view(torch.uint8).numpy().tobytes()
-        messages = self.exchange.share(sent)
-        if len(messages) != self.workers:
-            raise ExchangeError(f"{len(messages)} workers are there, not workers={self.workers}")
+            agree(self.exchange, model, options, weights={})
+            numbers = [message.decode() for message in self.exchange.share(str(self.worker).encode())]
+            if numbers != [str(worker) for worker in range(self.workers)]:
+                raise ExchangeError(
+                    f"worker= must be the ranks from 0 to {self.workers - 1}, in their order; got {numbers}"
+                )
+        messages = self.exchange.share(to_bytes(self.weight(name) for name in self._parts[self.worker]))
         arrived: dict[str, Tensor] = {}
         for worker, (part, message) in enumerate(zip(self._parts, messages, strict=True)):
-            sizes = [self._size(name, grown) for name in part]
-            dtype = self.weight(part[0]).dtype
-            if len(message) != sum(sizes) * dtype.itemsize:
-                raise ExchangeError(
-                    f"worker {worker} sent {len(message)} bytes for {part}, not {sum(sizes) * dtype.itemsize}: it has other layers"
-                )
-            numbers = torch.frombuffer(bytearray(message), dtype=dtype)
-            arrived |= dict(zip(part, numbers.split(sizes), strict=True))
+            likes = [self._like(name, grown) for name in part]
+            arrived |= dict(zip(part, from_bytes(message, likes, worker, ", ".join(part)), strict=True))
         weights = {id(self.weight(name)) for name in self.layers}
         others: dict[str, Tensor] = {
-            n: p for n, p in self._trained.named_parameters() if p.requires_grad and id(p) not in weights
+            n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in weights
         }
-        others |= {n: b for n, b in self._trained.named_buffers() if b.is_floating_point()}
+        others |= {n: b for n, b in model.named_buffers() if b.is_floating_point()}
         means = self.exchange([x.detach() for x in others.values()], [*others]) if others else []
         for x, mean in zip(others.values(), means, strict=True):
             x.copy_(mean)
@@ -134,6 +139,8 @@ class ParallelGaP(Pruning):
             weight = self.weight(name)
             weight.copy_(numbers.view_as(weight))
 
-    def _size(self, name: str, grown: bool) -> int:
-        layer: Any = self.layers[name]
-        return layer.topology.places if grown and isinstance(layer, SparseLayer) else self.weight(name).numel()
+    def _like(self, name: str, grown: bool) -> Tensor:
+        """The shape and dtype of a weight where it is, or is not, grown."""
+        layer, weight = self.layers[name], self.weight(name)
+        places = layer.topology.places if grown and isinstance(layer, SparseLayer) else weight.numel()
+        return torch.empty(places, dtype=weight.dtype, device="meta")

@@ -232,7 +232,8 @@ class Change:
                 note_sizes(module)
 
     def _move_dense(self, old: Mapping[str, nn.Parameter]) -> None:
-        module, rows = self.module, self.remap.rows
+        module: Any = self.module  # of one of several kinds
+        rows = self.remap.rows
         if self.shapes:
             for name, before in old.items():
                 if (part := self.remap.of(name)) is not None:
@@ -254,7 +255,7 @@ class Change:
                 setattr(module, name, rows.apply(buffer))
         groups = shape[0] if groups_of(module) > 1 else 1  # depthwise
         if groups > 1:
-            module.groups = groups  # type: ignore[assignment] torch types what modules hold as tensors and modules
+            module.groups = groups
         sizes = (shape[0], shape[1] // prod(getattr(module, "kernel_size", ())) * groups)
         for name, size in zip(_NAMES[type(module)], sizes):
             setattr(module, name, size)
@@ -321,7 +322,7 @@ def _owner(model: nn.Module, tensor: str) -> tuple[nn.Module, str]:
     return model.get_submodule(module), name
 
 
-def note_sizes(module: nn.Module) -> None:
+def note_sizes(module: Any) -> None:
     """Note the shape of its weight in a module's own numbers, which say how it is printed and checked."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
@@ -341,4 +342,4 @@ def note_sizes(module: nn.Module) -> None:
             module.groups = shape[0]
         module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
     elif hasattr(module, "nf") and hasattr(module, "nx"):  # transformers' Conv1D
-        module.nx, module.nf = shape  # type: ignore[assignment] torch types what modules hold as tensors and modules
+        module.nx, module.nf = shape
