@@ -1,9 +1,15 @@
 // The kernels, once, for the instruction set of the including file and over the `Lanes` of an element: `Float32` or `BFloat16`.
 //
 // Everything here has internal linkage: the same template compiled for another instruction set must never replace it.
-#include <omp.h>
-
 #include <cstring>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else  // one thread, as in noctule.runtime
+#define omp_get_thread_num() 0
+#define omp_get_num_threads() 1
+#endif
+
 
 #include "elements.inl"
 #include "kernels.h"
@@ -426,8 +432,6 @@ Code<E> code() {
             products<Lanes, int64_t, int32_t>(),  epilogue_backward<Lanes, E>,         place<Lanes, E>,
             transpose<Lanes, E>,                  copy_rows<Lanes, E>};
 }
-
-Kernels table() { return {code<Float32>(), code<BFloat16>()}; }
 
 }  // namespace
 }  // namespace noctule::NOCTULE_ISA

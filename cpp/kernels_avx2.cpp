@@ -2,4 +2,7 @@
 
 #include "kernels.inl"
 
-noctule::Kernels noctule::avx2_kernels() { return avx2::table(); }
+noctule::Kernels noctule::avx2_kernels() {
+    using namespace avx2;
+    return {code<Float32>(), code<BFloat16>()};
+}

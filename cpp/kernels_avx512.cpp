@@ -2,4 +2,7 @@
 
 #include "kernels.inl"
 
-noctule::Kernels noctule::avx512_kernels() { return avx512::table(); }
+noctule::Kernels noctule::avx512_kernels() {
+    using namespace avx512;
+    return {code<Float32>(), code<BFloat16>()};
+}

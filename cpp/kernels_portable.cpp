@@ -2,4 +2,7 @@
 
 #include "kernels.inl"
 
-noctule::Kernels noctule::portable_kernels() { return portable::table(); }
+noctule::Kernels noctule::portable_kernels() {
+    using namespace portable;
+    return {code<Float32>(), code<BFloat16>()};
+}
