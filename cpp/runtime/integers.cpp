@@ -13,13 +13,19 @@ namespace {
 enum : int { portable_set, avx2_set, vnni_set };
 int chosen = portable_set;
 
+// The kernels of a set that this machine can run: even their table is made by its instructions.
 const Integers& of(int set) {
-    static const Integers portable = portable_integers();
 #ifdef NOCTULE_X86
-    static const Integers avx2 = avx2_integers(), vnni = vnni_integers();
-    if (set == avx2_set) return avx2;
-    if (set == vnni_set) return vnni;
+    if (set == vnni_set) {
+        static const Integers vnni = vnni_integers();
+        return vnni;
+    }
+    if (set == avx2_set) {
+        static const Integers avx2 = avx2_integers();
+        return avx2;
+    }
 #endif
+    static const Integers portable = portable_integers();
     return portable;
 }
 
