@@ -215,14 +215,22 @@ void finish_rows(const Product& p, const int32_t* order, int64_t first, int64_t 
     float scale[W], bias[W], v[W];
     int64_t rows[W];
     int count = 0;
-    for (int i = 0; i < W; ++i) {
-        const int64_t row = order ? order[first + i] : first + i;
-        const bool there = row >= 0 && row < p.rows;
-        rows[i] = there ? row : -1;
-        count += there;
-        correction[i] = there ? p.correction[row] : 0;
-        scale[i] = there ? p.scale[row] : 0.0f;
-        bias[i] = there ? p.bias[row] : 0.0f;
+    if (!order && first + W <= p.rows) {
+        count = W;
+        for (int i = 0; i < W; ++i) rows[i] = first + i;
+        L::store(correction, L::load(p.correction + first));
+        L::store(scale, L::numbers(p.scale + first));
+        L::store(bias, L::numbers(p.bias + first));
+    } else {
+        for (int i = 0; i < W; ++i) {
+            const int64_t row = order ? order[first + i] : first + i;
+            const bool there = row >= 0 && row < p.rows;
+            rows[i] = there ? row : -1;
+            count += there;
+            correction[i] = there ? p.correction[row] : 0;
+            scale[i] = there ? p.scale[row] : 0.0f;
+            bias[i] = there ? p.bias[row] : 0.0f;
+        }
     }
     const auto numbers = value<L>(L::load(sums), L::load(correction), L::numbers(scale), L::numbers(bias), p.slope);
     if (p.store == Store::floats) {

@@ -12,10 +12,13 @@ struct Lanes : Lanes256 {
     static Int dot(Int sum, Int x, Int w) {
         return add(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
     }
-    // Bytes of x at these places, each below 16.
+    // Bytes of x at these places, each below 32.
     static Int look_up(const uint8_t* x, Int places) {
-        const Int table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-        return _mm256_shuffle_epi8(table, places);
+        const Int low = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+        const Int high = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + 16)));
+        // A set upper bit gives zero: here for places from 16 on, there for those below.
+        return either(_mm256_shuffle_epi8(low, _mm256_add_epi8(places, _mm256_set1_epi8(0x70))),
+                      _mm256_shuffle_epi8(high, _mm256_sub_epi8(places, _mm256_set1_epi8(16))));
     }
 };
 
@@ -61,7 +64,7 @@ struct Pairs {
 
 struct Set {
     using Lanes = avx2::Lanes;
-    static constexpr int terms = 2, window = 16, step = 16, paired = 2;
+    static constexpr int terms = 2, window = 32, step = 16, paired = 2;
     static constexpr int sparse_columns = 64, block_vectors = 8, dense_rows = 4, dense_vectors = 2;
 
     template <class F>

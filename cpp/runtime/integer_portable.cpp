@@ -75,6 +75,7 @@ template <int NV>
 struct Singles {
     using Lanes = portable::Lanes;
     using Int = Lanes::Int;
+    using Short = int16_t __attribute__((vector_size(16)));
     static constexpr int group = 1, words = 2, columns = 8 * NV, vectors = NV;
     Int sum[NV];
 
@@ -83,7 +84,9 @@ struct Singles {
     }
     void add(const int32_t* record, const uint8_t* x, int64_t ld) {
         const uint8_t* const from = x + record[0] * ld;
-        UNROLLED for (int i = 0; i < NV; ++i) sum[i] += Lanes::load_bytes(from + 8 * i) * record[1];
+        const auto w = Short{} + static_cast<int16_t>(record[1]);
+        UNROLLED for (int i = 0; i < NV; ++i)  // a product fits in 16 bits
+            sum[i] += __builtin_convertvector(__builtin_convertvector(Lanes::read<Lanes::Bytes>(from + 8 * i), Short) * w, Int);
     }
     void finish(Int* sums) const {
         for (int i = 0; i < NV; ++i) sums[i] = sum[i];
