@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 if path := os.environ.get("NOCTULE_EMULATED"):  # see test_integers_emulated.py
     spec = spec_from_file_location("noctule.runtime._native", path)
     assert spec and spec.loader
-    sys.modules["noctule.runtime._native"] = module_from_spec(spec)
+    sys.modules["noctule.runtime._native"] = emulated = module_from_spec(spec)
+    spec.loader.exec_module(emulated)
 
 from noctule.runtime import _native, integers
 from noctule.runtime.integers import BlockWeight, DenseWeight, Epilogue, Operands, SparseWeight
