@@ -197,22 +197,5 @@ class Quantize(Operator):
         return self.to.codes(inputs[0])
 
     def calls(self, plan: Plan, inputs: Sequence[Buffer], output: Buffer) -> list[Call]:
-        return integers.quantize_calls(inputs[0].address, output.address, inputs[0].numbers, self.to)
-
-
-@dataclass(frozen=True, eq=False)
-class Dequantize(Operator):
-    """Activations of codes."""
-
-    def infer(self, *inputs: Value) -> Value:
-        check(inputs[0].kind == "codes", f"only codes become floats, not {inputs[0].kind}")
-        return Value(inputs[0].shape)
-
-    def reference(self, inputs: Sequence[np.ndarray], values: Sequence[Value]) -> np.ndarray:
-        assert values[0].grid is not None
-        return values[0].grid.floats(inputs[0])
-
-    def calls(self, plan: Plan, inputs: Sequence[Buffer], output: Buffer) -> list[Call]:
-        (x,) = inputs
-        assert x.value.grid is not None
-        return integers.dequantize_calls(x.address, output.address, x.numbers, x.value.grid)
+        (x,), to = inputs, self.to
+        return [integers.quantize(x.address, x.numbers, float(to.inverse), to.zero_point, to.highest, output.address)]

@@ -22,6 +22,10 @@ Pair = tuple[int, int]
 SPARSE_BELOW = 0.35
 """The share of stored weights up to which a product by places is faster than the dense one."""
 
+BLOCKS_FROM = 16
+"""Columns from which blocks of codes have a kernel of their own."""
+MOST_TERMS = (2**31 - 1) // (127 * 255) // 2
+"""Products of codes in a sum, and as many for its zero point."""
 FEW = 8
 """Lanes up to which a dense product is one of lines of single samples."""
 
@@ -73,7 +77,9 @@ class Product(Operator):
     def result(self, x: Value, shape: tuple[int, ...]) -> Value:
         """What comes out; refuses tokens, and codes with a weight that is not of 8 bits."""
         check(x.kind != "tokens", "a product reads floats or codes, not tokens")
-        check(x.grid is None or self.weight.scales is not None, "codes need a weight of codes")
+        if x.grid is not None:
+            check(self.weight.scales is not None, "codes need a weight of codes")
+            check(self.weight.shape[1] <= MOST_TERMS, f"sums of more than {MOST_TERMS} products of codes do not fit into 32 bits")
         return Value(shape, "codes" if self.to else "float32", self.to)
 
     def finish(self, product: np.ndarray, grid: Grid | None, axis: int) -> np.ndarray:
@@ -117,6 +123,42 @@ class Product(Operator):
         row_ptr, starts, values = plan.keep((self, "places", rows.key), lambda: self._places(rows, w.floats))
         arrays = (row_ptr.ctypes.data, starts.ctypes.data, values.ctypes.data)
         return [(_native.sparse, (w.shape[0], *arrays, *where, bias, self.slope))]
+
+    def _integer_calls(self, plan: Plan, grid: Grid, rows: Rows, where: tuple[int, ...]) -> list[Call]:
+        address, ld, x_step, y, y_ld, y_step, columns, lines = where
+        w, to, before = self.weight, self.to, list[Call]()
+        if w.flat is None and rows.starts.ndim == 1:
+            made = plan.keep((self, "dense", rows.key), lambda: integers.DenseWeight(w.integers, rows.starts, grid.highest))
+        elif w.block > 1 and lines == 1 and columns >= BLOCKS_FROM:
+            made = plan.keep((self, "blocks"), lambda: integers.BlockWeight(w.row_ptr, w.columns, w.integers, grid.highest))
+            across = plan.scratch(w.shape[1] * columns)
+            before = [integers.interleave(address, ld, w.shape[1], columns, across)]
+            address, ld = across, columns
+        else:
+            places = lambda: integers.SparseWeight(*self._places(rows, w.integers), grid.highest)  # noqa: E731
+            made = plan.keep((self, "sparse", rows.key), places)
+        scratch = plan.scratch(made.scratch_bytes(columns))
+        operands = integers.Operands(
+            x=address, ld=ld, x_step=x_step, y=y, y_ld=y_ld, y_step=y_step, columns=columns, lines=lines, scratch=scratch
+        )
+        return before + made.calls(operands, plan.keep((self, "epilogue"), lambda: self._epilogue(grid, to)))
+
+    def _epilogue(self, grid: Grid, to: Grid | None) -> integers.Epilogue:
+        rows = self.weight.shape[0]
+        sums = self.weight.dense(self.weight.integers).astype(np.int64).sum(1)
+        return integers.Epilogue(
+            correction=-grid.zero_point * sums,
+            scale=self._scales(grid),
+            bias=np.zeros(rows, np.float32) if self.bias is None else self.bias,
+            slope=self.slope,
+            inverse=None if to is None else float(to.inverse),
+            zero=0 if to is None else to.zero_point,
+            highest=255 if to is None else to.highest,
+        )
+
+    def _scales(self, grid: Grid) -> np.ndarray:
+        assert self.weight.scales is not None
+        return self.weight.scales * np.float32(grid.scale)
 
     def _places(self, rows: Rows, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where rows begin (O + 1,), what each weight reads (N,), and the weight; of a dense matrix all are stored."""
