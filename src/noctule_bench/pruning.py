@@ -124,7 +124,7 @@ def pruning(
     seeds: tuple[int, ...] = (0, 1, 2),
     epochs: int = 3,
     channels: tuple[int, ...] = (16, 32),
-    hidden: int = 128,
+    hidden: int = 1024,
     penalty: float = 0.3,
     samples: int | None = None,
     threads: int = 1,
