@@ -28,6 +28,7 @@ BENCHMARKS = (
     "saved",
     "distil",
     "smaller",
+    "efficient",
     "bat_brain",
     "transformer",
     "together",
