@@ -28,6 +28,7 @@ check: $(VENV)/installed
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_public.py
 	tests/wheel.sh $(BIN)/python
+	tests/runtime_wheel.sh $(BIN)/python
 
 # The site, in build/site: pages of docs/ and the API from docstrings. A broken link is an error.
 docs: $(VENV)/docs
@@ -67,4 +68,4 @@ $(VENV)/docs: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist src/noctule/_native*.so
+	rm -rf $(VENV) build dist src/noctule/_native*.so src/noctule/runtime/_native*.so

@@ -33,7 +33,7 @@ def saved(
     batch: int = 128,
     warm: int = 20,
     rounds: int = 7,
-    k: float = 0.035,
+    k: float = 0.02,
     rows: tuple[str, ...] = (),
     trained: int = 8,
     seeds: tuple[int, ...] = (0, 1, 2),

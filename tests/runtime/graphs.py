@@ -49,6 +49,8 @@ def weight(rows: int, columns: int, density: float = 1.0, *, codes: bool = False
 
 class Build:
     def __init__(self, input: Value) -> None:
+        global rng
+        rng = np.random.default_rng(0)
         self.input, self.steps = input, []
 
     def __call__(self, operator: Operator, *of: int) -> int:

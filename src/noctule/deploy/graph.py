@@ -75,7 +75,9 @@ class _Run:
             results = [self.values[x] for x in node.args[0] if isinstance(x, Node)]  # pyright: ignore
             if len(results) != 1 or not isinstance(results[0], Ref) or results[0].batch != 0:
                 raise ExportError("noctule.runtime runs models with one output, a tensor with the batch first")
-            self.output = results[0].number
+            if (number := results[0].number) == 0:
+                raise ExportError("the model returns its input: there is nothing to ship")
+            self.output = number
             return None
         arguments, named = map_arg(node.args, self.values.__getitem__), map_arg(dict(node.kwargs), self.values.__getitem__)
         self.steps.name, self.steps.node = where(node), node

@@ -6,7 +6,7 @@ from typing import Any
 
 from noctule.runtime.graph import Graph, Step
 from noctule.runtime.operators import Affine, Clamp, Conv2d, Linear, Permute, Pointwise, Pool, Quantize, Reshape, Slice
-from noctule.runtime.values import Value
+from noctule.runtime.values import Grid, Value
 
 UNLIMITED = Clamp()
 
@@ -45,9 +45,18 @@ def _joined(first: Any, second: Any) -> Any:
     if isinstance(second, Clamp) and (second.low, second.high) == (UNLIMITED.low, UNLIMITED.high):
         if isinstance(first, Linear | Conv2d | Affine | Pointwise) and first.slope == 1.0 and getattr(first, "to", None) is None:
             return replace(first, slope=second.slope)
+    if isinstance(second, Quantize) and isinstance(first, Clamp) and _within(second.to, first):
+        return second
     if isinstance(second, Quantize) and isinstance(first, Linear | Conv2d) and first.to is None and first.weight.scales is not None:
         return replace(first, to=second.to)
     return None
+
+
+def _within(grid: Grid, clamp: Clamp) -> bool:
+    """Whether rounding to a grid cuts what lies outside of these limits anyway."""
+    low = max(clamp.low, 0.0) if clamp.slope == 0.0 else clamp.low
+    low_end, high_end = -grid.zero_point * grid.scale, (grid.highest - grid.zero_point) * grid.scale
+    return clamp.slope in (0.0, 1.0) and low_end >= low and high_end <= clamp.high
 
 
 def _without(steps: list[Step], number: int, joined: Step) -> list[Step]:
@@ -63,8 +72,6 @@ def _without(steps: list[Step], number: int, joined: Step) -> list[Step]:
 
 def _live(steps: list[Step], output: int) -> list[Step]:
     """The steps that the output depends on, itself last."""
-    if output == 0:
-        raise ValueError("the model returns its input")
     live, numbers = {output}, {0: 0}
     for number in range(output, 0, -1):
         if number in live:

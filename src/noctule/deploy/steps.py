@@ -1,5 +1,6 @@
 """The steps of a graph while a model is read: values with the axis of their batch, and adding steps to it."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,8 +62,9 @@ class Steps:
         whole = self.node.meta["val"].shape
         batches = [k for k, n in enumerate(whole) if isinstance(n, torch.SymInt)]
         shape = tuple(int(n) for k, n in enumerate(whole) if k not in batches)
-        before = int(np.prod(self.shape(x)[: x.batch]))
-        if len(batches) != 1 or int(np.prod([int(n) for n in whole[: batches[0]]])) != before:
+        before = math.prod(self.shape(x)[: x.batch])
+        alone = len(batches) == 1 and math.prod(shape) == self.values[x.number].numbers
+        if not alone or math.prod(whole[: batches[0]]) != before:
             raise ValueError(f"it merges the batch with other axes, or fixes its size: {[*map(str, whole)]}")
         if shape == self.shape(x):
             return Ref(x.number, batches[0])

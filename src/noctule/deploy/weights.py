@@ -57,7 +57,7 @@ def made(
             whole[np.searchsorted(held, flat // BLOCK), flat % BLOCK] = numbers
             flat, numbers, block = held, whole.reshape(-1), BLOCK
         places = Places.smallest(flat, rows, columns // block)
-        if places.data.nbytes + numbers.size * each >= rows * columns * each:
+        if bits != 1 and places.data.nbytes + numbers.size * each >= rows * columns * each:  # one bit has no zero
             whole = np.zeros((rows * columns // block, block), numbers.dtype)
             whole[flat] = numbers.reshape(-1, block)
             places, block, numbers = None, 1, whole.reshape(-1)

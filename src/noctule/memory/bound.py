@@ -42,7 +42,7 @@ class AdaptiveBound(Method):
         ValueError: ``k`` or ``every`` is out of range; at `attach`: no layer has an optimizer that keeps a momentum.
     """
 
-    def __init__(self, *, k: float = 0.035, every: int = 100) -> None:
+    def __init__(self, *, k: float = 0.02, every: int = 100) -> None:
         if not k > 0.0 or every < 1:
             raise ValueError(f"k must be above 0 and every at least 1, got {k} and {every}")
         self.k, self.every, self.steps = k, every, 0

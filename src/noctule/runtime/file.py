@@ -91,7 +91,8 @@ def _tensors(header: dict[str, Any], data: memoryview) -> dict[str, np.ndarray]:
         if end - begin != numbers * np.dtype(DTYPES[dtype]).itemsize or end > len(data):
             raise ModelFileError(f"{where} of shape {shape} cannot lie at bytes {begin:,} to {end:,} of {len(data):,}")
         places.append((begin, end, name))
-        tensors[name] = np.frombuffer(data[begin:end], DTYPES[dtype]).reshape(shape)
+        array = np.frombuffer(data[begin:end], DTYPES[dtype]).reshape(shape)
+        tensors[name] = np.require(array, requirements="A")  # a copy where other writers put it at an odd address
     at = 0
     for begin, end, name in sorted(places):
         if begin != at:
