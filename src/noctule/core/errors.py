@@ -17,6 +17,10 @@ class ExchangeError(NoctuleError, RuntimeError):
     """Workers do not fit together, or what one of them sent is torn, late or not what it must be."""
 
 
+class ExportError(NoctuleError, RuntimeError):
+    """A model cannot be written for another runtime, or what was written does not compute the same."""
+
+
 class LostWorkerError(ExchangeError):
     """An exchange was not finished: a worker died or left, or the link between them is down."""
 

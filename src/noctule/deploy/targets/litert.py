@@ -1,0 +1,1 @@
+TARGET=type("T",(),{"name":"litert"})
