@@ -43,6 +43,7 @@ def export(
     precision: str = "float32",
     ranges: Ranges | None = None,
     batches: Iterable[Any] | None = None,
+    activation_bits: int = 8,
 ) -> Exported:
     """Write a model for a runtime; what the file computes is compared with the model before it takes the file's name.
 
@@ -55,7 +56,9 @@ def export(
         to: a name of `TARGETS`.
         precision: "float32", "bfloat16" or "int8", as far as the target has it.
         ranges: of the inputs of layers, from `calibrate` after `fold_batch_norms`, to quantise a model in floating point.
-        batches: of training data, as for `calibrate`: they give ``ranges`` where there are none, and ranges of outputs.
+        batches: of training data, as for `calibrate`, or mappings of arguments: they give ``ranges`` where there are none, and
+            ranges of what layers give. Without them the latter are those of the example.
+        activation_bits: 8, or 7 for runtimes whose sums saturate on processors without VNNI, as OpenVINO's do.
 
     Raises:
         UsageError: the target, its precision or the suffix is none that there is.
@@ -70,7 +73,7 @@ def export(
     if target.module != "noctule.runtime":
         needed(target.module, target.needs)
     args, kwargs = arguments(example)
-    prepared, inputs, outputs = in_precision(model, example, precision, ranges, batches)
+    prepared, inputs, outputs = in_precision(model, example, precision, ranges, batches, activation_bits)
     with _in_place(path) as temporary:
         job = Job(
             model=prepared, args=args, kwargs=kwargs, path=temporary, precision=precision, ranges=inputs, outputs=outputs
@@ -83,7 +86,8 @@ def export(
         if not found.holds:
             where = first_difference(model, args, kwargs, written, precision)
             layer = f"The first layer that differs is {where}" if where else "No single layer was found to differ"
-            raise ExportError(f"the file does not compute what the model does, so it was removed. {found}. {layer}")
+            known = "".join(f". {note}" for note in written.fell_back)
+            raise ExportError(f"the file does not compute what the model does, so it was removed. {found}. {layer}{known}")
     return Exported(path, to, precision, written.fell_back, found)
 
 

@@ -18,6 +18,7 @@ from noctule.deploy.target import Ranges
 
 KEEPING = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")
 """Operators after which rounding is the same as before them."""
+LIMITING = ("Relu", "Clip")
 
 
 class Layers:
@@ -61,7 +62,11 @@ class Layers:
                 notes.append(f"{name}: weights of {layer.bits} bits are stored in 8")
         for name, out in convolutions:
             self._round_output(name, out)
-        self._drop_relus()
+        for node in [node for node in self.nodes if node.op_type == "Add"]:
+            value, _, _ = self._behind(node.output[0])
+            if (to := self._read_as(value)) is not None:
+                self._all_read(value, self._round(value, to, node.name))
+        self._drop_limits()
         del self.graph.node[:]
         self.graph.node.extend(self._in_order())
         for domain in [entry for entry in self.proto.opset_import if entry.domain == "noctule"]:
@@ -77,7 +82,7 @@ class Layers:
 
     def _constant(self, name: str, value: Any) -> str:
         if all(there.name != name for there in self.graph.initializer):
-            self.graph.initializer.append(self.from_array(np.ascontiguousarray(value), name))
+            self.graph.initializer.append(self.from_array(np.array(value, order="C"), name))
         return name
 
     def _layer(self, name: str, layer: IntegerLayer, x: str, y: str, rank: int) -> str:
@@ -143,44 +148,60 @@ class Layers:
     def _readers(self, value: str) -> list[Any]:
         return [node for node in self.nodes if value in node.input]
 
-    def _reads(self, value: str) -> bool:
-        return any(output.name == value for output in self.graph.output)
+    def _behind(self, value: str, low: float = 0.0, high: float = 0.0) -> tuple[str, float, float]:
+        """What a Relu or Clip that alone reads a value makes of it, and of its range."""
+        while len(readers := self._readers(value)) == 1 and readers[0].op_type in LIMITING and not self._is_output(value):
+            below, above = self._limits(readers[0])
+            low, high, value = min(max(low, below), above), min(max(high, below), above), readers[0].output[0]
+        return value, low, high
+
+    def _read_as(self, value: str) -> Grid | None:
+        """The grid that a reader rounds a value to; an output of the model is read as it is."""
+        if self._is_output(value):
+            return None
+        return next((self.grids[r.output[0]] for r in self._readers(value) if r.output[0] in self.grids), None)
+
+    def _all_read(self, value: str, rounded: str) -> None:
+        """Have all that read a value read it rounded, but for the rounding itself."""
+        rounding = next(node.input[0] for node in self.nodes if node.output[0] == rounded)
+        for reader in self._readers(value):
+            if reader.output[0] != rounding:
+                for at, given in enumerate(reader.input):
+                    reader.input[at] = rounded if given == value else given
 
     def _round_output(self, name: str, value: str) -> None:
-        """Have a convolution's output rounded, where its value can only be read rounded."""
-        low, high = self.outputs.get(name, (0.0, 0.0))
-        while len(readers := self._readers(value)) == 1 and readers[0].op_type in ("Relu", "Clip") and not self._reads(value):
-            limits = [self._number(n) for n in readers[0].input[1:]] if readers[0].op_type == "Clip" else [0.0]
-            low, high = max(low, limits[0]), max(high, limits[0])
-            high = min(high, *limits[1:]) if limits[1:] else high
-            value = readers[0].output[0]
-        if self._reads(value):
-            return  # an output of the model is not rounded
-        to = next((self.grids[r.output[0]] for r in readers if r.output[0] in self.grids), None)
-        if to is None:
-            below = value
-            while len(after := self._readers(below)) == 1 and after[0].op_type in KEEPING:
-                below = after[0].output[0]
-            to = next((self.grids[r.output[0]] for r in after if r.output[0] in self.grids), None)
-        if to is None:
-            if name not in self.outputs:
-                raise ExportError(f"{name} has no range of outputs: no calibration batch went through it")
-            to = grid(float(low), float(high))
-        floats = self._round(value, to, f"{name or 'model'}.output")
-        for reader in self._readers(value):
-            if self.grids.get(reader.output[0]) != to:
-                for at, given in enumerate(reader.input):
-                    reader.input[at] = floats if given == value else given
+        """Have a convolution's output rounded before anything but a Relu or Clip reads it."""
+        layer = next(layer for own, layer in self.layers.values() if own == name)
+        assert isinstance(layer, Int8Layer)
+        value, low, high = self._behind(value, *self.outputs[name])
+        to, below = self._read_as(value), value
+        while to is None and len(after := self._readers(below)) == 1 and after[0].op_type in KEEPING:
+            below = after[0].output[0]
+            to = self._read_as(below)
+        if not self._is_output(value):
+            to = to or grid(low, high, bits=layer.grid.highest.bit_length())
+            self._all_read(value, self._round(value, to, f"{name or 'model'}.output"))
+
+    def _is_output(self, value: str) -> bool:
+        return any(output.name == value for output in self.graph.output)
+
+    def _limits(self, node: Any) -> tuple[float, float]:
+        given = [*node.input[1:], "", ""] if node.op_type == "Clip" else []
+        below, above = (self._number(n) if n else None for n in given[:2]) if given else (0.0, None)
+        return -float("inf") if below is None else below, float("inf") if above is None else above
 
     def _number(self, name: str) -> float:
         return float(self.to_array(next(entry for entry in self.graph.initializer if entry.name == name)))
 
-    def _drop_relus(self) -> None:
-        """Take out a Relu whose result is only read rounded to a grid that starts at 0: the rounding cuts there itself."""
-        for node in [node for node in self.nodes if node.op_type == "Relu"]:
-            readers = self._readers(node.output[0])
-            zero = [r.output[0] in self.grids and self.grids[r.output[0]].zero_point == 0 for r in readers]
-            if len(readers) == 1 and all(zero) and not self._reads(node.output[0]):
+    def _drop_limits(self) -> None:
+        """Take out a Relu or Clip whose result is only read rounded to a grid within its limits: the rounding cuts there itself."""
+        for node in [node for node in self.nodes if node.op_type in LIMITING]:
+            readers, to = self._readers(node.output[0]), self._read_as(node.output[0])
+            if len(readers) != 1 or to is None:
+                continue
+            below, above = self._limits(node)
+            ends = -to.scale * to.zero_point, to.scale * (255 - to.zero_point)
+            if below <= ends[0] and ends[1] <= above * (1 + 1e-6):
                 readers[0].input[0] = node.input[0]
                 self.nodes = [other for other in self.nodes if other is not node]
 

@@ -119,6 +119,7 @@ class _StandIn(nn.Module):
     def __init__(self, number: int, layer: IntegerLayer) -> None:
         super().__init__()
         self.number, self.geometry, self.out = number, layer.geometry, layer.widths[1]
+        self.weight = torch.empty(0)  # some models ask for its dtype
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -144,8 +145,9 @@ def _names(proto: Any) -> dict[str, str]:
         node.name = name if count[name] == 1 else f"{name}_{count[name]}"
         del node.metadata_props[:]
         node.doc_string = ""
-    for entry in (*proto.graph.initializer, *proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+    for entry in (*proto.graph.initializer, *proto.graph.input, *proto.graph.output):
         del entry.metadata_props[:]
+    del proto.graph.value_info[:]
     del proto.graph.metadata_props[:]
     del proto.metadata_props[:]
     return values

@@ -1,13 +1,14 @@
 """What stands between a model and its file: a copy in evaluation mode, in the precision that is asked for."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from noctule.compress.quantize import FakeQuantized, Int8Layer, StaticInt8, calibrate, fold_batch_norms
+from noctule.compress.quantize.layers import KINDS
 from noctule.core.convert import convert_
 from noctule.core.errors import ExportError
 from noctule.core.evaluating import evaluating
@@ -22,7 +23,7 @@ def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     Raises:
         ValueError: there is no tensor in it.
     """
-    args, kwargs = ((), dict(example)) if hasattr(example, "keys") else (example, {})
+    args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (example, {})
     args = args if isinstance(args, tuple) else (args,)
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     if not tensors or not tensors[0].dim() or not len(tensors[0]):
@@ -49,7 +50,12 @@ def answers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def in_precision(
-    model: nn.Module, example: Any, precision: str, ranges: Ranges | None, batches: Iterable[Any] | None
+    model: nn.Module,
+    example: Any,
+    precision: str,
+    ranges: Ranges | None,
+    batches: Iterable[Any] | None,
+    activation_bits: int = 8,
 ) -> tuple[nn.Module, Ranges, Ranges]:
     """A copy in evaluation mode and in a precision, with the ranges of inputs and outputs of its quantised layers.
 
@@ -74,29 +80,32 @@ def in_precision(
                 "in each call (dynamic int8) make convolutions 6 to 11 times slower than float32, so they are not offered"
             )
         fold_batch_norms(model)
-        ranges = ranges or calibrate(model, kept)
-        model = convert_(model, StaticInt8(ranges=ranges, narrowest=1)).model
-    return model, ranges or {}, _output_ranges(model, kept, args, kwargs)
+        named = any(isinstance(batch, Mapping) for batch in kept)
+        ranges = ranges or (_ranges(model, kept, KINDS, of_inputs=True) if named else calibrate(model, kept))
+        model = convert_(model, StaticInt8(ranges=ranges, activation_bits=activation_bits, narrowest=1)).model
+    inputs = [batch[0] if isinstance(batch, tuple | list) else batch for batch in kept]
+    return model, ranges or {}, _ranges(model, inputs or [kwargs or args], (Int8Layer,))
 
 
-@torch.no_grad()
-def _output_ranges(model: nn.Module, batches: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ranges:
-    """What the quantised layers give, over the batches, or over the example where there are none."""
+def _ranges(
+    model: nn.Module, batches: list[Any], kinds: tuple[type[nn.Module], ...], *, of_inputs: bool = False
+) -> dict[str, list[float]]:
+    """The lowest and the highest number, 0 at least, that these kinds of layers get or give."""
     found: dict[str, list[float]] = {}
 
     def watch(name: str) -> Any:
-        def see(layer: nn.Module, given: Any, y: Tensor) -> None:
+        def see(layer: nn.Module, args: Any, y: Tensor) -> None:
+            x = args[0] if of_inputs else y
             low, high = found.get(name, (0.0, 0.0))
-            found[name] = [min(low, float(y.min())), max(high, float(y.max()))]
+            found[name] = [min(low, float(x.min())), max(high, float(x.max()))]
 
         return see
 
-    handles = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if isinstance(m, Int8Layer)]
+    handles = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if isinstance(m, kinds)]
     try:
         for batch in batches:
-            model(batch[0] if isinstance(batch, tuple | list) else batch)
-        if not batches:
-            model(*args, **kwargs)
+            args, kwargs = arguments(batch)
+            answers(model, args, kwargs)
     finally:
         for handle in handles:
             handle.remove()

@@ -21,8 +21,12 @@ def _write(job: Job) -> Written:
     model = openvino.Core().read_model(program.proto.SerializeToString())
     model.set_rt_info(job.precision, PRECISION)
     openvino.save_model(model, str(job.path), compress_to_fp16=False)
-    notes = ["the file holds float32 numbers, which are rounded when it is loaded"] if job.precision == "bfloat16" else []
-    return Written(fell_back=[*program.notes, *notes])
+    notes = list(program.notes)
+    if job.precision == "bfloat16":
+        notes.append("the file holds float32 numbers, which are rounded when it is loaded")
+    if program.quantised and not all("7 bits" in note for note in notes or [""]):
+        notes.append("on processors without VNNI, sums of two 8-bit products saturate in OpenVINO: activation_bits=7 avoids it")
+    return Written(fell_back=notes)
 
 
 def _check(core: Any, precision: str) -> None:
