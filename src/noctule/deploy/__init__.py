@@ -6,25 +6,22 @@ The names are loaded on first use, so that a process which measures a file need 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-_HOME = {
-    "Agreement": "agreement",
-    "Card": "card",
-    "Exported": "exporting",
-    "Precisions": "precisions",
-    "TARGETS": "targets",
-    "card_of": "card",
-    "export": "exporting",
-    "precisions_of": "precisions",
-}
-
-__all__ = sorted(_HOME)
-
 if TYPE_CHECKING:
     from noctule.deploy.agreement import Agreement
     from noctule.deploy.card import Card, card_of
     from noctule.deploy.exporting import Exported, export
     from noctule.deploy.precisions import Precisions, precisions_of
     from noctule.deploy.targets import TARGETS
+
+__all__ = ["TARGETS", "Agreement", "Card", "Exported", "Precisions", "card_of", "export", "precisions_of"]
+
+_HOME = dict(
+    zip(
+        __all__,
+        ["targets", "agreement", "card", "exporting", "precisions", "card", "exporting", "precisions"],
+        strict=True,
+    )
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -81,7 +81,9 @@ def agreement(
         own_args, own_kwargs = resized(args, kwargs, size)
         want = answers(model, own_args, own_kwargs).numpy()
         if not np.isfinite(want).all():
-            raise ExportError("the model gives NaN or infinite numbers on the example, which nothing can be compared with")
+            raise ExportError(
+                "the model gives NaN or infinite numbers on the example, which nothing can be compared with"
+            )
         got = np.asarray(run(plain(own_kwargs or own_args)), np.float32)
         if got.shape != want.shape:
             raise ExportError(f"the file gives outputs of shape {got.shape} where the model gives {want.shape}")

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def export(
 ) -> Exported:
     """Write a model for a runtime; what the file computes is compared with the model before it takes the file's name.
 
-    Batch norms are folded into the layers before them. Sparse layers are written dense, but for "noctule". The model stays as it is.
+    Batch norms are folded into the layers before them. Sparse layers are written dense, but for
+    "noctule". The model stays as it is.
 
     Args:
         model: dense, sparse or quantised; it is written in evaluation mode.
@@ -76,18 +78,27 @@ def export(
     prepared, inputs, outputs = in_precision(model, example, precision, ranges, batches, activation_bits)
     with _in_place(path) as temporary:
         job = Job(
-            model=prepared, args=args, kwargs=kwargs, path=temporary, precision=precision, ranges=inputs, outputs=outputs
+            model=prepared,
+            args=args,
+            kwargs=kwargs,
+            path=temporary,
+            precision=precision,
+            ranges=inputs,
+            outputs=outputs,
         )
         written = target.write(job)
         batch = next(len(x) for x in (*args, *kwargs.values()) if hasattr(x, "shape"))
-        fixed = any("no others" in note for note in written.fell_back)
-        sizes = (batch,) if fixed else (batch, 3 if batch != 3 else 5)
+        low, high = written.batches
+        others = (size for size in (3, 5, 2, 1) if size != batch and low <= size <= (high or size))
+        sizes = (batch, *islice(others, 1))
         found = agreement(model, args, kwargs, target.open(temporary, 1), precision, sizes)
         if not found.holds:
             where = first_difference(model, args, kwargs, written, precision)
             layer = f"The first layer that differs is {where}" if where else "No single layer was found to differ"
             known = "".join(f". {note}" for note in written.fell_back)
-            raise ExportError(f"the file does not compute what the model does, so it was removed. {found}. {layer}{known}")
+            raise ExportError(
+                f"the file does not compute what the model does, so it was removed. {found}. {layer}{known}"
+            )
     return Exported(path, to, precision, written.fell_back, found)
 
 

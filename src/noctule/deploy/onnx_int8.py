@@ -1,7 +1,7 @@
 """Quantised layers of ONNX graphs, in the pattern that runtimes turn into products of integers.
 
-A layer reads DequantizeLinear(QuantizeLinear(x)), has weights of int8 with a scale a row, and a bias of int32. A runtime has an integer
-convolution only where its output is rounded too: to the grid of the layer that reads it, where one does, else to one of its own.
+A layer reads DequantizeLinear(QuantizeLinear(x)), has weights of int8 with a scale a row, and a bias of int32. A runtime has an
+integer convolution only where its output is rounded too: to the grid of the layer that reads it, where one does, else to its own.
 Jacob et al. 2018, arXiv 1712.05877; ONNX Runtime, "Quantize ONNX models", representation QDQ.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from noctule.compress.quantize import Grid, Int8Layer, grid
 from noctule.compress.quantize.integer_layer import IntegerLayer
 from noctule.core.errors import ExportError
-from noctule.deploy.target import Ranges
+from noctule.deploy.target import SEVEN_BITS, Ranges
 
 KEEPING = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")
 """Operators after which rounding is the same as before them."""
@@ -57,7 +57,6 @@ class Layers:
             if isinstance(layer, Int8Layer):
                 quantised[name] = f"{name}/{self._kind(layer, about['rank'])}"
                 convolutions += [(name, out)] if layer.geometry is not None else []
-                notes += [f"{name}: inputs beyond its range are not cut at 7 bits"] if layer.grid.highest < 255 else []
             elif layer.bits < 8:
                 notes.append(f"{name}: weights of {layer.bits} bits are stored in 8")
         for name, out in convolutions:
@@ -69,6 +68,8 @@ class Layers:
         self._drop_limits()
         del self.graph.node[:]
         self.graph.node.extend(self._in_order())
+        if quantised and all(to.highest < 255 for to in self.grids.values()):
+            self.proto.producer_name, self.proto.producer_version = "noctule", SEVEN_BITS
         for domain in [entry for entry in self.proto.opset_import if entry.domain == "noctule"]:
             self.proto.opset_import.remove(domain)
         return quantised, notes
@@ -138,7 +139,10 @@ class Layers:
         """Round a value to a grid, once for all that read it so."""
         if (value, to) not in self.rounded:
             own = f"{name}.grid{len(self.rounded)}"
-            parts = [self._constant(f"{own}.scale", np.float32(to.scale)), self._constant(f"{own}.zero", np.uint8(to.zero_point))]
+            parts = [
+                self._constant(f"{own}.scale", np.float32(to.scale)),
+                self._constant(f"{own}.zero", np.uint8(to.zero_point)),
+            ]
             codes, floats = f"{own}/codes", f"{own}/floats"
             self._node("QuantizeLinear", [value, *parts], codes, f"{own}/QuantizeLinear")
             self._node("DequantizeLinear", [codes, *parts], floats, f"{own}/DequantizeLinear")
@@ -150,7 +154,9 @@ class Layers:
 
     def _behind(self, value: str, low: float = 0.0, high: float = 0.0) -> tuple[str, float, float]:
         """What a Relu or Clip that alone reads a value makes of it, and of its range."""
-        while len(readers := self._readers(value)) == 1 and readers[0].op_type in LIMITING and not self._is_output(value):
+        while (
+            len(readers := self._readers(value)) == 1 and readers[0].op_type in LIMITING and not self._is_output(value)
+        ):
             below, above = self._limits(readers[0])
             low, high, value = min(max(low, below), above), min(max(high, below), above), readers[0].output[0]
         return value, low, high

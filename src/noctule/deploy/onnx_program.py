@@ -4,6 +4,7 @@ Quantised layers leave torch as a placeholder each, so that nothing on the way t
 """
 
 import ast
+import inspect
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +15,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from noctule.compress.quantize.integer_layer import IntegerLayer
-from noctule.core.convert import convert_
 from noctule.core.errors import ExportError
 from noctule.deploy.onnx_int8 import Layers
+from noctule.deploy.prepare import dense
 from noctule.deploy.quiet import quiet
-from noctule.deploy.target import Job
-from noctule.sparse.layers import SparseLayer, ToDense
+from noctule.deploy.target import Batches, Job
 
 DOMAIN = "noctule"
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -35,6 +35,7 @@ class Program:
     quantised: dict[str, str]
     """Name of a layer in integers -> of its node."""
     notes: list[str]
+    batches: Batches = (1, None)
 
 
 def program_of(job: Job) -> Program:
@@ -43,9 +44,7 @@ def program_of(job: Job) -> Program:
     Raises:
         ExportError: torch cannot follow the model, or ONNX lacks an operator; the text names the module.
     """
-    model, layers = job.model, {}
-    if any(isinstance(m, SparseLayer) for m in model.modules()):
-        model = convert_(model, ToDense()).model
+    model, layers = dense(job.model), {}
     for name, module in list(model.named_modules()):
         if isinstance(module, IntegerLayer):
             layers[len(layers)] = name, module
@@ -55,7 +54,8 @@ def program_of(job: Job) -> Program:
             else:
                 parent, _, own = name.rpartition(".")
                 setattr(model.get_submodule(parent), own, stand_in)
-    exported, notes = exported_program(model, job.args, job.kwargs)
+    exported, batches = exported_program(model, job.args, job.kwargs)
+    notes = note_of(batches)
     try:
         with quiet():
             made = torch.onnx.export(exported, dynamo=True, verbose=False)
@@ -67,13 +67,13 @@ def program_of(job: Job) -> Program:
     if layers:
         quantised, more = Layers(proto, layers, job.outputs).expand()
         notes += more
-    return Program(proto, values, quantised, notes)
+    return Program(proto, values, quantised, notes, batches)
 
 
 def exported_program(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[torch.export.ExportedProgram, list[str]]:
-    """The program of a model for batches of any size, or of the example's where it cannot be otherwise, which is noted.
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], largest: int | None = None
+) -> tuple[torch.export.ExportedProgram, Batches]:
+    """The program of a model for batches of any size, or of the example's where it cannot be otherwise.
 
     Raises:
         ExportError: torch cannot follow the model.
@@ -85,28 +85,38 @@ def exported_program(
         return torch.cat((x, x)) if size == 1 and isinstance(x, Tensor) and x.dim() and len(x) == 1 else x
 
     def dynamic(x: Any) -> Any:
-        return {0: torch.export.Dim.DYNAMIC} if isinstance(x, Tensor) and x.dim() and len(x) == size else None
+        return (
+            {0: torch.export.Dim.DYNAMIC(max=largest)} if isinstance(x, Tensor) and x.dim() and len(x) == size else None
+        )
 
     wide_args, wide_kwargs = tuple(map(widened, args)), {k: widened(x) for k, x in kwargs.items()}
     shapes = (*map(dynamic, args), *(dynamic(x) for x in kwargs.values()))
     names = [*_positional(model, len(args)), *kwargs]
     with quiet(), torch.no_grad():
         try:
-            found = torch.export.export(model, wide_args, wide_kwargs, dynamic_shapes=dict(zip(names, shapes, strict=True)))
-            return found, []
-        except Exception as error:  # torch's tracing and the model can raise anything
-            why = str(error).strip().split("\n")[0][:200]
+            if largest != 1:
+                by_name = dict(zip(names, shapes, strict=True))
+                return torch.export.export(model, wide_args, wide_kwargs, dynamic_shapes=by_name), (1, largest)
+        except Exception:  # torch's tracing and the model can raise anything
+            pass
         try:
-            note = f"the file takes batches of {size} and no others, since torch could not follow the model for any: {why}"
-            return torch.export.export(model, args, kwargs), [note]
+            return torch.export.export(model, args, kwargs), (size, size)
         except Exception as error:
             raise ExportError(f"torch.export cannot follow the model: {str(error).strip()[:1000]}") from error
 
 
+def note_of(batches: Batches) -> list[str]:
+    """Words for batches of limited size."""
+    low, high = batches
+    if high is None:
+        return []
+    return [
+        f"the file takes batches of {high} and no others" if low == high else f"the file takes batches of up to {high}"
+    ]
+
+
 def _positional(model: nn.Module, count: int) -> list[str]:
     """Names of the first arguments of forward; a variable one has one name for all of them."""
-    import inspect
-
     parameters = list(inspect.signature(model.forward).parameters.values())
     if any(p.kind is p.VAR_POSITIONAL for p in parameters[: max(count, 1)]):
         raise ExportError("the model's forward takes *args: give it arguments with names")
@@ -127,7 +137,7 @@ class _StandIn(nn.Module):
         if (g := self.geometry) is not None:
             sizes = zip(x.shape[-2:], g.kernel_size, g.stride, g.padding, g.dilation, strict=True)
             shape = (x.shape[0], self.out, *((n + sum(p) - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes))
-        about = {"number": self.number, "rank": x.dim()}
+        about: dict[str, Any] = {"number": self.number, "rank": x.dim()}
         return torch.onnx.ops.symbolic(f"{DOMAIN}::Layer", (x,), about, dtype=x.dtype, shape=shape, version=1)
 
 
@@ -167,5 +177,3 @@ def _lacking(exported: torch.export.ExportedProgram, error: BaseException) -> st
             where = f"{name or 'the model'} ({getattr(kind, '__name__', str(kind).rpartition('.')[2])})"
             return f"ONNX has nothing for {node.target}, which {where} uses: put something else in its place, or leave it out"
     return f"torch.onnx.export failed: {texts[-1].strip()[:1000]}"
-
-

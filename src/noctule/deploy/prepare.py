@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from noctule.compress.quantize import FakeQuantized, Int8Layer, StaticInt8, calibrate, fold_batch_norms
 from noctule.compress.quantize.layers import KINDS
@@ -13,6 +14,7 @@ from noctule.core.convert import convert_
 from noctule.core.errors import ExportError
 from noctule.core.evaluating import evaluating
 from noctule.deploy.target import Ranges
+from noctule.sparse.layers import SparseLayer, ToDense
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 
@@ -33,9 +35,7 @@ def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def first(outputs: Any) -> Tensor:
     """The first tensor of what a model gives."""
-    leaves = torch.utils._pytree.tree_leaves(outputs)
-    if hasattr(outputs, "to_tuple"):
-        leaves = torch.utils._pytree.tree_leaves(outputs.to_tuple())
+    leaves = tree_leaves(outputs.to_tuple() if hasattr(outputs, "to_tuple") else outputs)
     found = next((x for x in leaves if isinstance(x, Tensor)), None)
     if found is None:
         raise ExportError(f"the model gives {type(outputs).__name__}, in which there is no tensor")
@@ -85,6 +85,11 @@ def in_precision(
         model = convert_(model, StaticInt8(ranges=ranges, activation_bits=activation_bits, narrowest=1)).model
     inputs = [batch[0] if isinstance(batch, tuple | list) else batch for batch in kept]
     return model, ranges or {}, _ranges(model, inputs or [kwargs or args], (Int8Layer,))
+
+
+def dense(model: nn.Module) -> nn.Module:
+    """The model with its sparse layers dense."""
+    return convert_(model, ToDense()).model if any(isinstance(m, SparseLayer) for m in model.modules()) else model
 
 
 def _ranges(

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
+SEVEN_BITS = "activations of 7 bits"
+"""What files say of which all quantised layers get such inputs: no processor's sums of products saturate."""
+
 Ranges = Mapping[str, Sequence[float]]
 """Name of a layer -> the lowest and the highest number."""
 
@@ -34,12 +37,17 @@ class Job:
     """Of the outputs of quantised layers."""
 
 
+Batches = tuple[int, int | None]
+"""The smallest and the largest batch that a file takes, None for any."""
+
+
 @dataclass
 class Written:
     """What a target says of the file that it wrote."""
 
     fell_back: list[str] = field(default_factory=list)
     """What runs in another way than asked for, and why."""
+    batches: Batches = (1, None)
     inside: Callable[[Any], dict[str, np.ndarray]] | None = None
     """Inputs -> what each layer of the file gives, by the names of the model's modules."""
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from noctule.core.errors import ExportError
-from noctule.deploy.target import Job, Run, Target, Written, feed, needed
+from noctule.deploy.target import SEVEN_BITS, Job, Run, Target, Written, feed, needed
 
 NEEDS = "pip install 'noctule[onnx]'"
 INTEGER = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat")
@@ -20,7 +20,9 @@ def _write(job: Job) -> Written:
 
     program = program_of(job)
     if program.proto.ByteSize() >= 2**31:
-        raise ExportError("the file would have 2 GB or more, which ONNX cannot hold in one: quantise or shrink the model")
+        raise ExportError(
+            "the file would have 2 GB or more, which ONNX cannot hold in one: quantise or shrink the model"
+        )
     job.path.write_bytes(program.proto.SerializeToString())
     fell_back = list(program.notes)
     if program.quantised:
@@ -36,7 +38,7 @@ def _write(job: Job) -> Written:
         found = dict(zip(names, session.run(None, feed(inputs, [i.name for i in session.get_inputs()])), strict=True))
         return {module: found[value] for module, value in program.values.items()}
 
-    return Written(fell_back=fell_back, inside=inside)
+    return Written(fell_back=fell_back, batches=program.batches, inside=inside)
 
 
 def _not_in_integers(onnx: Any, path: Path, quantised: dict[str, str]) -> list[str]:
@@ -53,11 +55,20 @@ def _not_in_integers(onnx: Any, path: Path, quantised: dict[str, str]) -> list[s
     return found
 
 
+def _saturates(model: str | bytes) -> bool:
+    """Whether sums of two products could leave 16 bits; files of ours with activations of 7 bits say so at their beginning."""
+    if isinstance(model, str):
+        with Path(model).open("rb") as file:
+            model = file.read(100)
+    return SEVEN_BITS.encode() not in model[:100]
+
+
 def _session(model: str | bytes, threads: int, optimised: Path | None = None) -> Any:
     runtime = needed("onnxruntime", NEEDS)
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
-    options.add_session_config_entry("session.x64quantprecision", "1")  # without VNNI, sums of two products saturate
+    if _saturates(model):  # on processors without VNNI
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
     return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from noctule.core.errors import ExportError
-from noctule.deploy.target import Job, Run, Target, Written, feed, needed
+from noctule.deploy.target import SEVEN_BITS, Job, Run, Target, Written, feed, needed
 
 NEEDS = "pip install 'noctule[onnx,openvino]'"
 PRECISION = ["noctule", "precision"]
@@ -24,9 +24,11 @@ def _write(job: Job) -> Written:
     notes = list(program.notes)
     if job.precision == "bfloat16":
         notes.append("the file holds float32 numbers, which are rounded when it is loaded")
-    if program.quantised and not all("7 bits" in note for note in notes or [""]):
-        notes.append("on processors without VNNI, sums of two 8-bit products saturate in OpenVINO: activation_bits=7 avoids it")
-    return Written(fell_back=notes)
+    if program.quantised and program.proto.producer_version != SEVEN_BITS:
+        notes.append(
+            "on processors without VNNI, sums of two 8-bit products saturate in OpenVINO: activation_bits=7 avoids it"
+        )
+    return Written(fell_back=notes, batches=program.batches)
 
 
 def _check(core: Any, precision: str) -> None:
@@ -44,7 +46,9 @@ def _open(path: Path, threads: int) -> Run:
     model = core.read_model(str(path))
     precision = model.get_rt_info(PRECISION).astype(str) if model.has_rt_info(PRECISION) else "float32"
     _check(core, precision)
-    rounding = openvino.Type.bf16 if precision == "bfloat16" else openvino.Type.f32  # its own choice varies with the machine
+    rounding = (
+        openvino.Type.bf16 if precision == "bfloat16" else openvino.Type.f32
+    )  # its own choice varies with the machine
     options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": rounding, "PERFORMANCE_HINT": "LATENCY"}
     compiled = core.compile_model(model, "CPU", options)
     names = [value.get_any_name() for value in compiled.inputs]
