@@ -15,13 +15,10 @@ if TYPE_CHECKING:
 
 __all__ = ["TARGETS", "Agreement", "Card", "Exported", "Precisions", "card_of", "export", "precisions_of"]
 
-_HOME = dict(
-    zip(
-        __all__,
-        ["targets", "agreement", "card", "exporting", "precisions", "card", "exporting", "precisions"],
-        strict=True,
-    )
-)
+_HOME = {
+    **{"TARGETS": "targets", "Agreement": "agreement", "Card": "card", "Exported": "exporting"},
+    **{"Precisions": "precisions", "card_of": "card", "export": "exporting", "precisions_of": "precisions"},
+}
 
 
 def __getattr__(name: str) -> Any:

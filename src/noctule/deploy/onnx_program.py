@@ -81,22 +81,24 @@ def exported_program(
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     size = tensors[0].shape[0] if tensors and tensors[0].dim() else 0
 
-    def widened(x: Any) -> Any:  # a size of 1 would be taken for a constant
-        return torch.cat((x, x)) if size == 1 and isinstance(x, Tensor) and x.dim() and len(x) == 1 else x
+    def own(x: Any) -> Any:  # torch leaves marks on tensors; a size of 1 would be taken for a constant
+        if not isinstance(x, Tensor):
+            return x
+        return torch.cat((x, x)) if size == 1 and x.dim() and len(x) == 1 else x.clone()
 
     def dynamic(x: Any) -> Any:
         return (
             {0: torch.export.Dim.DYNAMIC(max=largest)} if isinstance(x, Tensor) and x.dim() and len(x) == size else None
         )
 
-    wide_args, wide_kwargs = tuple(map(widened, args)), {k: widened(x) for k, x in kwargs.items()}
+    own_args, own_kwargs = tuple(map(own, args)), {k: own(x) for k, x in kwargs.items()}
     shapes = (*map(dynamic, args), *(dynamic(x) for x in kwargs.values()))
     names = [*_positional(model, len(args)), *kwargs]
     with quiet(), torch.no_grad():
         try:
             if largest != 1:
                 by_name = dict(zip(names, shapes, strict=True))
-                return torch.export.export(model, wide_args, wide_kwargs, dynamic_shapes=by_name), (1, largest)
+                return torch.export.export(model, own_args, own_kwargs, dynamic_shapes=by_name), (1, largest)
         except Exception:  # torch's tracing and the model can raise anything
             pass
         try:
