@@ -25,7 +25,9 @@ from noctule.models import mlp, resnet
 
 def write(job: Job) -> Written:
     layers = [m for m in dense(job.model).modules() if isinstance(m, nn.Linear)]
-    arrays = {f"{kind}{n}": getattr(m, kind).detach().numpy() for n, m in enumerate(layers) for kind in ("weight", "bias")}
+    arrays = {
+        f"{kind}{n}": getattr(m, kind).detach().numpy() for n, m in enumerate(layers) for kind in ("weight", "bias")
+    }
     with job.path.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
@@ -56,7 +58,13 @@ def opened(path: Path, threads: int):
 
 
 FAKE = Target(
-    name="fake", suffix=".fake", precisions=("float32",), module="numpy", needs="pip install fake", write=write, open=opened
+    name="fake",
+    suffix=".fake",
+    precisions=("float32",),
+    module="numpy",
+    needs="pip install fake",
+    write=write,
+    open=opened,
 )
 
 
@@ -90,7 +98,9 @@ def test_a_file_that_differs_is_removed_and_the_first_layer_is_named_with_both_v
     (tmp_path / "m.fake").write_text("before")
     fake(write=worse)
     model = mlp(20, 30, 30, 5)
-    with pytest.raises(ExportError, match=r"first layer that differs is 2 \(Linear\), which gives \S+ in the model and \S+ in"):
+    with pytest.raises(
+        ExportError, match=r"first layer that differs is 2 \(Linear\), which gives \S+ in the model and \S+ in"
+    ):
         export(model, torch.rand(4, 20), tmp_path / "m.fake", to="fake")
     assert (tmp_path / "m.fake").read_text() == "before"
     assert len([*tmp_path.iterdir()]) == 1

@@ -34,7 +34,8 @@ def made(name: str, *, sparse: bool = False) -> nn.Module:
     model = MODELS[name]()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            assert module.running_mean is not None and module.running_var is not None
+            assert module.running_mean is not None
+            assert module.running_var is not None
             module.running_mean.normal_(0.0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     return convert_(model, ToSparse(density=0.2)).model if sparse else model
@@ -79,7 +80,9 @@ def test_int8_runs_on_integer_kernels(name, expected, tmp_path):
     assert {kind: found[kind] for kind in expected} == expected
     assert not {"Conv", "FusedConv", "Gemm", "ConvInteger", "MatMulInteger"} & found.keys()
     whole = onnx.load(exported.path).graph.initializer
-    codes = {entry.name: entry for entry in whole if entry.data_type == onnx.TensorProto.INT8 and "zeros" not in entry.name}
+    codes = {
+        entry.name: entry for entry in whole if entry.data_type == onnx.TensorProto.INT8 and "zeros" not in entry.name
+    }
     assert len(codes) == sum(isinstance(m, nn.Linear | nn.Conv2d) for m in model.modules())
 
 
@@ -88,13 +91,19 @@ def test_the_file_has_the_codes_scales_and_grids_of_the_quantised_model(tmp_path
     fold_batch_norms(model)
     convert_(model, StaticInt8(ranges=calibrate(model, [batch])))
     export(model, batch[:4], tmp_path / "m.onnx", precision="int8", batches=[batch])
-    stored = {entry.name: onnx.numpy_helper.to_array(entry) for entry in onnx.load(tmp_path / "m.onnx").graph.initializer}
+    stored = {
+        entry.name: onnx.numpy_helper.to_array(entry) for entry in onnx.load(tmp_path / "m.onnx").graph.initializer
+    }
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Int8Layer)}
     assert len(layers) == 8  # the first and the last are narrow: they stay in float32
     for name, layer in layers.items():
         assert np.array_equal(stored[f"{name}.weight"], layer.integers().numpy())
         assert np.array_equal(stored[f"{name}.weight.scales"], layer.scales.numpy())
-    grids = {(float(stored[n]), int(stored[n.replace(".scale", ".zero")])) for n in stored if ".grid" in n and n.endswith("scale")}
+    grids = {
+        (float(stored[n]), int(stored[n.replace(".scale", ".zero")]))
+        for n in stored
+        if ".grid" in n and n.endswith("scale")
+    }
     for layer in layers.values():
         assert (np.float32(layer.grid.scale), layer.grid.zero_point) in grids
 
@@ -184,7 +193,14 @@ def test_openvino_agrees_and_says_what_it_cannot(tmp_path):
     assert exported.agreement.relative < 1e-5
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.bin", "m.xml"]
     found = precisions_of(
-        made("resnet"), batch[:4], tmp_path, to="openvino", batches=[batch], activation_bits=7, seconds=0.02, batch_sizes=(1,)
+        made("resnet"),
+        batch[:4],
+        tmp_path,
+        to="openvino",
+        batches=[batch],
+        activation_bits=7,
+        seconds=0.02,
+        batch_sizes=(1,),
     )
     assert {*found.cards} | {*found.refused} == {"float32", "bfloat16", "int8"}
     assert all("no bfloat16 on this processor" in why for why in found.refused.values())
@@ -218,9 +234,9 @@ def test_a_card_is_measured_without_torch(tmp_path):
 
 def test_a_file_that_cannot_be_run_is_an_error_and_nothing_hangs(tmp_path):
     exported = export(made("mlp"), torch.rand(4, 144), tmp_path / "m.onnx")
-    with pytest.raises(ExportError, match="cannot be run with these inputs: .*dimensions"):
+    with pytest.raises(ExportError, match=r"cannot be run with these inputs: .*dimensions"):
         card_of(exported, np.zeros((2, 5), np.float32), seconds=0.01)
-    with pytest.raises(ExportError, match="cannot be run with these inputs: .*type"):
+    with pytest.raises(ExportError, match=r"cannot be run with these inputs: .*type"):
         card_of(exported, np.zeros((2, 144)), seconds=0.01)
     with pytest.raises(ExportError, match=r"took more than 0\.01 seconds"):
         card_of(exported, np.zeros((2, 144), np.float32), timeout=0.01)
@@ -230,7 +246,9 @@ def test_a_file_that_cannot_be_run_is_an_error_and_nothing_hangs(tmp_path):
         card_of(torn, np.zeros((2, 144), np.float32))
 
 
-@pytest.mark.parametrize(("to", "suffix", "module"), [("executorch", ".pte", "executorch"), ("litert", ".tflite", "litert_torch")])
+@pytest.mark.parametrize(
+    ("to", "suffix", "module"), [("executorch", ".pte", "executorch"), ("litert", ".tflite", "litert_torch")]
+)
 def test_runtimes_for_devices(to, suffix, module, tmp_path):
     try:
         pytest.importorskip(module)
@@ -252,5 +270,5 @@ def test_a_model_of_which_xnnpack_takes_nothing_is_refused(tmp_path):
         def forward(self, x):
             return torch.cumsum(x, 1)
 
-    with pytest.raises(ExportError, match="takes no part of the model.*cumsum"):
+    with pytest.raises(ExportError, match=r"takes no part of the model.*cumsum"):
         export(Sums(), torch.rand(4, 144), tmp_path / "m.pte", to="executorch")

@@ -16,8 +16,14 @@ if TYPE_CHECKING:
 __all__ = ["TARGETS", "Agreement", "Card", "Exported", "Precisions", "card_of", "export", "precisions_of"]
 
 _HOME = {
-    **{"TARGETS": "targets", "Agreement": "agreement", "Card": "card", "Exported": "exporting"},
-    **{"Precisions": "precisions", "card_of": "card", "export": "exporting", "precisions_of": "precisions"},
+    "TARGETS": "targets",
+    "Agreement": "agreement",
+    "Card": "card",
+    "Exported": "exporting",
+    "Precisions": "precisions",
+    "card_of": "card",
+    "export": "exporting",
+    "precisions_of": "precisions",
 }
 
 

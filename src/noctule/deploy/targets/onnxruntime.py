@@ -67,6 +67,9 @@ def _session(model: str | bytes, threads: int, optimised: Path | None = None) ->
     runtime = needed("onnxruntime", NEEDS)
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    options.add_session_config_entry(
+        "session.qdq_matmulnbits_accuracy_level", "1"
+    )  # else activations are rounded in each call
     if _saturates(model):  # on processors without VNNI
         options.add_session_config_entry("session.x64quantprecision", "1")
     if optimised is not None:

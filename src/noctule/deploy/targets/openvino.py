@@ -6,7 +6,7 @@ from typing import Any
 from noctule.core.errors import ExportError
 from noctule.deploy.target import SEVEN_BITS, Job, Run, Target, Written, feed, needed
 
-NEEDS = "pip install 'noctule[onnx,openvino]'"
+NEEDS = "pip install 'noctule[openvino]'"
 PRECISION = ["noctule", "precision"]
 
 
