@@ -49,8 +49,18 @@ def operators(path: Path, tmp_path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(tmp_path / "optimised").graph.node)
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "sparse"),
+    [
+        ("mlp", False),
+        ("resnet", True),
+        *(
+            pytest.param(name, sparse, marks=pytest.mark.slow)
+            for name in ("cnn", "mobilenet", "vit")
+            for sparse in (False, True)
+        ),
+    ],
+)
 def test_float32_agrees_to_1e_5(name, sparse, tmp_path, capfd):
     exported = export(made(name, sparse=sparse), torch.rand(4, 144), tmp_path / "m.onnx")
     assert exported.agreement.relative < 1e-5
@@ -67,8 +77,8 @@ def test_float32_agrees_to_1e_5(name, sparse, tmp_path, capfd):
         ("mlp", {"QGemm": 3}),
         ("cnn", {"QLinearConv": 2, "QGemm": 1}),
         ("resnet", {"QLinearConv": 9, "QLinearAdd": 2, "QGemm": 1}),
-        ("mobilenet", {"QLinearConv": 22, "QLinearAdd": 4, "QGemm": 1}),
-        ("vit", {"QLinearConv": 1, "MatMulIntegerToFloat": 6, "QGemm": 1}),
+        pytest.param("mobilenet", {"QLinearConv": 22, "QLinearAdd": 4, "QGemm": 1}, marks=pytest.mark.slow),
+        pytest.param("vit", {"QLinearConv": 1, "MatMulIntegerToFloat": 6, "QGemm": 1}, marks=pytest.mark.slow),
     ],
 )
 def test_int8_runs_on_integer_kernels(name, expected, tmp_path):
@@ -168,6 +178,7 @@ def test_a_batch_that_cannot_vary_is_said_to(tmp_path):
     assert exported.agreement.batches == (4,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "vit"])
 def test_models_of_transformers(name, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -192,6 +203,12 @@ def test_openvino_agrees_and_says_what_it_cannot(tmp_path):
     exported = export(made("resnet"), batch[:4], tmp_path / "m.xml", to="openvino")
     assert exported.agreement.relative < 1e-5
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.bin", "m.xml"]
+
+
+@pytest.mark.slow
+def test_precisions_of_openvino(tmp_path):
+    pytest.importorskip("openvino")
+    batch = torch.rand(32, 144)
     found = precisions_of(
         made("resnet"),
         batch[:4],

@@ -30,10 +30,6 @@ class Exported:
     """What runs in another way than asked for, and why."""
     agreement: Agreement
 
-    def as_dict(self) -> dict[str, Any]:
-        """As plain JSON."""
-        return {**self.__dict__, "path": str(self.path), "agreement": self.agreement.as_dict()}
-
 
 def export(
     model: nn.Module,

@@ -56,14 +56,15 @@ class Layers:
             out = self._layer(name, layer, node.input[0], node.output[0], about["rank"])
             if isinstance(layer, Int8Layer):
                 quantised[name] = f"{name}/{self._kind(layer, about['rank'])}"
-                convolutions += [(name, out)] if layer.geometry is not None else []
+                convolutions += [(name, out)] if layer.geometry is not None and layer.slope in (0.0, 1.0) else []
             elif layer.bits < 8:
                 notes.append(f"{name}: weights of {layer.bits} bits are stored in 8")
         for name, out in convolutions:
             self._round_output(name, out)
         for node in [node for node in self.nodes if node.op_type == "Add"]:
             value, _, _ = self._behind(node.output[0])
-            if (to := self._read_as(value)) is not None:
+            to = self._read_as(value) if {*node.input} <= {*self.rounded.values()} else None
+            if to is not None:
                 self._all_read(value, self._round(value, to, node.name))
         self._drop_limits()
         del self.graph.node[:]
