@@ -1,0 +1,29 @@
+"""Our own runtime, which needs numpy and nothing else; sparse layers stay sparse."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from noctule.deploy.target import Job, Run, Target, Written
+
+
+def _write(job: Job) -> Written:
+    write_model: Any = import_module("noctule.deploy.noctule_file").write_model
+    example = job.kwargs or (job.args if len(job.args) != 1 else job.args[0])
+    return Written(fell_back=list(write_model(job.model, example, job.path, job.precision, job.ranges) or ()))
+
+
+def _open(path: Path, threads: int) -> Run:
+    model: Any = import_module("noctule.runtime").load(path)
+    return lambda inputs: model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+TARGET = Target(
+    name="noctule",
+    suffix=".noctule",
+    precisions=("float32", "int8"),
+    module="noctule.runtime",
+    needs="pip install noctule-runtime",
+    write=_write,
+    open=_open,
+)
