@@ -25,15 +25,15 @@ struct Product {
     float inverse, zero, highest;  // of the grid of codes: clamp(rint(v * inverse) + zero, 0, highest)
 };
 
-// Packed weights; see integer_pack.cpp.
+// Packed weights; see integer_pack.cpp and noctule.runtime.integers.
 struct Weights {
-    const int64_t* starts;  // of the records of a row, or of the rounds of as many rows as a register has lanes
-    const int32_t* words;   // records; or dense words (row tiles, words, rows of a tile)
-    int group;              // records that are added before they are widened
-    const int32_t* bases;   // of rounds: the first place
-    const int8_t* bytes;    // of rounds (rounds, 2, lanes, 4): places behind the base, weights; or dense rows, padded
-    const int32_t* offsets; // rounds: the rows of the lanes, or -1; dense: the row of x of a place. Null: in order
-    int64_t places;         // of a dense row; or the rows of x in use
+    const int64_t* starts;   // of the records of a row, or of the rounds of as many rows as a register has lanes
+    const int32_t* words;    // records; dense: what the tiles leave out, as records of a word
+    int group;               // records that are added before they are widened
+    const int32_t* bases;    // of rounds: the first place
+    const int8_t* bytes;     // rounds (., 2, lanes, 4): places behind the base, weights; dense tiles (., words, rows, 4) or rows
+    const int32_t* offsets;  // rounds: the rows of the lanes, or -1; dense: the row of x of a place. Null: in order
+    int64_t places;          // of a dense row; or the rows of x in use
     uint8_t* scratch;
 };
 
@@ -41,7 +41,6 @@ struct Integers {
     int terms;       // places of a record
     int lanes;       // of 32 bits in a register
     int window;      // bytes that a register looks up; 0: no rounds
-    int word;        // places of a dense word: 4 of one byte or 2 of two
     int dense_rows;  // of a tile
     using Kernel = void(const Product&, const Weights&);
     Kernel *sparse, *blocks, *dense, *few_rounds, *few_dense;

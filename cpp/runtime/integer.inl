@@ -39,19 +39,15 @@ void copy(void* to, const T* from, int n) {
     std::memcpy(to, from, sizeof(T) * static_cast<size_t>(n == N ? N : n));
 }
 
-// y (columns, C) = C rows of x, zero behind the last.
-template <int C, class T>
-void transpose(const uint8_t* const* rows, int count, int64_t columns, T* y) {
-    static_assert(C == 2 || C == 4);
-    const uint8_t *a = rows[0], *b = rows[1], *c = rows[C - 2], *d = rows[C - 1];
-    if (count < C) std::memset(y, 0, sizeof(T) * static_cast<size_t>(C * columns));
-    if (count == C && C == 4)
+// y (columns, 4) = four rows, zero where there are fewer.
+inline __attribute__((always_inline)) void transpose(const uint8_t* const* rows, int count, int64_t columns, uint8_t* y) {
+    static const uint8_t none[1] = {};
+    const uint8_t *a = rows[0], *b = count > 1 ? rows[1] : none, *c = count > 2 ? rows[2] : none, *d = count > 3 ? rows[3] : none;
+    if (count == 4)
         for (int64_t n = 0; n < columns; ++n) y[4 * n] = a[n], y[4 * n + 1] = b[n], y[4 * n + 2] = c[n], y[4 * n + 3] = d[n];
-    else if (count == C)
-        for (int64_t n = 0; n < columns; ++n) y[2 * n] = a[n], y[2 * n + 1] = b[n];
     else
-        for (int i = 0; i < count; ++i)
-            for (int64_t n = 0; n < columns; ++n) y[C * n + i] = rows[i][n];
+        for (int64_t n = 0; n < columns; ++n)
+            y[4 * n] = a[n], y[4 * n + 1] = count > 1 ? b[n] : 0, y[4 * n + 2] = count > 2 ? c[n] : 0, y[4 * n + 3] = 0;
 }
 
 // Stores the first n of N sums of a row. Codes wait in `four` until a fourth row completes their words.
@@ -69,20 +65,35 @@ void finish(const Product& p, int64_t row, int64_t at, int n, const int32_t* sum
     if (part < 3 && row + 1 < p.rows) return;
     uint8_t words[4 * N];
     const uint8_t* const rows[4] = {four[0], four[1], four[2], four[3]};
-    transpose<4>(rows, part + 1, N, words);
+    transpose(rows, part + 1, N, words);
     copy<4 * N>(static_cast<uint8_t*>(p.y) + 4 * (row / 4 * p.y_ld + at), words, 4 * n);
 }
 
 // Stores one column of W rows, one sum each.
 template <int W>
 void finish_rows(const Product& p, const int32_t* order, int64_t first, int64_t at, const int32_t* sums) {
-    for (int i = 0; i < W; ++i) {
-        const int64_t row = order ? order[first + i] : first + i;
-        if (row < 0 || row >= p.rows) return;
-        const float v = value(sums[i], p.correction[row], p.scale[row], p.bias[row], p.slope);
-        const int64_t to = p.store == Store::words ? 4 * (row / 4 * p.y_ld + at) + row % 4 : row * p.y_ld + at;
-        if (p.store == Store::floats) static_cast<float*>(p.y)[to] = v;
-        else static_cast<uint8_t*>(p.y)[to] = code(v, p.inverse, p.zero, p.highest);
+    alignas(32) int32_t correction[W] = {};
+    alignas(32) float scale[W] = {}, bias[W] = {}, v[W];
+    uint8_t codes[W];
+    const bool neighbours = !order && first + W <= p.rows;
+    const auto row_of = [&](int i) { return order ? order[first + i] : first + i < p.rows ? first + i : -1; };
+    if (neighbours) {
+        copy<W>(correction, p.correction + first, W), copy<W>(scale, p.scale + first, W), copy<W>(bias, p.bias + first, W);
+    } else {
+        for (int i = 0; i < W && row_of(i) >= 0; ++i)
+            correction[i] = p.correction[row_of(i)], scale[i] = p.scale[row_of(i)], bias[i] = p.bias[row_of(i)];
+    }
+    const float slope = p.slope, inverse = p.inverse, zero = p.zero, highest = p.highest;
+    for (int i = 0; i < W; ++i) v[i] = value(sums[i], correction[i], scale[i], bias[i], slope);
+    for (int i = 0; i < W; ++i) codes[i] = code(v[i], inverse, zero, highest);
+    auto* const bytes = static_cast<uint8_t*>(p.y);
+    auto* const floats = static_cast<float*>(p.y);
+    if (neighbours && p.y_ld == 1 && p.store == Store::codes) return copy<W>(bytes + first + at, codes, W);
+    for (int i = 0; i < W && row_of(i) >= 0; ++i) {
+        const int64_t row = row_of(i);
+        if (p.store == Store::floats) floats[row * p.y_ld + at] = v[i];
+        else if (p.store == Store::codes) bytes[row * p.y_ld + at] = codes[i];
+        else bytes[4 * (row / 4 * p.y_ld + at) + row % 4] = codes[i];
     }
 }
 
@@ -153,37 +164,41 @@ void blocks(const Product& p, const Weights& w) {
     });
 }
 
-// Rows of x as words of C elements T. Row k begins at offsets[k] * ld.
-template <int C, class T>
-void as_words(const uint8_t* x, int64_t ld, const int32_t* offsets, int64_t rows, int64_t columns, T* y) {
-    for (int64_t row = 0; row < rows; row += C, y += C * columns) {
-        const uint8_t* from[C];
-        for (int i = 0; i < C; ++i) from[i] = x + (row + i >= rows ? 0 : offsets ? offsets[row + i] : row + i) * ld;
-        transpose<C>(from, static_cast<int>(rows - row < C ? rows - row : C), columns, y);
+// Rows of x as words: y (ceil(rows / 4), columns, 4). Row k begins at offsets[k] * ld.
+template <int N>
+void as_words(const uint8_t* x, int64_t ld, const int32_t* offsets, int64_t rows, int64_t columns, uint8_t* y) {
+    for (int64_t row = 0; row < rows; row += 4, y += 4 * columns) {
+        const uint8_t* from[4];
+        for (int i = 0; i < 4; ++i) from[i] = x + (row + i >= rows ? 0 : offsets ? offsets[row + i] : row + i) * ld;
+        const int count = static_cast<int>(rows - row < 4 ? rows - row : 4);
+        if (columns == N) transpose(from, count, N, y);
+        else transpose(from, count, columns, y);
     }
 }
 
-void interleave(const uint8_t* x, int64_t ld, int64_t rows, int64_t columns, uint8_t* y) { as_words<4>(x, ld, nullptr, rows, columns, y); }
+void interleave(const uint8_t* x, int64_t ld, int64_t rows, int64_t columns, uint8_t* y) { as_words<64>(x, ld, nullptr, rows, columns, y); }
 
-// A tile of R rows of a dense matrix and NV registers of words.
+// All rows of a dense matrix, R at a time, over NV registers of words in the scratch.
 template <class Set, int NV>
-void dense_tile(const Product& p, const int32_t* w, int64_t words, const uint32_t* x, int64_t line, int64_t at, int n) {
+void dense_tile(const Product& p, const Weights& w, int64_t line, int64_t at, int n) {
     using L = typename Set::Lanes;
     using Int = typename L::Int;
     constexpr int R = Set::dense_rows, N = NV * L::width;
+    const int64_t words = (w.places + 3) / 4;
+    const auto* const x = reinterpret_cast<const uint32_t*>(w.scratch);
+    const auto* weights = reinterpret_cast<const int32_t*>(w.bytes);
+    as_words<N>(p.x + line * p.x_step + at, p.ld, w.offsets, w.places, n, w.scratch);
     uint8_t four[4][N];
     for (int64_t row = 0; row < p.rows; row += R) {
         Int sums[R][NV];
+        const auto add = [&](Int* sum, const uint32_t* from, int32_t weight) {
+            UNROLLED for (int i = 0; i < NV; ++i) sum[i] = L::dot(sum[i], L::load(from + i * L::width), L::broadcast(weight));
+        };
         UNROLLED for (int r = 0; r < R; ++r) UNROLLED for (int i = 0; i < NV; ++i) sums[r][i] = L::zero();
-        const uint32_t* from = x + at;
-        for (int64_t k = 0; k < words; ++k, w += R, from += p.columns) {
-            Int column[NV];
-            UNROLLED for (int i = 0; i < NV; ++i) column[i] = L::load(from + i * L::width);
-            UNROLLED for (int r = 0; r < R; ++r) {
-                const Int weight = L::broadcast(w[r]);
-                UNROLLED for (int i = 0; i < NV; ++i) sums[r][i] = Set::dense_dot(sums[r][i], column[i], weight);
-            }
-        }
+        for (int64_t k = 0; k < words; ++k, weights += R)
+            UNROLLED for (int r = 0; r < R; ++r) add(sums[r], x + k * n, weights[r]);
+        UNROLLED for (int r = 0; r < R; ++r)
+            for (int64_t k = w.starts[row + r]; k < w.starts[row + r + 1]; ++k) add(sums[r], x + w.words[2 * k] * n, w.words[2 * k + 1]);
         alignas(64) int32_t stored[R][N];
         UNROLLED for (int r = 0; r < R; ++r) UNROLLED for (int i = 0; i < NV; ++i) L::store(stored[r] + i * L::width, sums[r][i]);
         for (int r = 0; r < R && row + r < p.rows; ++r) finish(p, row + r, line * p.y_step + at, n, stored[r], four);
@@ -192,17 +207,10 @@ void dense_tile(const Product& p, const int32_t* w, int64_t words, const uint32_
 
 template <class Set>
 void dense(const Product& p, const Weights& w) {
-    using L = typename Set::Lanes;
-    constexpr int NV = Set::dense_vectors, C = Set::word;
-    using Place = std::conditional_t<C == 4, uint8_t, uint16_t>;
-    for (int64_t line = 0; line < p.lines; ++line) {
-        as_words<C>(p.x + line * p.x_step, p.ld, w.offsets, w.places, p.columns, reinterpret_cast<Place*>(w.scratch));
-        const auto* const x = reinterpret_cast<const uint32_t*>(w.scratch);
-        for (int64_t at = 0; at < p.columns; at += NV * L::width) {
-            const int n = static_cast<int>(p.columns - at < NV * L::width ? p.columns - at : NV * L::width);
-            with_registers<NV>(n, L::width, [&](auto nv) { dense_tile<Set, nv>(p, w.words, (w.places + C - 1) / C, x, line, at, n); });
-        }
-    }
+    constexpr int NV = Set::dense_vectors, W = Set::Lanes::width;
+    each_tile(p, NV * W, [&](int64_t line, int64_t at, int n) {
+        with_registers<NV>(n, W, [&](auto nv) { dense_tile<Set, nv>(p, w, line, at, n); });
+    });
 }
 
 // Calls f(x of a column, first row, sums) for every W rows and column, and stores the sums. x of a column is contiguous over
@@ -240,17 +248,12 @@ void few_rounds(const Product& p, const Weights& w) {
     }
 }
 
+// Rows are padded to a multiple of eight, places to one of 64.
 template <class Set>
 void few_dense(const Product& p, const Weights& w) {
-    constexpr int W = 4;
-    const int64_t places = (w.places + 63) / 64 * 64;
-    each_column<W>(p, w, w.offsets, nullptr, [&](const uint8_t* x, int64_t first, int32_t* sums) {
-        for (int64_t row = first; row < first + W && row < p.rows; ++row) {
-            const int8_t* const values = w.bytes + row * places;
-            int32_t sum = 0;
-            for (int64_t k = 0; k < places; ++k) sum += values[k] * x[k];
-            sums[row - first] = sum;
-        }
+    const int64_t ld = (w.places + 63) / 64 * 64;
+    each_column<8>(p, w, w.offsets, nullptr, [&](const uint8_t* x, int64_t first, int32_t* sums) {
+        for (int r = 0; r < 8; r += 4) Set::four_dots(w.bytes + (first + r) * ld, ld, x, sums + r);
     });
 }
 
@@ -272,7 +275,7 @@ void dequantize(const uint8_t* codes, int64_t n, float scale, float zero, float*
 
 template <class Set>
 Integers table() {
-    return {Set::terms, Set::Lanes::width, Set::window, Set::word, Set::dense_rows, sparse<Set>, blocks<Set>, dense<Set>,
+    return {Set::terms, Set::Lanes::width, Set::window, Set::dense_rows, sparse<Set>, blocks<Set>, dense<Set>,
             few_rounds<Set>, few_dense<Set>, interleave, quantize, dequantize};
 }
 

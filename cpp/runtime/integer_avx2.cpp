@@ -69,7 +69,7 @@ struct Pairs {
 
 struct Set {
     using Lanes = Lanes8;
-    static constexpr int terms = 2, window = 32, word = 2, sparse_columns = 64, dense_rows = 4, dense_vectors = 2;
+    static constexpr int terms = 2, window = 32, sparse_columns = 64, dense_rows = 4, dense_vectors = 2;
 
     template <class F>
     static void with_tile(int n, int group, F&& f) {
@@ -80,8 +80,16 @@ struct Set {
             else f(Pairs<nv, 4>());
         });
     }
-    // Of words of two places of 16 bits.
-    static __m256i dense_dot(__m256i sum, __m256i x, __m256i w) { return Lanes::add(sum, _mm256_madd_epi16(x, w)); }
+    static void four_dots(const int8_t* w, int64_t ld, const uint8_t* x, int32_t* sums) {
+        __m256i sum[4] = {Lanes::zero(), Lanes::zero(), Lanes::zero(), Lanes::zero()};
+        for (int64_t k = 0; k < ld; k += 16) {
+            const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + k)));
+            UNROLLED for (int r = 0; r < 4; ++r)
+                sum[r] = Lanes::add(sum[r], _mm256_madd_epi16(wide, _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + r * ld + k)))));
+        }
+        const __m256i halves = _mm256_hadd_epi32(_mm256_hadd_epi32(sum[0], sum[1]), _mm256_hadd_epi32(sum[2], sum[3]));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1)));
+    }
 };
 
 }  // namespace

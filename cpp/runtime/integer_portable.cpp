@@ -38,7 +38,7 @@ struct Singles {
 
 struct Set {
     using Lanes = Lanes8;
-    static constexpr int terms = 1, window = 0, word = 4, sparse_columns = 32, dense_rows = 4, dense_vectors = 2;
+    static constexpr int terms = 1, window = 0, sparse_columns = 32, dense_rows = 4, dense_vectors = 2;
 
     template <class F>
     static void with_tile(int n, int, F&& f) {
@@ -46,7 +46,10 @@ struct Set {
         else if (n <= 8) f(Singles<8>());
         else f(Singles<32>());
     }
-    static Lanes::Int dense_dot(Lanes::Int sum, Lanes::Int x, Lanes::Int w) { return Lanes::dot(sum, x, w); }
+    static void four_dots(const int8_t* w, int64_t ld, const uint8_t* x, int32_t* sums) {
+        for (int r = 0; r < 4; ++r)
+            for (int64_t k = 0; k < ld; ++k) sums[r] += static_cast<int16_t>(w[r * ld + k] * x[k]);
+    }
 };
 
 }  // namespace

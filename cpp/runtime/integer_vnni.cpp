@@ -75,14 +75,23 @@ struct Quads {
 
 struct Set {
     using Lanes = Lanes16;
-    static constexpr int terms = 4, window = 64, word = 4, sparse_columns = 64, dense_rows = 4, dense_vectors = 4;
+    static constexpr int terms = 4, window = 64, sparse_columns = 64, dense_rows = 4, dense_vectors = 4;
 
     template <class F>
     static void with_tile(int n, int, F&& f) {
         if (n > 32) f(Quads<Lanes16>());
         else f(Quads<Lanes8>());
     }
-    static __m512i dense_dot(__m512i sum, __m512i x, __m512i w) { return Lanes::dot(sum, x, w); }
+    static void four_dots(const int8_t* w, int64_t ld, const uint8_t* x, int32_t* sums) {
+        __m512i sum[4] = {Lanes::zero(), Lanes::zero(), Lanes::zero(), Lanes::zero()};
+        for (int64_t k = 0; k < ld; k += 64)
+            UNROLLED for (int r = 0; r < 4; ++r) sum[r] = Lanes::dot(sum[r], Lanes::load(x + k), Lanes::load(w + r * ld + k));
+        alignas(64) int32_t lanes[16];
+        for (int r = 0; r < 4; ++r) {
+            Lanes::store(lanes, sum[r]);
+            for (const int32_t lane : lanes) sums[r] += lane;
+        }
+    }
 };
 
 }  // namespace

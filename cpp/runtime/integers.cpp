@@ -28,10 +28,10 @@ const Integers& of(int set) {
     return portable;
 }
 
-// (set, places of a record, lanes, window, places of a dense word, rows of a dense tile)
-std::tuple<int, int, int, int, int, int> layout() {
+// (set, places of a record, lanes, window, rows of a dense tile)
+std::tuple<int, int, int, int, int> layout() {
     const Integers& k = of(chosen);
-    return {chosen, k.terms, k.lanes, k.window, k.word, k.dense_rows};
+    return {chosen, k.terms, k.lanes, k.window, k.dense_rows};
 }
 
 Places places(Address row_ptr, Address offsets, Address values, int64_t rows) {

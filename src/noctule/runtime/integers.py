@@ -125,16 +125,16 @@ class SparseWeight:
         return starts, words, group
 
     @cached_property
-    def _rounds(self) -> tuple[Array, Array, Array, Array]:
+    def _rounds(self) -> tuple[Array, Array, Array, Array | None]:
         pack = partial(_native.int8_pack_rounds, *self._csr, self._lanes, self._window)
         limit, groups = self._highest if self._terms == 2 else 0, -(-self.rows // self._lanes)
         starts, orders = np.empty(groups + 1, np.int64), np.full((2, groups * self._lanes), -1, np.int32)
         orders[:, : self.rows] = np.arange(self.rows), np.argsort(-np.diff(self._row_ptr), kind="stable")
         counts = [pack(limit, _address(order), _address(starts), 0, 0) for order in orders]
-        best = int(np.argmin(counts))  # rows of one length may share rounds better
+        best = int(counts[1] < 0.95 * counts[0])  # rows of one length may share rounds better
         bases, data = np.empty(counts[best], np.int32), np.zeros((counts[best], 2, self._lanes, 4), np.int8)
         pack(limit, _address(orders[best]), _address(starts), _address(bases), _address(data))
-        return starts, bases, data, orders[best]
+        return starts, bases, data, orders[1] if best else None
 
 
 class BlockWeight:
@@ -173,32 +173,41 @@ class DenseWeight:
     """A dense weight (O, K) whose place k is row ``offsets[k]`` of x, row k without them."""
 
     def __init__(self, weight: Array, offsets: Array | None = None, highest: int = 255) -> None:
-        self.rows, self.places = weight.shape
-        self._set, _, _, _, self._word, self._together = _native.int8_layout()
+        (self.rows, self._places), self._highest = weight.shape, highest
+        self._set, self._terms, _, _, self._together = _native.int8_layout()
         self._weight = np.asarray(weight, np.int8)
-        in_order = offsets is None or np.array_equal(offsets, np.arange(self.places))
+        in_order = offsets is None or np.array_equal(offsets, np.arange(self._places))
         self._offsets = None if in_order else np.ascontiguousarray(offsets, np.int32)
 
     def scratch_bytes(self, columns: int) -> int:
         """Bytes that the calls for so many columns need."""
-        return (-(-self.places // 64) * columns * (4 // self._word) + 4) * 64
+        return (-(-self._places // 64) * min(columns, 64) + 4) * 64
 
     def calls(self, operands: Operands, epilogue: Epilogue) -> list[Call]:
         """The calls of one product."""
         few = operands.columns < 8
-        packed = (0, 0, 0, 0, _address(self._rows)) if few else (0, _address(self._tiles), 0, 0, 0)
-        weights = (*packed, _address(self._offsets), self.places)
+        starts, words, data = (None, None, self._rows) if few else self._tiles
+        weights = (_address(starts), _address(words), 0, 0, _address(data), _address(self._offsets), self._places)
         return [_call("few_dense" if few else "dense", self._set, weights, operands, self.rows, epilogue)]
 
     @cached_property
     def _rows(self) -> Array:
-        return np.pad(self._weight, ((0, 0), (0, -self.places % 64)))
+        return np.pad(self._weight, ((0, -self.rows % 8), (0, -self._places % 64)))
 
     @cached_property
-    def _tiles(self) -> Array:
-        padded = np.pad(self._weight, ((0, -self.rows % self._together), (0, -self.places % self._word)))
-        tiles = padded.reshape(-1, self._together, padded.shape[1] // self._word, self._word).swapaxes(1, 2)
-        return np.ascontiguousarray(tiles, np.int8 if self._word == 4 else np.int16)
+    def _tiles(self) -> tuple[Array, Array, Array]:
+        weight = np.pad(self._weight, ((0, -self.rows % self._together), (0, -self._places % 4)))
+        pairs = weight.reshape(len(weight), -1, 2)
+        rest = np.zeros_like(pairs)
+        if self._terms == 2:  # of a pair that could saturate, a part of the larger weight goes into records
+            sums, limit = pairs.sum(2, dtype=np.int32), 32767 // self._highest
+            larger = np.abs(pairs.astype(np.int32)).argmax(2)[..., None]
+            np.put_along_axis(rest, larger, (sums - sums.clip(-limit, limit)).astype(np.int8)[..., None], 2)
+        row, word = np.nonzero(rest.reshape(len(weight), -1, 4).any(2))
+        starts = np.searchsorted(row, np.arange(len(weight) + 1))
+        words = np.stack([word.astype(np.int32), rest.reshape(len(weight), -1, 4)[row, word].view(np.int32)[:, 0]], 1)
+        tiles = (pairs - rest).reshape(-1, self._together, weight.shape[1] // 4, 4).swapaxes(1, 2)
+        return starts.astype(np.int64), words, np.ascontiguousarray(tiles)
 
 
 def interleave(x: int, ld: int, rows: int, columns: int, y: int) -> Call:
