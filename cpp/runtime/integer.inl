@@ -12,25 +12,36 @@ namespace {
 
 #define UNROLLED _Pragma("GCC unroll 16")
 
-// To the nearest whole number, halves to the even one; NaN becomes 0.
-inline uint8_t code(float v, float inverse, float zero, float highest) {
-    float t = v * inverse;
-#ifdef __SSE4_1__
-    t = __builtin_rintf(t);
-#else
-    t = t < 2097152.0f ? t : 2097152.0f;  // beyond are no codes
-    t = t > -2097152.0f ? t : -2097152.0f;
-    t = (t + 12582912.0f) - 12582912.0f;
-#endif
-    t = t + zero;
-    t = t > 0.0f ? t : 0.0f;
-    return static_cast<uint8_t>(static_cast<int32_t>(t < highest ? t : highest));
+template <int W>
+struct Vector {
+    typedef int32_t Int __attribute__((vector_size(4 * W)));
+    typedef float Float __attribute__((vector_size(4 * W)));
+};
+
+template <class V>
+V read(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
 }
 
-inline float value(int32_t sum, int32_t correction, float scale, float bias, float slope) {
-    const float product = static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(sum) + static_cast<uint32_t>(correction))) * scale;
-    const float v = product + bias;
+template <int W>
+typename Vector<W>::Float values(typename Vector<W>::Int sum, typename Vector<W>::Float scale, typename Vector<W>::Float bias, float slope) {
+    const auto product = __builtin_convertvector(sum, typename Vector<W>::Float) * scale;
+    const auto v = product + bias;
     return v > 0.0f ? v : v * slope;
+}
+
+// clamp(rint(v * inverse) + zero, 0, highest), halves to the even number; NaN becomes 0.
+template <int W>
+typename Vector<W>::Int codes_of(const Product& p, typename Vector<W>::Float v) {
+    using Float = typename Vector<W>::Float;
+    const Float low = Float{} - p.zero, high = Float{} + (p.highest - p.zero);
+    v = v * p.inverse;
+    v = v > low ? v : low;
+    v = v < high ? v : high;
+    v = v + 12582912.0f;  // 1.5 * 2^23: what is left of the fraction is rounded away, the last bits are the whole number
+    return reinterpret_cast<typename Vector<W>::Int>(v) - (0x4B400000 - static_cast<int32_t>(p.zero));
 }
 
 // Copies n of N elements.
@@ -51,17 +62,25 @@ inline __attribute__((always_inline)) void transpose(const uint8_t* const* rows,
 }
 
 // Stores the first n of N sums of a row. Codes wait in `four` until a fourth row completes their words.
-template <int N>
+template <int W, int N>
 void finish(const Product& p, int64_t row, int64_t at, int n, const int32_t* sums, uint8_t (*four)[N]) {
+    using Int = typename Vector<W>::Int;
+    using Float = typename Vector<W>::Float;
     alignas(64) float v[N];
-    const int32_t correction = p.correction[row];
-    const float scale = p.scale[row], bias = p.bias[row], slope = p.slope, inverse = p.inverse, zero = p.zero, highest = p.highest;
-    for (int i = 0; i < N; ++i) v[i] = value(sums[i], correction, scale, bias, slope);
+    alignas(64) int32_t wide[N];
+    const Int correction = Int{} + p.correction[row];
+    const Float scale = Float{} + p.scale[row], bias = Float{} + p.bias[row];
+    for (int i = 0; i < N; i += W) {
+        const Float value = values<W>(read<Int>(sums + i) + correction, scale, bias, p.slope);
+        std::memcpy(v + i, &value, sizeof value);
+        if (p.store == Store::floats) continue;
+        const Int code = codes_of<W>(p, value);
+        std::memcpy(wide + i, &code, sizeof code);
+    }
     if (p.store == Store::floats) return copy<N>(static_cast<float*>(p.y) + row * p.y_ld + at, v, n);
     const int part = static_cast<int>(row % 4);
-    uint8_t* const codes = four[part];
-    for (int i = 0; i < N; ++i) codes[i] = code(v[i], inverse, zero, highest);
-    if (p.store == Store::codes) return copy<N>(static_cast<uint8_t*>(p.y) + row * p.y_ld + at, codes, n);
+    for (int i = 0; i < N; ++i) four[part][i] = static_cast<uint8_t>(wide[i]);
+    if (p.store == Store::codes) return copy<N>(static_cast<uint8_t*>(p.y) + row * p.y_ld + at, four[part], n);
     if (part < 3 && row + 1 < p.rows) return;
     uint8_t words[4 * N];
     const uint8_t* const rows[4] = {four[0], four[1], four[2], four[3]};
@@ -72,28 +91,23 @@ void finish(const Product& p, int64_t row, int64_t at, int n, const int32_t* sum
 // Stores one column of W rows, one sum each.
 template <int W>
 void finish_rows(const Product& p, const int32_t* order, int64_t first, int64_t at, const int32_t* sums) {
-    alignas(32) int32_t correction[W] = {};
-    alignas(32) float scale[W] = {}, bias[W] = {}, v[W];
-    uint8_t codes[W];
+    using Int = typename Vector<W>::Int;
+    using Float = typename Vector<W>::Float;
+    alignas(64) int32_t correction[W] = {}, codes[W];
+    alignas(64) float scale[W] = {}, bias[W] = {}, v[W];
     const bool neighbours = !order && first + W <= p.rows;
     const auto row_of = [&](int i) { return order ? order[first + i] : first + i < p.rows ? first + i : -1; };
-    if (neighbours) {
-        copy<W>(correction, p.correction + first, W), copy<W>(scale, p.scale + first, W), copy<W>(bias, p.bias + first, W);
-    } else {
-        for (int i = 0; i < W && row_of(i) >= 0; ++i)
-            correction[i] = p.correction[row_of(i)], scale[i] = p.scale[row_of(i)], bias[i] = p.bias[row_of(i)];
-    }
-    const float slope = p.slope, inverse = p.inverse, zero = p.zero, highest = p.highest;
-    for (int i = 0; i < W; ++i) v[i] = value(sums[i], correction[i], scale[i], bias[i], slope);
-    for (int i = 0; i < W; ++i) codes[i] = code(v[i], inverse, zero, highest);
-    auto* const bytes = static_cast<uint8_t*>(p.y);
-    auto* const floats = static_cast<float*>(p.y);
-    if (neighbours && p.y_ld == 1 && p.store == Store::codes) return copy<W>(bytes + first + at, codes, W);
+    for (int i = 0; !neighbours && i < W && row_of(i) >= 0; ++i)
+        correction[i] = p.correction[row_of(i)], scale[i] = p.scale[row_of(i)], bias[i] = p.bias[row_of(i)];
+    const Int sum = read<Int>(sums) + read<Int>(neighbours ? p.correction + first : correction);
+    const Float value = values<W>(sum, read<Float>(neighbours ? p.scale + first : scale), read<Float>(neighbours ? p.bias + first : bias), p.slope);
+    const Int code = codes_of<W>(p, value);
+    std::memcpy(v, &value, sizeof v);
+    std::memcpy(codes, &code, sizeof codes);
     for (int i = 0; i < W && row_of(i) >= 0; ++i) {
         const int64_t row = row_of(i);
-        if (p.store == Store::floats) floats[row * p.y_ld + at] = v[i];
-        else if (p.store == Store::codes) bytes[row * p.y_ld + at] = codes[i];
-        else bytes[4 * (row / 4 * p.y_ld + at) + row % 4] = codes[i];
+        if (p.store == Store::floats) static_cast<float*>(p.y)[row * p.y_ld + at] = v[i];
+        else static_cast<uint8_t*>(p.y)[p.store == Store::codes ? row * p.y_ld + at : 4 * (row / 4 * p.y_ld + at) + row % 4] = static_cast<uint8_t>(codes[i]);
     }
 }
 
@@ -126,7 +140,7 @@ void rows_of_tile(const Product& p, const Weights& w, int64_t line, int64_t at, 
             tile.add(record, x, p.ld);
         alignas(64) int32_t sums[Tile::columns];
         tile.store(sums);
-        finish(p, row, line * p.y_step + at, n, sums, four);
+        finish<Tile::lanes>(p, row, line * p.y_step + at, n, sums, four);
     }
 }
 
@@ -140,7 +154,7 @@ void sparse(const Product& p, const Weights& w) {
 // Sums of NV registers; a record is the offset of a word of four places and its weights.
 template <class L, int NV>
 struct Block {
-    static constexpr int group = 1, words = 2, columns = NV * L::width;
+    static constexpr int group = 1, words = 2, lanes = L::width, columns = NV * lanes;
     typename L::Int sum[NV];
 
     Block() {
@@ -201,7 +215,7 @@ void dense_tile(const Product& p, const Weights& w, int64_t line, int64_t at, in
             for (int64_t k = w.starts[row + r]; k < w.starts[row + r + 1]; ++k) add(sums[r], x + w.words[2 * k] * n, w.words[2 * k + 1]);
         alignas(64) int32_t stored[R][N];
         UNROLLED for (int r = 0; r < R; ++r) UNROLLED for (int i = 0; i < NV; ++i) L::store(stored[r] + i * L::width, sums[r][i]);
-        for (int r = 0; r < R && row + r < p.rows; ++r) finish(p, row + r, line * p.y_step + at, n, stored[r], four);
+        for (int r = 0; r < R && row + r < p.rows; ++r) finish<L::width>(p, row + r, line * p.y_step + at, n, stored[r], four);
     }
 }
 
@@ -258,12 +272,25 @@ void few_dense(const Product& p, const Weights& w) {
 }
 
 bool quantize(const float* x, int64_t n, float inverse, float zero, float highest, uint8_t* codes) {
-    int32_t unlike = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        unlike |= !(x[i] - x[i] == 0.0f);
-        codes[i] = code(x[i], inverse, zero, highest);
+    constexpr int W = 16;
+    using Float = typename Vector<W>::Float;
+    Product p{};
+    p.inverse = inverse, p.zero = zero, p.highest = highest;
+    typename Vector<W>::Int finite = typename Vector<W>::Int{} - 1;
+    for (int64_t at = 0; at < n; at += W) {
+        const int count = n - at < W ? static_cast<int>(n - at) : W;
+        alignas(64) float from[W] = {};
+        uint8_t narrow[W];
+        copy<W>(from, x + at, count);
+        const Float v = read<Float>(from);
+        finite &= v - v == 0.0f;
+        const auto wide = codes_of<W>(p, v);
+        for (int i = 0; i < W; ++i) narrow[i] = static_cast<uint8_t>(wide[i]);
+        copy<W>(codes + at, narrow, count);
     }
-    return !unlike;
+    bool all = true;
+    for (int i = 0; i < W; ++i) all &= finite[i] != 0;
+    return all;
 }
 
 void dequantize(const uint8_t* codes, int64_t n, float scale, float zero, float* x) {

@@ -33,7 +33,7 @@ template <int NV, int G>
 struct Pairs {
     using L = Lanes8;
     using Int = L::Int;
-    static constexpr int group = G, words = 3, columns = 32 * NV;
+    static constexpr int group = G, words = 3, lanes = 8, columns = 32 * NV;
     Int even[2 * NV], odd[2 * NV];
 
     Pairs() {

@@ -25,7 +25,7 @@ struct Lanes8 {
 
 template <int N>
 struct Singles {
-    static constexpr int group = 1, words = 2, columns = N;
+    static constexpr int group = 1, words = 2, lanes = 8, columns = N < lanes ? lanes : N;
     int32_t sum[N] = {};
 
     void add(const int32_t* record, const uint8_t* x, int64_t ld) {

@@ -48,7 +48,7 @@ struct Lanes8 {
 template <class L>
 struct Quads {
     using Int = typename L::Int;
-    static constexpr int group = 1, words = 5, columns = 4 * L::width;
+    static constexpr int group = 1, words = 5, lanes = L::width, columns = 4 * lanes;
     Int quad[4];
 
     Quads() {
