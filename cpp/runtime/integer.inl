@@ -25,6 +25,11 @@ V read(const void* p) {
     return v;
 }
 
+template <class V>
+void write(void* p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
+
 template <int W>
 typename Vector<W>::Float values(typename Vector<W>::Int sum, typename Vector<W>::Float scale, typename Vector<W>::Float bias, float slope) {
     const auto product = __builtin_convertvector(sum, typename Vector<W>::Float) * scale;
@@ -47,45 +52,36 @@ typename Vector<W>::Int codes_of(const Product& p, typename Vector<W>::Float v) 
 // Copies n of N elements.
 template <int N, class T>
 void copy(void* to, const T* from, int n) {
-    std::memcpy(to, from, sizeof(T) * static_cast<size_t>(n == N ? N : n));
+    if (n == N) std::memcpy(to, from, sizeof(T) * N);
+    else std::memcpy(to, from, sizeof(T) * static_cast<size_t>(n));
 }
 
-// y (columns, 4) = four rows, zero where there are fewer.
-inline __attribute__((always_inline)) void transpose(const uint8_t* const* rows, int count, int64_t columns, uint8_t* y) {
-    static const uint8_t none[1] = {};
-    const uint8_t *a = rows[0], *b = count > 1 ? rows[1] : none, *c = count > 2 ? rows[2] : none, *d = count > 3 ? rows[3] : none;
-    if (count == 4)
-        for (int64_t n = 0; n < columns; ++n) y[4 * n] = a[n], y[4 * n + 1] = b[n], y[4 * n + 2] = c[n], y[4 * n + 3] = d[n];
-    else
-        for (int64_t n = 0; n < columns; ++n)
-            y[4 * n] = a[n], y[4 * n + 1] = count > 1 ? b[n] : 0, y[4 * n + 2] = count > 2 ? c[n] : 0, y[4 * n + 3] = 0;
-}
-
-// Stores the first n of N sums of a row. Codes wait in `four` until a fourth row completes their words.
+// Stores the first n of N sums of a row. Codes wait in `words` until a fourth row completes them.
 template <int W, int N>
-void finish(const Product& p, int64_t row, int64_t at, int n, const int32_t* sums, uint8_t (*four)[N]) {
+void finish(const Product& p, int64_t row, int64_t at, int n, const int32_t* sums, int32_t (&words)[N]) {
     using Int = typename Vector<W>::Int;
     using Float = typename Vector<W>::Float;
-    alignas(64) float v[N];
-    alignas(64) int32_t wide[N];
+    const int part = static_cast<int>(row % 4);
     const Int correction = Int{} + p.correction[row];
     const Float scale = Float{} + p.scale[row], bias = Float{} + p.bias[row];
-    for (int i = 0; i < N; i += W) {
-        const Float value = values<W>(read<Int>(sums + i) + correction, scale, bias, p.slope);
-        std::memcpy(v + i, &value, sizeof value);
-        if (p.store == Store::floats) continue;
-        const Int code = codes_of<W>(p, value);
-        std::memcpy(wide + i, &code, sizeof code);
+    const auto value = [&](int i) { return values<W>(read<Int>(sums + i) + correction, scale, bias, p.slope); };
+    if (p.store == Store::floats) {
+        alignas(64) float v[N];
+        for (int i = 0; i < N; i += W) write(v + i, value(i));
+        copy<N>(static_cast<float*>(p.y) + row * p.y_ld + at, v, n);
+    } else if (p.store == Store::codes) {
+        alignas(64) int32_t wide[N];
+        uint8_t codes[N];
+        for (int i = 0; i < N; i += W) write(wide + i, codes_of<W>(p, value(i)));
+        for (int i = 0; i < N; ++i) codes[i] = static_cast<uint8_t>(wide[i]);
+        copy<N>(static_cast<uint8_t*>(p.y) + row * p.y_ld + at, codes, n);
+    } else {
+        for (int i = 0; i < N; i += W) {
+            const Int code = codes_of<W>(p, value(i)) << 8 * part;
+            write(words + i, part ? code | read<Int>(words + i) : code);
+        }
+        if (part == 3 || row + 1 == p.rows) copy<N>(static_cast<int32_t*>(p.y) + row / 4 * p.y_ld + at, words, n);
     }
-    if (p.store == Store::floats) return copy<N>(static_cast<float*>(p.y) + row * p.y_ld + at, v, n);
-    const int part = static_cast<int>(row % 4);
-    for (int i = 0; i < N; ++i) four[part][i] = static_cast<uint8_t>(wide[i]);
-    if (p.store == Store::codes) return copy<N>(static_cast<uint8_t*>(p.y) + row * p.y_ld + at, four[part], n);
-    if (part < 3 && row + 1 < p.rows) return;
-    uint8_t words[4 * N];
-    const uint8_t* const rows[4] = {four[0], four[1], four[2], four[3]};
-    transpose(rows, part + 1, N, words);
-    copy<4 * N>(static_cast<uint8_t*>(p.y) + 4 * (row / 4 * p.y_ld + at), words, 4 * n);
 }
 
 // Stores one column of W rows, one sum each.
@@ -101,9 +97,8 @@ void finish_rows(const Product& p, const int32_t* order, int64_t first, int64_t 
         correction[i] = p.correction[row_of(i)], scale[i] = p.scale[row_of(i)], bias[i] = p.bias[row_of(i)];
     const Int sum = read<Int>(sums) + read<Int>(neighbours ? p.correction + first : correction);
     const Float value = values<W>(sum, read<Float>(neighbours ? p.scale + first : scale), read<Float>(neighbours ? p.bias + first : bias), p.slope);
-    const Int code = codes_of<W>(p, value);
-    std::memcpy(v, &value, sizeof v);
-    std::memcpy(codes, &code, sizeof codes);
+    write(v, value);
+    write(codes, codes_of<W>(p, value));
     for (int i = 0; i < W && row_of(i) >= 0; ++i) {
         const int64_t row = row_of(i);
         if (p.store == Store::floats) static_cast<float*>(p.y)[row * p.y_ld + at] = v[i];
@@ -132,7 +127,7 @@ void each_tile(const Product& p, int tile, F&& f) {
 template <class Tile, class E>
 void rows_of_tile(const Product& p, const Weights& w, int64_t line, int64_t at, int n) {
     const E* const x = reinterpret_cast<const E*>(p.x) + line * p.x_step + at;
-    uint8_t four[4][Tile::columns];
+    alignas(64) int32_t words[Tile::columns];
     for (int64_t row = 0; row < p.rows; ++row) {
         Tile tile;
         const int32_t* const stop = w.words + w.starts[row + 1] * Tile::words;
@@ -140,7 +135,7 @@ void rows_of_tile(const Product& p, const Weights& w, int64_t line, int64_t at, 
             tile.add(record, x, p.ld);
         alignas(64) int32_t sums[Tile::columns];
         tile.store(sums);
-        finish<Tile::lanes>(p, row, line * p.y_step + at, n, sums, four);
+        finish<Tile::lanes>(p, row, line * p.y_step + at, n, sums, words);
     }
 }
 
@@ -178,19 +173,22 @@ void blocks(const Product& p, const Weights& w) {
     });
 }
 
-// Rows of x as words: y (ceil(rows / 4), columns, 4). Row k begins at offsets[k] * ld.
-template <int N>
+// Rows of x as words: y (ceil(rows / 4), columns, 4), zero behind the last row. Row k begins at offsets[k] * ld.
 void as_words(const uint8_t* x, int64_t ld, const int32_t* offsets, int64_t rows, int64_t columns, uint8_t* y) {
     for (int64_t row = 0; row < rows; row += 4, y += 4 * columns) {
-        const uint8_t* from[4];
-        for (int i = 0; i < 4; ++i) from[i] = x + (row + i >= rows ? 0 : offsets ? offsets[row + i] : row + i) * ld;
-        const int count = static_cast<int>(rows - row < 4 ? rows - row : 4);
-        if (columns == N) transpose(from, count, N, y);
-        else transpose(from, count, columns, y);
+        const auto from = [&](int64_t k) { return x + (offsets ? offsets[k] : k) * ld; };
+        if (rows - row >= 4) {
+            const uint8_t *const a = from(row), *const b = from(row + 1), *const c = from(row + 2), *const d = from(row + 3);
+            for (int64_t n = 0; n < columns; ++n) y[4 * n] = a[n], y[4 * n + 1] = b[n], y[4 * n + 2] = c[n], y[4 * n + 3] = d[n];
+        } else {
+            std::memset(y, 0, 4 * static_cast<size_t>(columns));
+            for (int64_t k = row; k < rows; ++k)
+                for (int64_t n = 0; n < columns; ++n) y[4 * n + k - row] = from(k)[n];
+        }
     }
 }
 
-void interleave(const uint8_t* x, int64_t ld, int64_t rows, int64_t columns, uint8_t* y) { as_words<64>(x, ld, nullptr, rows, columns, y); }
+void interleave(const uint8_t* x, int64_t ld, int64_t rows, int64_t columns, uint8_t* y) { as_words(x, ld, nullptr, rows, columns, y); }
 
 // All rows of a dense matrix, R at a time, over NV registers of words in the scratch.
 template <class Set, int NV>
@@ -201,8 +199,8 @@ void dense_tile(const Product& p, const Weights& w, int64_t line, int64_t at, in
     const int64_t words = (w.places + 3) / 4;
     const auto* const x = reinterpret_cast<const uint32_t*>(w.scratch);
     const auto* weights = reinterpret_cast<const int32_t*>(w.bytes);
-    as_words<N>(p.x + line * p.x_step + at, p.ld, w.offsets, w.places, n, w.scratch);
-    uint8_t four[4][N];
+    as_words(p.x + line * p.x_step + at, p.ld, w.offsets, w.places, n, w.scratch);
+    alignas(64) int32_t packed[N];
     for (int64_t row = 0; row < p.rows; row += R) {
         Int sums[R][NV];
         const auto add = [&](Int* sum, const uint32_t* from, int32_t weight) {
@@ -215,7 +213,7 @@ void dense_tile(const Product& p, const Weights& w, int64_t line, int64_t at, in
             for (int64_t k = w.starts[row + r]; k < w.starts[row + r + 1]; ++k) add(sums[r], x + w.words[2 * k] * n, w.words[2 * k + 1]);
         alignas(64) int32_t stored[R][N];
         UNROLLED for (int r = 0; r < R; ++r) UNROLLED for (int i = 0; i < NV; ++i) L::store(stored[r] + i * L::width, sums[r][i]);
-        for (int r = 0; r < R && row + r < p.rows; ++r) finish<L::width>(p, row + r, line * p.y_step + at, n, stored[r], four);
+        for (int r = 0; r < R && row + r < p.rows; ++r) finish<L::width>(p, row + r, line * p.y_step + at, n, stored[r], packed);
     }
 }
 
@@ -271,20 +269,21 @@ void few_dense(const Product& p, const Weights& w) {
     });
 }
 
+template <int W>
 bool quantize(const float* x, int64_t n, float inverse, float zero, float highest, uint8_t* codes) {
-    constexpr int W = 16;
+    using Int = typename Vector<W>::Int;
     using Float = typename Vector<W>::Float;
     Product p{};
     p.inverse = inverse, p.zero = zero, p.highest = highest;
-    typename Vector<W>::Int finite = typename Vector<W>::Int{} - 1;
+    Int finite = Int{} - 1;
     for (int64_t at = 0; at < n; at += W) {
         const int count = n - at < W ? static_cast<int>(n - at) : W;
-        alignas(64) float from[W] = {};
-        uint8_t narrow[W];
-        copy<W>(from, x + at, count);
-        const Float v = read<Float>(from);
+        Float v{};
+        copy<W>(&v, x + at, count);
         finite &= v - v == 0.0f;
-        const auto wide = codes_of<W>(p, v);
+        alignas(64) int32_t wide[W];
+        uint8_t narrow[W];
+        write(wide, codes_of<W>(p, v));
         for (int i = 0; i < W; ++i) narrow[i] = static_cast<uint8_t>(wide[i]);
         copy<W>(codes + at, narrow, count);
     }
@@ -294,16 +293,13 @@ bool quantize(const float* x, int64_t n, float inverse, float zero, float highes
 }
 
 void dequantize(const uint8_t* codes, int64_t n, float scale, float zero, float* x) {
-    for (int64_t i = 0; i < n; ++i) {
-        const float difference = static_cast<float>(codes[i]) - zero;
-        x[i] = difference * scale;
-    }
+    for (int64_t i = 0; i < n; ++i) x[i] = (static_cast<float>(codes[i]) - zero) * scale;
 }
 
 template <class Set>
 Integers table() {
     return {Set::terms, Set::Lanes::width, Set::window, Set::dense_rows, sparse<Set>, blocks<Set>, dense<Set>,
-            few_rounds<Set>, few_dense<Set>, interleave, quantize, dequantize};
+            few_rounds<Set>, few_dense<Set>, interleave, quantize<Set::Lanes::width>, dequantize};
 }
 
 }  // namespace
