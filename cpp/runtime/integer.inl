@@ -3,6 +3,7 @@
 // Everything here has internal linkage: the same template compiled for another instruction set must never replace it.
 // Sums are whole numbers of 32 bits; the epilogue rounds after each product and each sum, so all instruction sets agree to the bit.
 #include <cstring>
+#include <type_traits>
 
 #include "integer.h"
 
@@ -11,64 +12,97 @@ namespace {
 
 #define UNROLLED _Pragma("GCC unroll 16")
 
-template <class Lanes>
-typename Lanes::Int code(const Product& p, typename Lanes::Float v) {
-    using L = Lanes;
-    return L::clamp(L::add(L::nearest(L::mul(v, L::number(p.inverse))), L::number(p.zero)), L::number(p.highest));
+template <int W>
+struct Vector {
+    typedef int32_t Int __attribute__((vector_size(4 * W)));
+    typedef float Float __attribute__((vector_size(4 * W)));
+};
+
+template <class V>
+V read(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
 }
 
-template <class Lanes>
-typename Lanes::Float value(typename Lanes::Int sum, typename Lanes::Int correction, typename Lanes::Float scale,
-                            typename Lanes::Float bias, float slope) {
-    using L = Lanes;
-    const auto v = L::add(L::mul(L::convert(L::add(sum, correction)), scale), bias);
-    return slope == 1.0f ? v : L::negative_times(v, L::number(slope));
+template <class V>
+void write(void* p, V v) {
+    std::memcpy(p, &v, sizeof v);
 }
 
-// Stores the first n columns of a row of sums, NV registers in order. Words are complete with every fourth row, until then they
-// wait in `words`.
-template <class Lanes, int NV>
-void finish(const Product& p, int64_t row, int64_t at, int n, const typename Lanes::Int* sums, typename Lanes::Int* words) {
-    using L = Lanes;
-    constexpr int W = L::width, room = (NV + 3) / 4 * 4;
-    typename L::Float v[NV];
-    const auto correction = L::broadcast(p.correction[row]);
-    const auto scale = L::number(p.scale[row]), bias = L::number(p.bias[row]);
-    UNROLLED for (int i = 0; i < NV; ++i) v[i] = value<L>(sums[i], correction, scale, bias, p.slope);
-    if (p.store == Store::floats) {
-        float* const y = static_cast<float*>(p.y) + row * p.y_ld + at;
-        if (n == NV * W) {
-            UNROLLED for (int i = 0; i < NV; ++i) L::store(y + i * W, v[i]);
-        } else {
-            float kept[NV * W];
-            UNROLLED for (int i = 0; i < NV; ++i) L::store(kept + i * W, v[i]);
-            std::memcpy(y, kept, sizeof(float) * static_cast<size_t>(n));
-        }
-        return;
-    }
-    typename L::Int c[room];
-    UNROLLED for (int i = 0; i < room; ++i) c[i] = i < NV ? code<L>(p, v[i < NV ? i : 0]) : L::zero();
-    if (p.store == Store::codes) {
-        uint8_t* const y = static_cast<uint8_t*>(p.y) + row * p.y_ld + at;
-        if (n == room * W) {
-            UNROLLED for (int i = 0; i < room; i += 4) L::narrow(y + i * W, c + i);
-        } else {
-            uint8_t kept[room * W];
-            UNROLLED for (int i = 0; i < room; i += 4) L::narrow(kept + i * W, c + i);
-            std::memcpy(y, kept, static_cast<size_t>(n));
-        }
-        return;
-    }
+template <int W>
+typename Vector<W>::Float values(typename Vector<W>::Int sum, typename Vector<W>::Float scale, typename Vector<W>::Float bias, float slope) {
+    const auto product = __builtin_convertvector(sum, typename Vector<W>::Float) * scale;
+    const auto v = product + bias;
+    return v > 0.0f ? v : v * slope;
+}
+
+// clamp(rint(v * inverse) + zero, 0, highest), halves to the even number; NaN becomes 0.
+template <int W>
+typename Vector<W>::Int codes_of(const Product& p, typename Vector<W>::Float v) {
+    using Float = typename Vector<W>::Float;
+    const Float low = Float{} - p.zero, high = Float{} + (p.highest - p.zero);
+    v = v * p.inverse;
+    v = v > low ? v : low;
+    v = v < high ? v : high;
+    v = v + 12582912.0f;  // 1.5 * 2^23: what is left of the fraction is rounded away, the last bits are the whole number
+    return reinterpret_cast<typename Vector<W>::Int>(v) - (0x4B400000 - static_cast<int32_t>(p.zero));
+}
+
+// Copies n of N elements.
+template <int N, class T>
+void copy(void* to, const T* from, int n) {
+    if (n == N) std::memcpy(to, from, sizeof(T) * N);
+    else std::memcpy(to, from, sizeof(T) * static_cast<size_t>(n));
+}
+
+// Stores the first n of N sums of a row. Codes wait in `words` until a fourth row completes them.
+template <int W, int N>
+void finish(const Product& p, int64_t row, int64_t at, int n, const int32_t* sums, int32_t (&words)[N]) {
+    using Int = typename Vector<W>::Int;
+    using Float = typename Vector<W>::Float;
     const int part = static_cast<int>(row % 4);
-    UNROLLED for (int i = 0; i < NV; ++i) words[i] = part ? L::either(words[i], L::up(c[i], 8 * part)) : c[i];
-    if (part < 3 && row + 1 < p.rows) return;
-    uint32_t* const y = static_cast<uint32_t*>(p.y) + row / 4 * p.y_ld + at;
-    if (n == NV * W) {
-        UNROLLED for (int i = 0; i < NV; ++i) L::store(y + i * W, words[i]);
+    const Int correction = Int{} + p.correction[row];
+    const Float scale = Float{} + p.scale[row], bias = Float{} + p.bias[row];
+    const auto value = [&](int i) { return values<W>(read<Int>(sums + i) + correction, scale, bias, p.slope); };
+    if (p.store == Store::floats) {
+        alignas(64) float v[N];
+        for (int i = 0; i < N; i += W) write(v + i, value(i));
+        copy<N>(static_cast<float*>(p.y) + row * p.y_ld + at, v, n);
+    } else if (p.store == Store::codes) {
+        alignas(64) int32_t wide[N];
+        uint8_t codes[N];
+        for (int i = 0; i < N; i += W) write(wide + i, codes_of<W>(p, value(i)));
+        for (int i = 0; i < N; ++i) codes[i] = static_cast<uint8_t>(wide[i]);
+        copy<N>(static_cast<uint8_t*>(p.y) + row * p.y_ld + at, codes, n);
     } else {
-        uint32_t kept[NV * W];
-        UNROLLED for (int i = 0; i < NV; ++i) L::store(kept + i * W, words[i]);
-        std::memcpy(y, kept, sizeof(uint32_t) * static_cast<size_t>(n));
+        for (int i = 0; i < N; i += W) {
+            const Int code = codes_of<W>(p, value(i)) << 8 * part;
+            write(words + i, part ? code | read<Int>(words + i) : code);
+        }
+        if (part == 3 || row + 1 == p.rows) copy<N>(static_cast<int32_t*>(p.y) + row / 4 * p.y_ld + at, words, n);
+    }
+}
+
+// Stores one column of W rows, one sum each.
+template <int W>
+void finish_rows(const Product& p, const int32_t* order, int64_t first, int64_t at, const int32_t* sums) {
+    using Int = typename Vector<W>::Int;
+    using Float = typename Vector<W>::Float;
+    alignas(64) int32_t correction[W] = {}, codes[W];
+    alignas(64) float scale[W] = {}, bias[W] = {}, v[W];
+    const bool neighbours = !order && first + W <= p.rows;
+    const auto row_of = [&](int i) { return order ? order[first + i] : first + i < p.rows ? first + i : -1; };
+    for (int i = 0; !neighbours && i < W && row_of(i) >= 0; ++i)
+        correction[i] = p.correction[row_of(i)], scale[i] = p.scale[row_of(i)], bias[i] = p.bias[row_of(i)];
+    const Int sum = read<Int>(sums) + read<Int>(neighbours ? p.correction + first : correction);
+    const Float value = values<W>(sum, read<Float>(neighbours ? p.scale + first : scale), read<Float>(neighbours ? p.bias + first : bias), p.slope);
+    write(v, value);
+    write(codes, codes_of<W>(p, value));
+    for (int i = 0; i < W && row_of(i) >= 0; ++i) {
+        const int64_t row = row_of(i);
+        if (p.store == Store::floats) static_cast<float*>(p.y)[row * p.y_ld + at] = v[i];
+        else static_cast<uint8_t*>(p.y)[p.store == Store::codes ? row * p.y_ld + at : 4 * (row / 4 * p.y_ld + at) + row % 4] = static_cast<uint8_t>(codes[i]);
     }
 }
 
@@ -83,294 +117,189 @@ void with_registers(int n, int width, F&& f) {
 
 // Calls f(line, at, n) for every tile of columns.
 template <class F>
-void each_tile(const Product& p, int64_t tile, F&& f) {
+void each_tile(const Product& p, int tile, F&& f) {
     for (int64_t line = 0; line < p.lines; ++line)
         for (int64_t at = 0; at < p.columns; at += tile)
             f(line, at, static_cast<int>(p.columns - at < tile ? p.columns - at : tile));
 }
 
-// All rows over one tile of at most Tile::columns columns.
-template <class Tile>
-void sparse_tile(const Product& p, const Records& r, int64_t line, int64_t at, int n) {
-    using L = typename Tile::Lanes;
-    const uint8_t* const x = p.x + line * p.x_step + at;
-    typename L::Int words[Tile::vectors];
+// All rows over one tile of at most Tile::columns columns; x in elements E.
+template <class Tile, class E>
+void rows_of_tile(const Product& p, const Weights& w, int64_t line, int64_t at, int n) {
+    const E* const x = reinterpret_cast<const E*>(p.x) + line * p.x_step + at;
+    alignas(64) int32_t words[Tile::columns];
     for (int64_t row = 0; row < p.rows; ++row) {
         Tile tile;
-        typename L::Int sums[Tile::vectors];
-        const int32_t* const stop = r.words + r.starts[row + 1] * Tile::words;
-        for (const int32_t* at_word = r.words + r.starts[row] * Tile::words; at_word < stop; at_word += Tile::words * Tile::group)
-            tile.add(at_word, x, p.ld);
-        tile.finish(sums);
-        finish<L, Tile::vectors>(p, row, line * p.y_step + at, n, sums, words);
+        const int32_t* const stop = w.words + w.starts[row + 1] * Tile::words;
+        for (const int32_t* record = w.words + w.starts[row] * Tile::words; record < stop; record += Tile::words * Tile::group)
+            tile.add(record, x, p.ld);
+        alignas(64) int32_t sums[Tile::columns];
+        tile.store(sums);
+        finish<Tile::lanes>(p, row, line * p.y_step + at, n, sums, words);
     }
 }
 
 template <class Set>
-void sparse(const Product& p, const Records& r) {
+void sparse(const Product& p, const Weights& w) {
     each_tile(p, Set::sparse_columns, [&](int64_t line, int64_t at, int n) {
-        Set::with_tile(n, r.group, [&](auto tile) { sparse_tile<decltype(tile)>(p, r, line, at, n); });
+        Set::with_tile(n, w.group, [&](auto tile) { rows_of_tile<decltype(tile), uint8_t>(p, w, line, at, n); });
     });
 }
 
-// One record is a word of four places and its weights.
+// Sums of NV registers; a record is the offset of a word of four places and its weights.
 template <class L, int NV>
-void blocks_tile(const Product& p, const Records& r, int64_t line, int64_t at, int n) {
-    using Int = typename L::Int;
-    const uint32_t* const x = reinterpret_cast<const uint32_t*>(p.x) + line * p.x_step + at;
-    Int words[NV];
-    for (int64_t row = 0; row < p.rows; ++row) {
-        Int sums[NV];
-        UNROLLED for (int i = 0; i < NV; ++i) sums[i] = L::zero();
-        const int32_t* const stop = r.words + 2 * r.starts[row + 1];
-        for (const int32_t* word = r.words + 2 * r.starts[row]; word < stop; word += 2) {
-            const uint32_t* const from = x + word[0] * p.ld;
-            const Int w = L::broadcast(word[1]);
-            UNROLLED for (int i = 0; i < NV; ++i) sums[i] = L::dot(sums[i], L::load(from + i * L::width), w);
+struct Block {
+    static constexpr int group = 1, words = 2, lanes = L::width, columns = NV * lanes;
+    typename L::Int sum[NV];
+
+    Block() {
+        UNROLLED for (int i = 0; i < NV; ++i) sum[i] = L::zero();
+    }
+    void add(const int32_t* record, const uint32_t* x, int64_t ld) {
+        const uint32_t* const from = x + record[0] * ld;
+        const auto w = L::broadcast(record[1]);
+        UNROLLED for (int i = 0; i < NV; ++i) sum[i] = L::dot(sum[i], L::load(from + i * L::width), w);
+    }
+    void store(int32_t* sums) const {
+        UNROLLED for (int i = 0; i < NV; ++i) L::store(sums + i * L::width, sum[i]);
+    }
+};
+
+template <class Set>
+void blocks(const Product& p, const Weights& w) {
+    using L = typename Set::Lanes;
+    each_tile(p, 64, [&](int64_t line, int64_t at, int n) {
+        with_registers<64 / L::width>(n, L::width, [&](auto nv) { rows_of_tile<Block<L, nv>, uint32_t>(p, w, line, at, n); });
+    });
+}
+
+// Rows of x as words: y (ceil(rows / 4), columns, 4), zero behind the last row. Row k begins at offsets[k] * ld.
+void as_words(const uint8_t* x, int64_t ld, const int32_t* offsets, int64_t rows, int64_t columns, uint8_t* y) {
+    for (int64_t row = 0; row < rows; row += 4, y += 4 * columns) {
+        const auto from = [&](int64_t k) { return x + (offsets ? offsets[k] : k) * ld; };
+        if (rows - row >= 4) {
+            const uint8_t *const a = from(row), *const b = from(row + 1), *const c = from(row + 2), *const d = from(row + 3);
+            for (int64_t n = 0; n < columns; ++n) y[4 * n] = a[n], y[4 * n + 1] = b[n], y[4 * n + 2] = c[n], y[4 * n + 3] = d[n];
+        } else {
+            std::memset(y, 0, 4 * static_cast<size_t>(columns));
+            for (int64_t k = row; k < rows; ++k)
+                for (int64_t n = 0; n < columns; ++n) y[4 * n + k - row] = from(k)[n];
         }
-        finish<L, NV>(p, row, line * p.y_step + at, n, sums, words);
     }
 }
 
-template <class Set>
-void blocks(const Product& p, const Records& r) {
-    using L = typename Set::Lanes;
-    each_tile(p, Set::block_vectors * L::width, [&](int64_t line, int64_t at, int n) {
-        with_registers<Set::block_vectors>(n, L::width, [&](auto nv) { blocks_tile<L, nv>(p, r, line, at, n); });
-    });
-}
+void interleave(const uint8_t* x, int64_t ld, int64_t rows, int64_t columns, uint8_t* y) { as_words(x, ld, nullptr, rows, columns, y); }
 
-// Rows of x as words: y (ceil(rows / 4), columns), zero behind the last row. Row k begins at offsets[k] * ld.
-template <class Set>
-void as_words(const uint8_t* x, int64_t ld, const int32_t* offsets, int64_t rows, int64_t columns, uint8_t* y) {
-    using L = typename Set::Lanes;
-    constexpr int W = 4 * L::width;
-    static const uint8_t nothing[W] = {};
-    for (int64_t row = 0; row < rows; row += 4, y += 4 * columns)
-        for (int64_t at = 0; at < columns; at += W) {
-            const uint8_t* from[4];
-            for (int i = 0; i < 4; ++i)
-                from[i] = row + i < rows ? x + (offsets ? offsets[row + i] : row + i) * ld + at : nothing;
-            if (columns - at >= W) {
-                L::interleave(from, y + 4 * at);
-                continue;
-            }
-            uint8_t kept[4 * W];
-            L::interleave(from, kept);
-            std::memcpy(y + 4 * at, kept, 4 * static_cast<size_t>(columns - at));
-        }
-}
-
-template <class Set>
-void interleave(const uint8_t* x, int64_t ld, int64_t rows, int64_t columns, uint8_t* y) {
-    as_words<Set>(x, ld, nullptr, rows, columns, y);
-}
-
-// R rows of a dense matrix over NV registers of words; weights (ceil(rows / R), words, R).
+// All rows of a dense matrix, R at a time, over NV registers of words in the scratch.
 template <class Set, int NV>
-void dense_tile(const Product& p, const int32_t* weights, int64_t words, const uint32_t* x, int64_t line, int64_t at, int n) {
+void dense_tile(const Product& p, const Weights& w, int64_t line, int64_t at, int n) {
     using L = typename Set::Lanes;
     using Int = typename L::Int;
-    constexpr int R = Set::dense_rows;
-    Int packed[NV];
+    constexpr int R = Set::dense_rows, N = NV * L::width;
+    const int64_t words = (w.places + 3) / 4;
+    const auto* const x = reinterpret_cast<const uint32_t*>(w.scratch);
+    const auto* weights = reinterpret_cast<const int32_t*>(w.bytes);
+    as_words(p.x + line * p.x_step + at, p.ld, w.offsets, w.places, n, w.scratch);
+    alignas(64) int32_t packed[N];
     for (int64_t row = 0; row < p.rows; row += R) {
         Int sums[R][NV];
+        const auto add = [&](Int* sum, const uint32_t* from, int32_t weight) {
+            UNROLLED for (int i = 0; i < NV; ++i) sum[i] = L::dot(sum[i], L::load(from + i * L::width), L::broadcast(weight));
+        };
         UNROLLED for (int r = 0; r < R; ++r) UNROLLED for (int i = 0; i < NV; ++i) sums[r][i] = L::zero();
-        const int32_t* w = weights + row * words;
-        const uint32_t* from = x + at;
-        for (int64_t k = 0; k < words; ++k, w += R, from += p.columns) {
-            Int column[NV];
-            UNROLLED for (int i = 0; i < NV; ++i) column[i] = L::load(from + i * L::width);
-            UNROLLED for (int r = 0; r < R; ++r) {
-                const Int weight = L::broadcast(w[r]);
-                UNROLLED for (int i = 0; i < NV; ++i) sums[r][i] = Set::dense_dot(sums[r][i], column[i], weight);
-            }
-        }
-        for (int r = 0; r < R && row + r < p.rows; ++r)
-            finish<L, NV>(p, row + r, line * p.y_step + at, n, sums[r], packed);
+        for (int64_t k = 0; k < words; ++k, weights += R)
+            UNROLLED for (int r = 0; r < R; ++r) add(sums[r], x + k * n, weights[r]);
+        UNROLLED for (int r = 0; r < R; ++r)
+            for (int64_t k = w.starts[row + r]; k < w.starts[row + r + 1]; ++k) add(sums[r], x + w.words[2 * k] * n, w.words[2 * k + 1]);
+        alignas(64) int32_t stored[R][N];
+        UNROLLED for (int r = 0; r < R; ++r) UNROLLED for (int i = 0; i < NV; ++i) L::store(stored[r] + i * L::width, sums[r][i]);
+        for (int r = 0; r < R && row + r < p.rows; ++r) finish<L::width>(p, row + r, line * p.y_step + at, n, stored[r], packed);
     }
 }
 
 template <class Set>
 void dense(const Product& p, const Weights& w) {
-    using L = typename Set::Lanes;
-    const int64_t words = (w.places + Set::paired - 1) / Set::paired;
-    for (int64_t line = 0; line < p.lines; ++line) {
-        Set::dense_words(p.x + line * p.x_step, p.ld, w.offsets, w.places, p.columns, w.scratch);
-        const auto* const x = reinterpret_cast<const uint32_t*>(w.scratch);
-        for (int64_t at = 0; at < p.columns; at += Set::dense_vectors * L::width) {
-            const int n = static_cast<int>(p.columns - at < Set::dense_vectors * L::width ? p.columns - at : Set::dense_vectors * L::width);
-            with_registers<Set::dense_vectors>(n, L::width, [&](auto nv) {
-                dense_tile<Set, nv>(p, reinterpret_cast<const int32_t*>(w.values), words, x, line, at, n);
-            });
-        }
-    }
+    constexpr int NV = Set::dense_vectors, W = Set::Lanes::width;
+    each_tile(p, NV * W, [&](int64_t line, int64_t at, int n) {
+        with_registers<NV>(n, W, [&](auto nv) { dense_tile<Set, nv>(p, w, line, at, n); });
+    });
 }
 
-// Stores one column of a group of rows, one row in a lane.
-template <class L>
-void finish_rows(const Product& p, const int32_t* order, int64_t first, int64_t at, const int32_t* sums) {
-    constexpr int W = L::width;
-    int32_t correction[W];
-    float scale[W], bias[W], v[W];
-    int64_t rows[W];
-    int count = 0;
-    if (!order && first + W <= p.rows) {
-        count = W;
-        for (int i = 0; i < W; ++i) rows[i] = first + i;
-        L::store(correction, L::load(p.correction + first));
-        L::store(scale, L::numbers(p.scale + first));
-        L::store(bias, L::numbers(p.bias + first));
-    } else {
-        for (int i = 0; i < W; ++i) {
-            const int64_t row = order ? order[first + i] : first + i;
-            const bool there = row >= 0 && row < p.rows;
-            rows[i] = there ? row : -1;
-            count += there;
-            correction[i] = there ? p.correction[row] : 0;
-            scale[i] = there ? p.scale[row] : 0.0f;
-            bias[i] = there ? p.bias[row] : 0.0f;
-        }
-    }
-    const auto numbers = value<L>(L::load(sums), L::load(correction), L::numbers(scale), L::numbers(bias), p.slope);
-    if (p.store == Store::floats) {
-        L::store(v, numbers);
-        for (int i = 0; i < count; ++i) static_cast<float*>(p.y)[rows[i] * p.y_ld + at] = v[i];
-        return;
-    }
-    int32_t codes[W];
-    L::store(codes, code<L>(p, numbers));
-    auto* const y = static_cast<uint8_t*>(p.y);
-    for (int i = 0; i < count; ++i) {
-        const int64_t row = rows[i];
-        const int64_t to = p.store == Store::codes ? row * p.y_ld + at : 4 * (row / 4 * p.y_ld + at) + row % 4;
-        y[to] = static_cast<uint8_t>(codes[i]);
-    }
-}
-
-// Calls f(x of one column, at) for every column, x contiguous over w.places rows: where the columns lie apart, they are gathered.
-template <class F>
-void each_column(const Product& p, const Weights& w, bool gather, F&& f) {
+// Calls f(x of a column, first row, sums) for every W rows and column, and stores the sums. x of a column is contiguous over
+// w.places: where it lies apart, it is gathered.
+template <int W, class F>
+void each_column(const Product& p, const Weights& w, const int32_t* offsets, const int32_t* order, F&& f) {
+    const bool direct = p.ld == 1 && !offsets;
+    const int64_t stride = direct ? 1 : (w.places + 63) / 64 * 64;
     for (int64_t line = 0; line < p.lines; ++line) {
         const uint8_t* const x = p.x + line * p.x_step;
-        const bool direct = p.ld == 1 && !gather;
-        const int64_t stride = direct ? 1 : (w.places + 63) / 64 * 64;
-        if (!direct)
-            for (int64_t k = 0; k < w.places; ++k) {
-                const uint8_t* const from = x + (gather ? w.offsets[k] : k) * p.ld;
-                for (int64_t n = 0; n < p.columns; ++n) w.scratch[n * stride + k] = from[n];
-            }
-        const uint8_t* const columns = direct ? x : w.scratch;
-        f([=](int64_t n) { return columns + n * stride; }, line * p.y_step);
-    }
-}
-
-template <class L>
-void rounds_of(const Product& p, const Rounds& r, const Weights& w) {
-    constexpr int W = L::width;
-    each_column(p, w, false, [&](auto column, int64_t at) {
+        for (int64_t k = 0; k < w.places && !direct; ++k)
+            for (int64_t n = 0; n < p.columns; ++n) w.scratch[n * stride + k] = x[(offsets ? offsets[k] : k) * p.ld + n];
         for (int64_t first = 0; first < p.rows; first += W)
             for (int64_t n = 0; n < p.columns; ++n) {
-                const uint8_t* const x = column(n);
-                auto sum = L::zero();
-                for (int64_t i = r.starts[first / W]; i < r.starts[first / W + 1]; ++i) {
-                    const int8_t* const bytes = r.bytes + i * 8 * W;
-                    sum = L::dot(sum, L::look_up(x + r.bases[i], L::load(bytes)), L::load(bytes + 4 * W));
-                }
-                int32_t sums[W];
-                L::store(sums, sum);
-                finish_rows<L>(p, r.order, first, at + n, sums);
+                alignas(64) int32_t sums[W] = {};
+                f((direct ? x : w.scratch) + n * stride, first, sums);
+                finish_rows<W>(p, order, first, line * p.y_step + n, sums);
             }
-    });
+    }
 }
 
 template <class Set>
-void few_rounds(const Product& p, const Rounds& r, const Weights& w) {
-    if constexpr (Set::window > 0) rounds_of<typename Set::Lanes>(p, r, w);
-}
-
-template <class Set>
-void few_list(const Product& p, const Weights& w) {
-    using L = typename Set::Lanes;
-    each_column(p, w, false, [&](auto column, int64_t at) {
-        for (int64_t first = 0; first < p.rows; first += L::width)
-            for (int64_t n = 0; n < p.columns; ++n) {
-                const uint8_t* const x = column(n);
-                int32_t sums[L::width] = {};
-                for (int64_t row = first; row < first + L::width && row < p.rows; ++row) {
-                    int32_t sum[4] = {};
-                    int64_t k = w.starts[row];
-                    const int64_t stop = w.starts[row + 1];
-                    for (; k + 4 <= stop; k += 4)
-                        UNROLLED for (int i = 0; i < 4; ++i) sum[i] += w.values[k + i] * x[w.offsets[k + i]];
-                    for (; k < stop; ++k) sum[0] += w.values[k] * x[w.offsets[k]];
-                    sums[row - first] = sum[0] + sum[1] + sum[2] + sum[3];
-                }
-                finish_rows<L>(p, nullptr, first, at + n, sums);
+void few_rounds(const Product& p, const Weights& w) {
+    if constexpr (Set::window > 0) {
+        using L = typename Set::Lanes;
+        constexpr int W = L::width;
+        each_column<W>(p, w, nullptr, w.offsets, [&](const uint8_t* x, int64_t first, int32_t* sums) {
+            auto sum = L::zero();
+            for (int64_t i = w.starts[first / W]; i < w.starts[first / W + 1]; ++i) {
+                const int8_t* const bytes = w.bytes + i * 8 * W;
+                sum = L::dot(sum, L::look_up(x + w.bases[i], L::load(bytes)), L::load(bytes + 4 * W));
             }
-    });
+            L::store(sums, sum);
+        });
+    }
 }
 
-// Rows of `places` values, padded with zeros to a multiple of Set::step.
+// Rows are padded to a multiple of eight, places to one of 64.
 template <class Set>
 void few_dense(const Product& p, const Weights& w) {
-    using L = typename Set::Lanes;
-    const int64_t ld = (w.places + Set::step - 1) / Set::step * Set::step;
-    each_column(p, w, w.offsets != nullptr, [&](auto column, int64_t at) {
-        for (int64_t first = 0; first < p.rows; first += L::width)
-            for (int64_t n = 0; n < p.columns; ++n) {
-                int32_t sums[L::width] = {};
-                for (int64_t row = first; row < first + L::width && row < p.rows; row += 4)
-                    Set::row_dots(w.values + row * ld, ld, static_cast<int>(p.rows - row < 4 ? p.rows - row : 4), column(n), sums + (row - first));
-                finish_rows<L>(p, nullptr, first, at + n, sums);
-            }
+    const int64_t ld = (w.places + 63) / 64 * 64;
+    each_column<8>(p, w, w.offsets, nullptr, [&](const uint8_t* x, int64_t first, int32_t* sums) {
+        for (int r = 0; r < 8; r += 4) Set::four_dots(w.bytes + (first + r) * ld, ld, x, sums + r);
     });
 }
 
-template <class Set>
+template <int W>
 bool quantize(const float* x, int64_t n, float inverse, float zero, float highest, uint8_t* codes) {
-    using L = typename Set::Lanes;
-    constexpr int W = L::width;
+    using Int = typename Vector<W>::Int;
+    using Float = typename Vector<W>::Float;
     Product p{};
     p.inverse = inverse, p.zero = zero, p.highest = highest;
-    bool finite = true;
-    const auto part = [&](const float* from, uint8_t* to) {
-        typename L::Int c[4];
-        for (int i = 0; i < 4; ++i) {
-            const auto v = L::numbers(from + i * W);
-            finite &= L::finite(v);
-            c[i] = code<L>(p, v);
-        }
-        L::narrow(to, c);
-    };
-    int64_t at = 0;
-    for (; at + 4 * W <= n; at += 4 * W) part(x + at, codes + at);
-    if (at < n) {
-        float from[4 * W] = {};
-        uint8_t to[4 * W];
-        std::memcpy(from, x + at, sizeof(float) * static_cast<size_t>(n - at));
-        part(from, to);
-        std::memcpy(codes + at, to, static_cast<size_t>(n - at));
+    Int finite = Int{} - 1;
+    for (int64_t at = 0; at < n; at += W) {
+        const int count = n - at < W ? static_cast<int>(n - at) : W;
+        Float v{};
+        copy<W>(&v, x + at, count);
+        finite &= v - v == 0.0f;
+        alignas(64) int32_t wide[W];
+        uint8_t narrow[W];
+        write(wide, codes_of<W>(p, v));
+        for (int i = 0; i < W; ++i) narrow[i] = static_cast<uint8_t>(wide[i]);
+        copy<W>(codes + at, narrow, count);
     }
-    return finite;
+    bool all = true;
+    for (int i = 0; i < W; ++i) all &= finite[i] != 0;
+    return all;
 }
 
-template <class Set>
 void dequantize(const uint8_t* codes, int64_t n, float scale, float zero, float* x) {
-    using L = typename Set::Lanes;
-    int64_t at = 0;
-    for (; at + L::width <= n; at += L::width)
-        L::store(x + at, L::mul(L::sub(L::convert(L::load_bytes(codes + at)), L::number(zero)), L::number(scale)));
-    for (; at < n; ++at) {
-        const float difference = static_cast<float>(codes[at]) - zero;
-        x[at] = difference * scale;
-    }
+    for (int64_t i = 0; i < n; ++i) x[i] = (static_cast<float>(codes[i]) - zero) * scale;
 }
 
 template <class Set>
 Integers table() {
-    return {Set::terms, Set::Lanes::width, Set::window, Set::step, Set::paired, Set::dense_rows, sparse<Set>, blocks<Set>, dense<Set>,
-            few_rounds<Set>, few_list<Set>, few_dense<Set>, interleave<Set>, quantize<Set>, dequantize<Set>};
+    return {Set::terms, Set::Lanes::width, Set::window, Set::dense_rows, sparse<Set>, blocks<Set>, dense<Set>,
+            few_rounds<Set>, few_dense<Set>, interleave, quantize<Set::Lanes::width>, dequantize};
 }
 
 }  // namespace

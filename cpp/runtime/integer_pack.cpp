@@ -1,10 +1,10 @@
-// Weights into the layouts of the kernels, once at load. With a null place for the words only their number is found.
+// Weights into the layouts of the kernels, once at load.
 #include <algorithm>
 #include <cstdlib>
-#include <numeric>
+#include <cstring>
 #include <vector>
 
-#include "integer_pack.h"
+#include "integer.h"
 
 namespace noctule::runtime {
 namespace {
@@ -19,10 +19,11 @@ struct Bin {
     }
 };
 
-int32_t word(const int8_t* bytes) {
-    uint32_t all = 0;
-    for (int i = 0; i < 4; ++i) all |= static_cast<uint32_t>(static_cast<uint8_t>(bytes[i])) << 8 * i;
-    return static_cast<int32_t>(all);
+std::vector<int64_t> places_of(const Places& p, int64_t row) {
+    std::vector<int64_t> places;
+    for (int64_t k = p.row_ptr[row]; k < p.row_ptr[row + 1]; ++k)
+        if (p.values[k]) places.push_back(k);
+    return places;
 }
 
 // First fit of decreasing weights into groups of 2 * group places. Only the newest groups are tried: long rows stay quick.
@@ -53,30 +54,29 @@ std::vector<std::vector<int64_t>> groups_of(const std::vector<int64_t>& places, 
 }  // namespace
 
 int64_t pack_records(const Places& p, int terms, int group, int highest, int64_t* starts, int32_t* words) {
+    const auto size = static_cast<size_t>(terms);
     int64_t count = 0;
-    std::vector<int64_t> places;
     for (int64_t row = 0; row < p.rows; ++row) {
         if (starts) starts[row] = count;
-        places.clear();
-        for (int64_t k = p.row_ptr[row]; k < p.row_ptr[row + 1]; ++k)
-            if (p.values[k]) places.push_back(k);
-        const auto emit = [&](const int64_t* from, int n) {
-            if (words) {
-                int8_t bytes[4] = {};
-                for (int i = 0; i < terms; ++i) *words++ = n ? p.offsets[from[i < n ? i : 0]] : 0;
-                for (int i = 0; i < n; ++i) bytes[i] = p.values[from[i]];
-                if (terms == 2) bytes[2] = bytes[0], bytes[3] = bytes[1];
-                *words++ = terms == 1 ? bytes[0] : word(bytes);
-            }
-            ++count;
-        };
+        const std::vector<int64_t> places = places_of(p, row);
+        std::vector<std::vector<int64_t>> records;
         if (terms == 2) {
             for (const auto& together : groups_of(places, p.values, group, 32767 / highest))
-                for (int g = 0; g < group; ++g)
-                    emit(together.data() + 2 * g, std::clamp(static_cast<int>(together.size()) - 2 * g, 0, 2));
+                for (size_t k = 0; k < 2 * static_cast<size_t>(group); k += 2)
+                    records.emplace_back(together.begin() + std::min(k, together.size()), together.begin() + std::min(k + 2, together.size()));
         } else {
-            for (size_t k = 0; k < places.size(); k += static_cast<size_t>(terms))
-                emit(places.data() + k, static_cast<int>(std::min(places.size() - k, static_cast<size_t>(terms))));
+            for (size_t k = 0; k < places.size(); k += size)
+                records.emplace_back(places.begin() + k, places.begin() + std::min(k + size, places.size()));
+        }
+        count += static_cast<int64_t>(records.size());
+        for (size_t k = 0; words && k < records.size(); ++k) {
+            int8_t bytes[4] = {};
+            for (size_t i = 0; i < size; ++i) *words++ = records[k].empty() ? 0 : p.offsets[records[k][i < records[k].size() ? i : 0]];
+            for (size_t i = 0; i < records[k].size(); ++i) bytes[i] = p.values[records[k][i]];
+            if (terms == 2) bytes[2] = bytes[0], bytes[3] = bytes[1];
+            if (terms == 1) *words = bytes[0];
+            else std::memcpy(words, bytes, 4);
+            ++words;
         }
     }
     if (starts) starts[p.rows] = count;
@@ -96,11 +96,8 @@ int64_t pack_rounds(const Places& p, int lanes, int window, int highest, const i
         starts[first / lanes] = count;
         for (int l = 0; l < lanes; ++l) {
             Lane& lane = group[static_cast<size_t>(l)];
-            lane.places.clear(), lane.head = 0;
-            const int64_t row = order[first + l];
-            if (row >= 0)
-                for (int64_t k = p.row_ptr[row]; k < p.row_ptr[row + 1]; ++k)
-                    if (p.values[k]) lane.places.push_back(k);
+            lane.head = 0;
+            lane.places = order[first + l] < 0 ? std::vector<int64_t>() : places_of(p, order[first + l]);
             std::sort(lane.places.begin(), lane.places.end(), [&](int64_t a, int64_t b) { return p.offsets[a] < p.offsets[b]; });
             lane.done.assign(lane.places.size(), 0);
         }

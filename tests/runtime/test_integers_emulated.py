@@ -22,7 +22,7 @@ def test_emulated_vnni_passes_the_tests_of_integers(tmp_path: Path) -> None:
     package = Path(nanobind.include_dir()).parent
     sources = [HERE / "emulated.cpp", package / "src" / "nb_combined.cpp", *(SOURCES / f"{part}.cpp" for part in parts)]
     flags = ["-std=c++17", "-O1", "-mavx2", "-mfma", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-strict-aliasing"]
-    includes = [SOURCES, nanobind.include_dir(), package / "ext" / "robin_map" / "include", sysconfig.get_path("include")]
+    includes = [HERE, SOURCES, nanobind.include_dir(), package / "ext" / "robin_map" / "include", sysconfig.get_path("include")]
     defines = ["-DNOCTULE_SIMDE", "-DNOCTULE_X86", "-DNDEBUG"]
     command = ["g++", *flags, *defines, *(f"-I{path}" for path in includes), *map(str, sources), "-o", str(module)]
     subprocess.run(command, check=True)

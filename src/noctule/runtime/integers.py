@@ -9,7 +9,7 @@ Shapes: O rows (out features or channels), K places of a dense row, N stored wei
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,9 @@ from noctule.runtime import _native
 Array = NDArray[Any]
 Call = tuple[Callable[..., Any], tuple[int | float, ...]]
 
-_FEW = 16  # fewer columns have kernels of their own
-# Times of few columns in ns, as measured with AVX2: a weight of a list, a round of a column, a word of the records of 16 columns.
-_LIST, _ROUND, _RECORD = 0.33, 0.9, 0.6
+_FEW = 32  # from here on a record is always cheaper than rounds
+# Times in ns, as measured with AVX2: a round for a column, and a word of the records for up to 32 columns.
+_ROUND, _RECORD = 1.6, 0.55
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,95 +75,89 @@ class Operands:
     lines: int = 1
     scratch: int = 0
 
-    def arguments(self, rows: int, e: Epilogue) -> tuple[int | float, ...]:
-        """The arguments that all products have in common."""
-        store = 0 if e.inverse is None else 2 if e.interleaved else 1
-        where = (self.x, self.ld, self.x_step, self.y, self.y_ld, self.y_step, rows, self.columns, self.lines)
-        grid = (e.inverse or 0.0, float(e.zero), float(e.highest))
-        return (*where, _address(e.correction), _address(e.scale), _address(e.bias), e.slope, store, *grid)
-
 
 def _address(array: Array | None) -> int:
     return 0 if array is None else int(array.ctypes.data)
+
+
+def _call(kernel: str, set: int, weights: tuple[int, ...], o: Operands, rows: int, e: Epilogue) -> Call:
+    where = (o.scratch, o.x, o.ld, o.x_step, o.y, o.y_ld, o.y_step, rows, o.columns, o.lines)
+    arrays = (_address(e.correction), _address(e.scale), _address(e.bias))
+    store = 0 if e.inverse is None else 2 if e.interleaved else 1
+    grid = (e.slope, store, e.inverse or 0.0, float(e.zero), float(e.highest))
+    return getattr(_native, f"int8_{kernel}"), (set, *weights, *where, *arrays, *grid)
 
 
 class SparseWeight:
     """Weights at any places: row o has ``values`` at ``offsets`` [row_ptr[o], row_ptr[o + 1])."""
 
     def __init__(self, row_ptr: Array, offsets: Array, values: Array, highest: int = 255) -> None:
-        self.row_ptr = np.ascontiguousarray(row_ptr, np.int64)
-        self.offsets, self.values = np.ascontiguousarray(offsets, np.int32), np.ascontiguousarray(values, np.int8)
-        self.rows, self.highest = len(self.row_ptr) - 1, highest
-        self.places = int(self.offsets.max(initial=-1)) + 1  # rows of x in use
+        self._row_ptr, self._offsets = np.ascontiguousarray(row_ptr, np.int64), np.ascontiguousarray(offsets, np.int32)
+        self._values = np.ascontiguousarray(values, np.int8)
+        self.rows, self._highest = len(self._row_ptr) - 1, highest
+        self._places = int(self._offsets.max(initial=-1)) + 1  # rows of x in use
         self._set, self._terms, self._lanes, self._window, *_ = _native.int8_layout()
-        self._csr = (_address(self.row_ptr), _address(self.offsets), _address(self.values))
+        self._csr = (_address(self._row_ptr), _address(self._offsets), _address(self._values), self.rows)
 
     def scratch_bytes(self, columns: int) -> int:
         """Bytes that the calls for so many columns need."""
-        return (-(-self.places // 64) * columns + 1) * 64 if columns < _FEW else 0
+        return (-(-self._places // 64) * columns + 1) * 64 if columns < _FEW else 0
 
     def calls(self, operands: Operands, epilogue: Epilogue) -> list[Call]:
         """The calls of one product."""
-        tail, columns = operands.arguments(self.rows, epilogue), operands.columns
-        scratch = (self.places, operands.scratch)
-        listed = _LIST * len(self.values)
-        rounds = _ROUND * len(self._rounds[1]) if columns < _FEW and self._window else np.inf
-        if columns >= _FEW or columns * min(listed, rounds) > _RECORD * len(self._records[1]):
-            starts, words, group = self._records
-            return [(_native.int8_sparse, (self._set, _address(starts), _address(words), group, *tail))]
-        if listed <= rounds:
-            return [(_native.int8_few_list, (self._set, *self._csr, *scratch, *tail))]
-        return [(_native.int8_few_rounds, (self._set, *map(_address, self._rounds), *scratch, *tail))]
+        few = self._window and operands.columns < _FEW
+        if few and operands.columns * _ROUND * len(self._rounds[1]) < _RECORD * len(self._records[1]):
+            starts, bases, data, order = self._rounds
+            weights = (_address(starts), 0, 0, _address(bases), _address(data), _address(order), self._places)
+            return [_call("few_rounds", self._set, weights, operands, self.rows, epilogue)]
+        starts, words, group = self._records
+        weights = (_address(starts), _address(words), group, 0, 0, 0, 0)
+        return [_call("sparse", self._set, weights, operands, self.rows, epilogue)]
 
     @cached_property
     def _records(self) -> tuple[Array, Array, int]:
-        sizes = (*self._csr, self.rows, self._terms)
+        pack = partial(_native.int8_pack_records, *self._csr, self._terms)
         groups = (1, 2, 3, 4) if self._terms == 2 else (1,)
-        counts = {g: _native.int8_pack_records(*sizes, g, self.highest, 0, 0) for g in groups}
+        counts = {group: pack(group, self._highest, 0, 0) for group in groups}
         group = min(groups, key=lambda g: counts[g] * (12 + 12 / g))  # operations
-        starts = np.empty(self.rows + 1, np.int64)
-        words = np.empty(counts[group] * (self._terms + 1), np.int32)
-        _native.int8_pack_records(*sizes, group, self.highest, _address(starts), _address(words))
+        starts, words = np.empty(self.rows + 1, np.int64), np.empty(counts[group] * (self._terms + 1), np.int32)
+        pack(group, self._highest, _address(starts), _address(words))
         return starts, words, group
 
     @cached_property
     def _rounds(self) -> tuple[Array, Array, Array, Array | None]:
-        groups = -(-self.rows // self._lanes)
-        sizes = (*self._csr, self.rows, self._lanes, self._window, self.highest if self._terms == 2 else 0)
-        starts = np.empty(groups + 1, np.int64)
-        orders = np.full((2, groups * self._lanes), -1, np.int32)
-        orders[0, : self.rows] = np.arange(self.rows)
-        orders[1, : self.rows] = np.argsort(-np.diff(self.row_ptr), kind="stable")  # rows of one length share rounds
-        counts = [_native.int8_pack_rounds(*sizes, _address(order), _address(starts), 0, 0) for order in orders]
-        best = int(counts[1] < 0.95 * counts[0])
+        pack = partial(_native.int8_pack_rounds, *self._csr, self._lanes, self._window)
+        limit, groups = self._highest if self._terms == 2 else 0, -(-self.rows // self._lanes)
+        starts, orders = np.empty(groups + 1, np.int64), np.full((2, groups * self._lanes), -1, np.int32)
+        orders[:, : self.rows] = np.arange(self.rows), np.argsort(-np.diff(self._row_ptr), kind="stable")
+        counts = [pack(limit, _address(order), _address(starts), 0, 0) for order in orders]
+        best = int(counts[1] < 0.95 * counts[0])  # rows of one length may share rounds better
         bases, data = np.empty(counts[best], np.int32), np.zeros((counts[best], 2, self._lanes, 4), np.int8)
-        _native.int8_pack_rounds(*sizes, _address(orders[best]), _address(starts), _address(bases), _address(data))
+        pack(limit, _address(orders[best]), _address(starts), _address(bases), _address(data))
         return starts, bases, data, orders[1] if best else None
 
 
 class BlockWeight:
     """Blocks of four neighbouring places: row o has ``values`` (N, 4) at ``block_offsets`` (N,) [row_ptr[o], row_ptr[o + 1]).
 
-    x is interleaved, (features / 4, columns, 4), and strides of x count groups of four bytes; `interleave` makes it, or the epilogue of the
-    product before.
+    x is interleaved, (features / 4, columns, 4), and its strides count groups of four bytes: `interleave` makes it, or the
+    epilogue of the product before.
     """
 
     def __init__(self, row_ptr: Array, block_offsets: Array, values: Array, highest: int = 255) -> None:
         self.rows = len(row_ptr) - 1
         self._set, terms, *_ = _native.int8_layout()
-        offsets, values = np.asarray(block_offsets, np.int32), np.asarray(values, np.int8)
-        starts = np.asarray(row_ptr, np.int64)
-        if terms == 2:  # pairs that could saturate go apart
-            pairs = np.abs(values.reshape(-1, 2, 2).astype(np.int32).sum(2)).max(1, initial=0) > 32767 // highest
-            rows = np.repeat(np.arange(self.rows), np.diff(starts))
-            parts = np.repeat(np.arange(len(offsets)), 1 + pairs)
-            second = np.r_[False, parts[1:] == parts[:-1]] if len(parts) else np.zeros(0, bool)
-            offsets, values = offsets[parts], values[parts]
-            values[pairs[parts] & ~second, 1::2] = 0
-            values[second, ::2] = 0
-            starts = np.r_[0, np.cumsum(np.bincount(rows[parts], minlength=self.rows))]
+        starts, offsets, values = np.asarray(row_ptr, np.int64), np.asarray(block_offsets), np.array(values, np.int8)
+        if terms == 2:  # the two places of a pair that could saturate go apart
+            sums = np.abs(values.reshape(-1, 2, 2).astype(np.int32).sum(2)).max(1, initial=0)
+            times = 1 + (sums > 32767 // highest)
+            ends = np.r_[0, np.cumsum(times)]
+            parts = np.repeat(np.arange(len(times)), times)
+            offsets, values, starts = offsets[parts], values[parts], ends[starts]
+            values[ends[:-1][times == 2], 1::2] = 0
+            values[ends[1:][times == 2] - 1, ::2] = 0
         self._starts = np.ascontiguousarray(starts, np.int64)
-        self._words = np.ascontiguousarray(np.stack([offsets, np.ascontiguousarray(values).view(np.int32)[:, 0]], 1))
+        self._words = np.stack([offsets.astype(np.int32), np.ascontiguousarray(values).view(np.int32)[:, 0]], 1)
 
     def scratch_bytes(self, columns: int) -> int:
         """Bytes that the calls for so many columns need."""
@@ -171,57 +165,61 @@ class BlockWeight:
 
     def calls(self, operands: Operands, epilogue: Epilogue) -> list[Call]:
         """The calls of one product."""
-        packed = (self._set, _address(self._starts), _address(self._words))
-        return [(_native.int8_blocks, (*packed, *operands.arguments(self.rows, epilogue)))]
+        weights = (_address(self._starts), _address(self._words), 0, 0, 0, 0, 0)
+        return [_call("blocks", self._set, weights, operands, self.rows, epilogue)]
 
 
 class DenseWeight:
     """A dense weight (O, K) whose place k is row ``offsets[k]`` of x, row k without them."""
 
     def __init__(self, weight: Array, offsets: Array | None = None, highest: int = 255) -> None:
-        self.rows, self.places = weight.shape
-        self._set, _, _, _, self._step, self._paired, self._together = _native.int8_layout()
+        (self.rows, self._places), self._highest = weight.shape, highest
+        self._set, self._terms, _, _, self._together = _native.int8_layout()
         self._weight = np.asarray(weight, np.int8)
-        in_order = offsets is None or np.array_equal(offsets, np.arange(self.places))
+        in_order = offsets is None or np.array_equal(offsets, np.arange(self._places))
         self._offsets = None if in_order else np.ascontiguousarray(offsets, np.int32)
 
     def scratch_bytes(self, columns: int) -> int:
         """Bytes that the calls for so many columns need."""
-        return -(-self.places // 64) * 64 * columns * (4 // self._paired) + 256
+        return (-(-self._places // 64) * min(columns, 64) + 4) * 64
 
     def calls(self, operands: Operands, epilogue: Epilogue) -> list[Call]:
         """The calls of one product."""
         few = operands.columns < 8
-        packed = (_address(self._offsets), _address(self._rows if few else self._tiles), self.places, operands.scratch)
-        kernel = _native.int8_few_dense if few else _native.int8_dense
-        return [(kernel, (self._set, *packed, *operands.arguments(self.rows, epilogue)))]
-
-    def _padded(self, rows: int, places: int) -> Array:
-        padded = np.zeros((-(-self.rows // rows) * rows, -(-self.places // places) * places), np.int8)
-        padded[: self.rows, : self.places] = self._weight
-        return padded
+        starts, words, data = (None, None, self._rows) if few else self._tiles
+        weights = (_address(starts), _address(words), 0, 0, _address(data), _address(self._offsets), self._places)
+        return [_call("few_dense" if few else "dense", self._set, weights, operands, self.rows, epilogue)]
 
     @cached_property
     def _rows(self) -> Array:
-        return self._padded(1, self._step)
+        return np.pad(self._weight, ((0, -self.rows % 8), (0, -self._places % 64)))
 
     @cached_property
-    def _tiles(self) -> Array:
-        words = self._padded(self._together, self._paired).astype(np.int8 if self._paired == 4 else np.int16)
-        tiles = words.reshape(len(words) // self._together, self._together, -1, self._paired)
-        return np.ascontiguousarray(tiles.swapaxes(1, 2))
+    def _tiles(self) -> tuple[Array, Array, Array]:
+        weight = np.pad(self._weight, ((0, -self.rows % self._together), (0, -self._places % 4)))
+        pairs = weight.reshape(len(weight), -1, 2)
+        rest = np.zeros_like(pairs)
+        if self._terms == 2:  # of a pair that could saturate, a part of the larger weight goes into records
+            sums, limit = pairs.sum(2, dtype=np.int32), 32767 // self._highest
+            larger = np.abs(pairs.astype(np.int32)).argmax(2)[..., None]
+            np.put_along_axis(rest, larger, (sums - sums.clip(-limit, limit)).astype(np.int8)[..., None], 2)
+        row, word = np.nonzero(rest.reshape(len(weight), -1, 4).any(2))
+        starts = np.searchsorted(row, np.arange(len(weight) + 1))
+        words = np.stack([word.astype(np.int32), rest.reshape(len(weight), -1, 4)[row, word].view(np.int32)[:, 0]], 1)
+        tiles = (pairs - rest).reshape(-1, self._together, weight.shape[1] // 4, 4).swapaxes(1, 2)
+        return starts.astype(np.int64), words, np.ascontiguousarray(tiles)
 
 
 def interleave(x: int, ld: int, rows: int, columns: int, y: int) -> Call:
-    """The call that brings rows of x, `ld` elements apart, into (ceil(rows / 4), columns, 4) at y; missing rows are zero."""
+    """The call that brings rows at x, ``ld`` elements apart, into (ceil(rows / 4), columns, 4) at y; missing rows are zero."""
     return _native.int8_interleave, (_native.int8_layout()[0], x, ld, rows, columns, y)
 
 
 def quantize(x: int, n: int, inverse: float, zero: int, highest: int, codes: int) -> Call:
-    """The call that turns n float32 into codes; it returns whether one of them is NaN or infinite."""
-    return _native.int8_quantize, (x, n, inverse, float(zero), float(highest), codes)
+    """The call that turns n float32 at x into codes; it returns whether one of them is NaN or infinite."""
+    return _native.int8_quantize, (_native.int8_layout()[0], x, n, inverse, float(zero), float(highest), codes)
 
 
 def dequantize(codes: int, n: int, scale: float, zero: int, x: int) -> Call:
-    """The call that turns n codes into float32: ``(code - zero) * scale``."""
-    return _native.int8_dequantize, (codes, n, scale, float(zero), x)
+    """The call that turns n codes into float32 at x: ``(code - zero) * scale``."""
+    return _native.int8_dequantize, (_native.int8_layout()[0], codes, n, scale, float(zero), x)
