@@ -4,13 +4,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from noctule.core.errors import ExportError
 from noctule.deploy.target import Job, Run, Target, Written
 
 
 def _write(job: Job) -> Written:
     write_model: Any = import_module("noctule.deploy.noctule_file").write_model
-    example = job.kwargs or (job.args if len(job.args) != 1 else job.args[0])
-    return Written(fell_back=list(write_model(job.model, example, job.path, job.precision, job.ranges) or ()))
+    if job.kwargs or len(job.args) != 1:
+        raise ExportError("noctule.runtime runs models of one input, a tensor: export this one to another runtime")
+    write_model(job.model, job.args[0], job.path)
+    return Written()
 
 
 def _open(path: Path, threads: int) -> Run:
