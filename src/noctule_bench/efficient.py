@@ -1,8 +1,8 @@
 """Width, augmentation, distillation and int8 together, measured on the files that ship.
 
 The experiment of Menghani 2023, "Efficient Deep Learning: A Survey on Making Deep Learning Models Smaller, Faster, and Better",
-arXiv 2106.08962 (its notebook: one seed, CIFAR-10, the test set chose the epoch; 47 times smaller for 0.24 points). Here: three seeds,
-Fashion-MNIST, a validation set chooses the width, the test set is read by the files that were written, in `noctule.runtime`.
+arXiv 2106.08962 (its notebook: one seed, CIFAR-10, the test set chose the epoch; 47 times smaller for 0.24 points). Here: three
+seeds, Fashion-MNIST, a validation set chooses the width, the test set is read by the files that were written, in `noctule.runtime`.
 """
 
 import statistics
@@ -61,7 +61,9 @@ def efficient(
         files: a folder that keeps what is written; default: it goes after its test.
         out: a file that the lines are appended to.
     """
-    program.at_least_one(threads=threads, seeds=len(seeds), epochs=epochs, student_epochs=student_epochs, widths=len(widths))
+    program.at_least_one(
+        threads=threads, seeds=len(seeds), epochs=epochs, student_epochs=student_epochs, widths=len(widths)
+    )
     torch.set_num_threads(threads)
     cell = {"data": data, "channels": [*CHANNELS], "epochs": epochs, "student_epochs": student_epochs}
     with TemporaryDirectory() as folder:
@@ -101,11 +103,14 @@ def _seed(run: _Run, seed: int, splits: Splits, widths: tuple[float, ...]) -> No
     changed = Batches(splits.train, BATCH, seed=seed, augment=_augment)
     epochs, student_epochs = run.cell["epochs"], run.cell["student_epochs"]
 
-    def trained(width: float, batches: Batches, epochs: int, teacher: nn.Module | None = None) -> tuple[nn.Module, float]:
+    def trained(
+        width: float, batches: Batches, epochs: int, teacher: nn.Module | None = None
+    ) -> tuple[nn.Module, float]:
         started = time.process_time()
         torch.manual_seed(seed)
         channels = tuple(round(width * n) for n in CHANNELS)
-        model = cnn(splits.train.image_shape, splits.train.classes, channels=channels).to(memory_format=torch.channels_last)
+        model: Any = cnn(splits.train.image_shape, splits.train.classes, channels=channels)
+        model = model.to(memory_format=torch.channels_last)
         _train(model, batches, epochs, teacher)
         return model, time.process_time() - started
 
@@ -181,12 +186,20 @@ def _show(run: _Run, seeds: tuple[int, ...], widths: tuple[float, ...]) -> None:
         "bytes": "{bytes:,.0f}",
         "times fewer": "{fewer:.1f}",
     }
-    program.table(rows, "efficient.row", f"efficient: means of {len(seeds)} seeds, against the full network in float32", columns)
+    program.table(
+        rows, "efficient.row", f"efficient: means of {len(seeds)} seeds, against the full network in float32", columns
+    )
     small = [line for line in rows if line["row"] == "int8"]
     sound = [line for line in small if line["validation_points"] >= TARGETS["difference_points"]]
-    chosen = max(sound, key=lambda line: line["fewer"]) if sound else max(small, key=lambda line: line["validation_points"])
+    chosen = (
+        max(sound, key=lambda line: line["fewer"]) if sound else max(small, key=lambda line: line["validation_points"])
+    )
     for what, target in TARGETS.items():
-        line = {"row": f"{what}, width {chosen['width']:g}, chosen on validation", "found": chosen[what], "target": target}
+        line = {
+            "row": f"{what}, width {chosen['width']:g}, chosen on validation",
+            "found": chosen[what],
+            "target": target,
+        }
         rows.append(run.lines.write("efficient.target", **run.cell, **line, holds=chosen[what] >= target))
     program.targets(rows, "efficient", {"what": "{row}", "found": "{found:.2f}"})
 

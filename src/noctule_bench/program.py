@@ -29,6 +29,7 @@ BENCHMARKS = (
     "distil",
     "smaller",
     "efficient",
+    "inference",
     "bat_brain",
     "transformer",
     "together",

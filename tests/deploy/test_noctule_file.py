@@ -1,4 +1,4 @@
-"""What `noctule.runtime` computes from a file is what the model computes, for models of all kinds; what it cannot is refused by name."""
+"""What `noctule.runtime` computes from a file is what the model computes; what it cannot is refused by name."""
 
 import subprocess
 import sys
@@ -76,7 +76,9 @@ def test_dense(name, tmp_path):
 def test_sparse(name, density, tmp_path):
     model = convert_(made(name), ToSparse(density=density)).model
     shipped = check(model, tmp_path / "model.noctule")
-    assert any(step.operator.weight.places is not None for step in shipped.graph.steps if hasattr(step.operator, "weight"))
+    assert any(
+        step.operator.weight.places is not None for step in shipped.graph.steps if hasattr(step.operator, "weight")
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -124,7 +126,12 @@ def test_a_fresh_process_gives_the_same_bits(tmp_path):
     model = convert_(model, StaticInt8(ranges=calibrate(model, [samples()]), narrowest=1)).model
     shipped = check(model, tmp_path / "model.noctule", atol=0.02)
     np.save(tmp_path / "x.npy", samples().numpy())
-    command = [sys.executable, "-m", "noctule.runtime", *(str(tmp_path / n) for n in ("model.noctule", "x.npy", "y.npy"))]
+    command = [
+        sys.executable,
+        "-m",
+        "noctule.runtime",
+        *(str(tmp_path / n) for n in ("model.noctule", "x.npy", "y.npy")),
+    ]
     subprocess.run(command, check=True)
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), shipped(samples().numpy()))
 
@@ -143,7 +150,11 @@ class Masked(nn.Module):
 @pytest.mark.parametrize(
     ("model", "example", "text"),
     [
-        (nn.Sequential(nn.Linear(4, 4), Sorted()), torch.rand(3, 4), "^1 cannot be shipped to noctule.runtime: there is no aten.sort"),
+        (
+            nn.Sequential(nn.Linear(4, 4), Sorted()),
+            torch.rand(3, 4),
+            "^1 cannot be shipped to noctule.runtime: .*aten.sort",
+        ),
         (nn.Sequential(nn.Linear(4, 4), Masked()), torch.rand(2, 3, 4), "^1 cannot be shipped .*a mask"),
         (nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (-1, 4))), torch.rand(2, 4), "merges the batch"),
         (nn.LSTM(4, 4, batch_first=True), torch.rand(2, 3, 4), "cannot"),

@@ -39,7 +39,7 @@ def weight(rows: int, columns: int, density: float = 1.0, *, codes: bool = False
     flat = None
     if density < 1.0:
         flat = np.flatnonzero(rng.random(rows * columns // block) < density)
-    count = (rows * columns if flat is None else len(flat) * block)
+    count = rows * columns if flat is None else len(flat) * block
     places = None if flat is None else Places.smallest(flat, rows, columns // block)
     if codes:
         scales = (rng.random(rows) * 0.01 + 0.001).astype(np.float32)
@@ -108,7 +108,11 @@ def codes() -> Graph:
     add(Quantize(grid))
     add(Conv2d(weight(8, 27, codes=True), numbers(8), 0.0, Grid(0.03, 0), kernel=(3, 3), padding=((1, 1), (1, 1))))
     add(Pool("max", (2, 2), (2, 2)))
-    add(Conv2d(weight(8, 9, codes=True), numbers(8), 0.1, Grid(0.05, 30, 127), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 8))
+    add(
+        Conv2d(
+            weight(8, 9, codes=True), numbers(8), 0.1, Grid(0.05, 30, 127), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 8
+        )
+    )
     add(Conv2d(weight(24, 72, 0.3, codes=True), None, 1.0, Grid(0.05, 128), (3, 3), (2, 2), ((1, 1), (1, 1))))
     channels, high, wide = add.graph.output.shape
     add(Reshape((channels * high * wide,)))

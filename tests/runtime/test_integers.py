@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 if path := os.environ.get("NOCTULE_EMULATED"):  # see test_integers_emulated.py
     spec = spec_from_file_location("noctule.runtime._native", path)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     sys.modules["noctule.runtime._native"] = emulated = module_from_spec(spec)
     spec.loader.exec_module(emulated)
 
@@ -115,7 +116,9 @@ def cases(draw: st.DrawFn, *, blocks: bool = False) -> Case:
     return Case(x, w.astype(np.int8), offsets, ld, x_step, columns, lines, epilogue_of(rng, rows, store))
 
 
-def computed(case: Case, weight: Any, x: Array | None = None, ld: int | None = None, x_step: int | None = None) -> Array:
+def computed(
+    case: Case, weight: Any, x: Array | None = None, ld: int | None = None, x_step: int | None = None
+) -> Array:
     """The result (O, lines, columns) of the calls, after a look at what lies around it."""
     rows, e = len(case.weight), case.epilogue
     kept_rows = -(-rows // 4) if e.interleaved else rows

@@ -127,8 +127,11 @@ def test_threads_wait_for_one_another():
 
 def test_a_step_that_cannot_be_is_named():
     with pytest.raises(ModelFileError, match=r"step 2 \(there, linear\): a weight of \(4, 6\) does not read \(3,\)"):
-        Graph(Value((5,)), [Step("here", (0,), Linear(graphs.weight(3, 5))), Step("there", (1,), Linear(graphs.weight(4, 6)))])
-    with pytest.raises(ModelFileError, match="reads .1.: only the values 0 to 0"):
+        Graph(
+            Value((5,)),
+            [Step("here", (0,), Linear(graphs.weight(3, 5))), Step("there", (1,), Linear(graphs.weight(4, 6)))],
+        )
+    with pytest.raises(ModelFileError, match=r"reads .1.: only the values 0 to 0"):
         Graph(Value((5,)), [Step("", (1,), Clamp())])
     with pytest.raises(ModelFileError, match="reads images"):
         Graph(Value((5,)), [Step("", (0,), Pool("max", (2, 2), (2, 2)))])
@@ -144,8 +147,11 @@ def test_a_model_larger_than_the_machine_is_refused():
 
 def test_neither_torch_nor_anything_else_is_imported():
     code = (
-        "import sys, json, noctule.runtime as r; import graphs, numpy as np; m = r.Model(graphs.codes()); m(np.zeros((3, 3, 9, 10)));"
+        "import sys, json, noctule.runtime as r; import graphs, numpy as np;"
+        "m = r.Model(graphs.codes()); m(np.zeros((3, 3, 9, 10)));"
         "print(json.dumps([k for k in sys.modules if k.split('.')[0] in ('torch', 'sklearn', 'safetensors', 'typing_extensions')]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=__file__.rpartition("/")[0], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=__file__.rpartition("/")[0], capture_output=True, text=True, check=True
+    )
     assert json.loads(done.stdout) == []

@@ -43,7 +43,9 @@ def test_codes_of_few_bits(bits, low, high):
     codes = np.random.default_rng(0).integers(low, high, 35).astype(np.int8)
     codes = codes * 2 - 1 if bits == 1 else codes
     raw = (codes > 0 if bits == 1 else codes + 8).astype(np.uint8)
-    packed = np.packbits(np.unpackbits(raw[:, None], axis=1, bitorder="little", count=bits).reshape(-1), bitorder="little")
+    packed = np.packbits(
+        np.unpackbits(raw[:, None], axis=1, bitorder="little", count=bits).reshape(-1), bitorder="little"
+    )
     w = Weight((5, 7), packed, bits, np.ones(5, np.float32))
     np.testing.assert_array_equal(w.integers, codes.reshape(5, 7))
 

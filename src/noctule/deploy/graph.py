@@ -1,8 +1,8 @@
 """A model of torch as the steps of `noctule.runtime`.
 
-The model is exported by `torch.export` with layers as single operators (`leaves.py`), and each operator of the graph becomes a step.
-A value remembers which of its axes the batch is: the runtime keeps the batch innermost, so what moves it costs nothing. What depends
-on parameters alone is computed here and becomes a constant.
+The model is exported by `torch.export` with layers as single operators (`leaves.py`), and each operator of the graph becomes a
+step. A value remembers which of its axes the batch is: the runtime keeps the batch innermost, so what moves it costs nothing. What
+depends on parameters alone is computed here and becomes a constant.
 """
 
 import copy
@@ -50,7 +50,8 @@ def graph_of(model: nn.Module, example: Tensor, facts: dict[str, Any] | None = N
             dynamic = ({0: torch.export.Dim.AUTO},)
             program = torch.export.export(layers.pop(""), (batch,), strict=False, dynamic_shapes=dynamic)
     except Exception as error:  # of any kind: what the model's forward does is not ours
-        raise ExportError(f"torch.export cannot follow this model: {type(error).__name__}: {' '.join(str(error).split()):.500}") from error
+        text = " ".join(str(error).split())
+        raise ExportError(f"torch.export cannot follow this model: {type(error).__name__}: {text:.500}") from error
     steps = Steps(layers, Value(tuple(example.shape[1:]), "float32" if example.is_floating_point() else "tokens"))
     run = _Run(steps, program)
     for node in program.graph.nodes:
@@ -64,7 +65,11 @@ class _Run:
     def __init__(self, steps: Steps, program: torch.export.ExportedProgram) -> None:
         self.steps, self.values, self.output = steps, dict[Node, Any](), 0
         signature = program.graph_signature
-        held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+        held = {
+            **signature.inputs_to_parameters,
+            **signature.inputs_to_buffers,
+            **signature.inputs_to_lifted_tensor_constants,
+        }
         state = {**program.constants, **dict(program.named_parameters()), **dict(program.named_buffers())}
         self._held = {name: state[target].detach() for name, target in held.items()}
 
@@ -79,7 +84,8 @@ class _Run:
                 raise ExportError("the model returns its input: there is nothing to ship")
             self.output = number
             return None
-        arguments, named = map_arg(node.args, self.values.__getitem__), map_arg(dict(node.kwargs), self.values.__getitem__)
+        arguments: Any = map_arg(node.args, self.values.__getitem__)
+        named: Any = map_arg(dict(node.kwargs), self.values.__getitem__)
         self.steps.name, self.steps.node = where(node), node
         if node.target is operator.getitem:
             return arguments[0][arguments[1]]
@@ -94,7 +100,9 @@ class _Run:
                 raise ValueError(f"there is no {target} in noctule.runtime")
             return rule(self.steps, *arguments, **named)
         except (ValueError, TypeError) as error:
-            raise ExportError(f"{self.steps.name or 'the model'} cannot be shipped to noctule.runtime: {error}") from error
+            raise ExportError(
+                f"{self.steps.name or 'the model'} cannot be shipped to noctule.runtime: {error}"
+            ) from error
 
 
 def where(node: Node) -> str:

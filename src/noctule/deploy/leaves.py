@@ -27,8 +27,11 @@ def layer(x: Tensor, name: str, widths: list[int], window: list[int]) -> Tensor:
 def _(x: Tensor, name: str, widths: list[int], window: list[int]) -> Tensor:
     if not window:
         return x.new_empty(*x.shape[:-1], widths[1])
-    geometry = Geometry(widths[0], widths[1], *_window(window))
+    geometry = Geometry(widths[0], widths[1], *window_of_list(window))
     return x.new_empty(x.shape[0], widths[1], *geometry.output_size((x.shape[2], x.shape[3])))
+
+
+LAYER: Any = torch.ops.noctule.layer
 
 
 class Leaf(nn.Module):
@@ -99,7 +102,8 @@ def widths_of_any(module: Any) -> tuple[int, int]:
     return module.widths if isinstance(module, IntegerLayer) else widths_of(module)
 
 
-def _window(w: list[int]) -> tuple[Any, ...]:
+def window_of_list(w: list[int]) -> tuple[Any, ...]:
+    """The arguments of a convolution from the numbers of `window_of`."""
     return (w[0], w[1]), (w[2], w[3]), ((w[4], w[5]), (w[6], w[7])), (w[8], w[9]), w[10]
 
 

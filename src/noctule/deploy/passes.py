@@ -1,4 +1,4 @@
-"""A graph with fewer steps that computes the same: activations and rounding go into the step before them, what nothing reads goes."""
+"""The same graph in fewer steps: activations and rounding go into the step before them, and what nothing reads goes."""
 
 from collections import Counter
 from dataclasses import replace
@@ -6,7 +6,7 @@ from typing import Any
 
 from noctule.runtime.graph import Graph, Step
 from noctule.runtime.operators import Affine, Clamp, Conv2d, Linear, Permute, Pointwise, Pool, Quantize, Reshape, Slice
-from noctule.runtime.values import Grid, Value
+from noctule.runtime.values import Grid
 
 UNLIMITED = Clamp()
 
@@ -14,12 +14,12 @@ UNLIMITED = Clamp()
 def simplified(graph: Graph, output: int) -> Graph:
     """The graph up to this output."""
     steps = _live(list(graph.steps), output)
-    while (changed := _fuse(steps, graph.input)) is not None:
+    while (changed := _fuse(steps)) is not None:
         steps = changed
     return Graph(graph.input, steps, graph.facts)
 
 
-def _fuse(steps: list[Step], input: Value) -> list[Step] | None:
+def _fuse(steps: list[Step]) -> list[Step] | None:
     """One change; None where there is none left. The output stays the last step."""
     readers = Counter(k for step in steps for k in step.of)
     readers[len(steps)] += 1
@@ -31,24 +31,28 @@ def _fuse(steps: list[Step], input: Value) -> list[Step] | None:
         made = _joined(first.operator, second)
         if made is not None:
             return _without(steps, number, Step(first.name, first.of, made))
-        if isinstance(second, Quantize) and isinstance(first.operator, Permute | Reshape | Slice) or (
-            isinstance(second, Quantize) and isinstance(first.operator, Pool) and first.operator.how == "max"
-        ):  # rounding keeps the order of numbers, so it may come before what only picks and moves them
+        if isinstance(second, Quantize) and _only_moves(first.operator):
             swapped = [*steps]
-            swapped[before - 1], swapped[number - 1] = Step(step.name, first.of, second), Step(first.name, (before,), first.operator)
+            swapped[before - 1] = Step(step.name, first.of, second)
+            swapped[number - 1] = Step(first.name, (before,), first.operator)
             return swapped
     return None
 
 
+def _only_moves(operator: Any) -> bool:
+    """Whether it picks and moves numbers only: rounding, which keeps their order, may come before."""
+    return isinstance(operator, Permute | Reshape | Slice) or (isinstance(operator, Pool) and operator.how == "max")
+
+
 def _joined(first: Any, second: Any) -> Any:
     """One operator for two, or None."""
-    if isinstance(second, Clamp) and (second.low, second.high) == (UNLIMITED.low, UNLIMITED.high):
-        if isinstance(first, Linear | Conv2d | Affine | Pointwise) and first.slope == 1.0 and getattr(first, "to", None) is None:
-            return replace(first, slope=second.slope)
+    unlimited = isinstance(second, Clamp) and (second.low, second.high) == (UNLIMITED.low, UNLIMITED.high)
+    if unlimited and isinstance(first, Linear | Conv2d | Affine | Pointwise) and first.slope == 1.0:
+        return None if getattr(first, "to", None) else replace(first, slope=second.slope)
     if isinstance(second, Quantize) and isinstance(first, Clamp) and _within(second.to, first):
         return second
-    if isinstance(second, Quantize) and isinstance(first, Linear | Conv2d) and first.to is None and first.weight.scales is not None:
-        return replace(first, to=second.to)
+    if isinstance(second, Quantize) and isinstance(first, Linear | Conv2d) and first.weight.scales is not None:
+        return None if first.to else replace(first, to=second.to)
     return None
 
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from noctule.deploy.leaves import window_of
+from noctule.deploy.leaves import LAYER, window_of_list
 from noctule.deploy.steps import Ref, Steps, tensor
 from noctule.deploy.weights import array, grid_of_layer, made, weight_of_layer
 from noctule.runtime.operators import (
@@ -44,11 +43,7 @@ def _layer(g: Steps, x: Ref, name: str, widths: list[int], window: list[int]) ->
         x = g.codes(x, grid)
     if not window:
         return _last_axis(g, x, Linear(weight, bias, slope))
-    return _images(g, x, Conv2d(weight, bias, slope, None, *_window(window)))
-
-
-def _window(w: list[int]) -> tuple[Any, ...]:
-    return (w[0], w[1]), (w[2], w[3]), ((w[4], w[5]), (w[6], w[7])), (w[8], w[9]), w[10]
+    return _images(g, x, Conv2d(weight, bias, slope, None, *window_of_list(window)))
 
 
 def _last_axis(g: Steps, x: Ref, operator: Operator) -> Ref:
@@ -70,7 +65,14 @@ def _linear(g: Steps, x: Ref, weight: Any, bias: Any = None) -> Ref:
 
 
 def _conv2d(
-    g: Steps, x: Ref, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    g: Steps,
+    x: Ref,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Ref:
     w = tensor(weight)
     of = made((w.shape[0], w[0].numel()), array(w.float()).reshape(-1), None, None, blocks=False)
@@ -79,7 +81,9 @@ def _conv2d(
     return _images(g, x, Conv2d(of, None if bias is None else array(tensor(bias).float()), 1.0, None, *window))
 
 
-def _batch_norm(g: Steps, x: Ref, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: Any, eps: float, *_: Any) -> Ref:
+def _batch_norm(
+    g: Steps, x: Ref, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: Any, eps: float, *_: Any
+) -> Ref:
     if training or mean is None:
         raise ValueError("it normalises by each batch")
     scale = (var + eps).rsqrt() * (1.0 if weight is None else weight)
@@ -88,7 +92,9 @@ def _batch_norm(g: Steps, x: Ref, weight: Any, bias: Any, mean: Any, var: Any, t
     return g.affine(x, scale.view(1, -1, *rest), shift.view(1, -1, *rest))
 
 
-def _layer_norm(g: Steps, x: Ref, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Ref:
+def _layer_norm(
+    g: Steps, x: Ref, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Ref:
     count, sample = math.prod(shape), g.shape(x)
     if x.batch > len(sample) - len(shape):
         raise ValueError("it normalises along the batch")
@@ -127,11 +133,11 @@ def _both(g: Steps, how: Any, x: Ref, y: Ref) -> Ref:
     return g.add(Pointwise(how), x, y)
 
 
-def _mean(g: Steps, x: Ref, dims: Sequence[int] | None = None, keepdim: bool = False, **_: Any) -> Ref:
-    axes = sorted(g.axis(x, d) for d in (dims if dims is not None else range(1, len(g.shape(x)) + 1)))
+def _mean(g: Steps, x: Ref, dim: Sequence[int] | None = None, keepdim: bool = False, **_: Any) -> Ref:
+    axes = sorted(g.axis(x, d) for d in (dim if dim is not None else range(1, len(g.shape(x)) + 1)))
     if axes != [*range(axes[0], axes[-1] + 1)]:
         raise ValueError(f"it averages along axes {axes}, which do not follow one another")
-    gone = sum(d < x.batch for d in ([d % (len(g.shape(x)) + 1) for d in dims] if dims is not None else []))
+    gone = 0 if dim is None else sum(d % (len(g.shape(x)) + 1) < x.batch for d in dim)
     y = g.add(Mean(axes[0], axes[-1]), x, batch=x.batch - gone)
     return g.reshape(y) if keepdim else y
 
@@ -146,18 +152,27 @@ def _adaptive_mean(g: Steps, x: Ref, size: Any) -> Ref:
     return _images(g, x, Pool("mean", step, step))
 
 
-def _max_pool(g: Steps, x: Ref, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False) -> Ref:
+def _max_pool(
+    g: Steps, x: Ref, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> Ref:
     if ceil_mode or _pair(dilation) != (1, 1):
         raise ValueError("pooling with ceil_mode or dilation")
     return _pool(g, x, "max", kernel, stride, padding)
 
 
 def _mean_pool(
-    g: Steps, x: Ref, kernel: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False, inside: bool = True, divisor: Any = None
+    g: Steps,
+    x: Ref,
+    kernel: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: Any = None,
 ) -> Ref:
-    if ceil_mode or divisor is not None:
+    if ceil_mode or divisor_override is not None:
         raise ValueError("pooling with ceil_mode or divisor_override")
-    return _pool(g, x, "mean" if inside else "mean inside", kernel, stride, padding)
+    return _pool(g, x, "mean" if count_include_pad else "mean inside", kernel, stride, padding)
 
 
 def _pool(g: Steps, x: Ref, how: str, kernel: Any, stride: Any, padding: Any) -> Ref:
@@ -174,16 +189,29 @@ def _matmul(g: Steps, x: Any, y: Any) -> Ref:
     if not isinstance(x, Ref):
         raise ValueError("a constant matrix times what depends on the input")
     if not isinstance(y, Ref):
-        return _linear(g, x, y.transpose(-1, -2).contiguous()) if y.dim() == 2 else _refuse("products with constant batches")
+        return (
+            _linear(g, x, y.transpose(-1, -2).contiguous())
+            if y.dim() == 2
+            else _refuse("products with constant batches")
+        )
     if x.batch != y.batch or x.batch > len(g.shape(x)) - 2:
         raise ValueError("a product whose matrices contain the batch")
     return g.add(MatMul(), x, y)
 
 
 def _attention(
-    g: Steps, q: Ref, k: Ref, v: Ref, mask: Any = None, dropout: float = 0.0, is_causal: bool = False, *, scale: float | None = None, **_: Any
+    g: Steps,
+    q: Ref,
+    k: Ref,
+    v: Ref,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    **_: Any,
 ) -> Ref:
-    if mask is not None:
+    if attn_mask is not None:
         raise ValueError("attention with a mask: only is_causal is known")
     scores = g.add(MatMul(True, scale or g.shape(q)[-1] ** -0.5), q, k)
     return g.add(MatMul(), g.add(Softmax(len(g.shape(scores)) - 1, is_causal), scores), v)
@@ -247,7 +275,9 @@ def _cat(g: Steps, values: Sequence[Any], dim: int = 0) -> Ref:
 
 def _expand(g: Steps, x: Any, size: Sequence[Any], **_: Any) -> Any:
     if isinstance(x, Ref):
-        return x if all(isinstance(n, torch.SymInt) or n in (-1, m) for n, m in zip(size, _whole(g, x))) else _refuse("repeating values")
+        pairs = zip(size, _whole(g, x), strict=False)
+        same = all(isinstance(n, torch.SymInt) or n in (-1, m) for n, m in pairs)
+        return x if same else _refuse("repeating values")
     return x.expand([1 if isinstance(n, torch.SymInt) else n for n in size])
 
 
@@ -300,7 +330,7 @@ def _to(g: Steps, x: Any, *arguments: Any, **named: Any) -> Any:
 
 
 RULES: dict[Any, Callable[..., Any]] = {
-    torch.ops.noctule.layer: _layer,
+    LAYER: _layer,
     aten.linear: _linear,
     aten.conv2d: _conv2d,
     aten.batch_norm: _batch_norm,
@@ -333,9 +363,9 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.sym_size: _size,
     aten.relu: _each(lambda: Clamp(0.0)),
     aten.relu_: _each(lambda: Clamp(0.0)),
-    aten.leaky_relu: _each(lambda slope=0.01: Clamp(slope)),
-    aten.hardtanh: _each(lambda low=-1.0, high=1.0: Clamp(1.0, float(low), float(high))),
-    aten.hardtanh_: _each(lambda low=-1.0, high=1.0: Clamp(1.0, float(low), float(high))),
+    aten.leaky_relu: _each(lambda negative_slope=0.01: Clamp(negative_slope)),
+    aten.hardtanh: _each(lambda min_val=-1.0, max_val=1.0: Clamp(1.0, float(min_val), float(max_val))),
+    aten.hardtanh_: _each(lambda min_val=-1.0, max_val=1.0: Clamp(1.0, float(min_val), float(max_val))),
     aten.relu6: _each(lambda: Clamp(0.0, 0.0, 6.0)),
     aten.gelu: _each(lambda approximate="none": Activation("gelu" if approximate == "none" else "gelu_tanh")),
     aten.silu: _each(lambda: Activation("silu")),

@@ -89,12 +89,13 @@ class Steps:
 
         a, b = full(scale), full(shift)
         rows = 1
-        for size in [*a.shape, None]:  # as few factors as say the same
-            first = [n.reshape(rows, -1)[:, :1] for n in (a, b)]
-            if size is None or all((n.reshape(rows, -1) == f).all() for n, f in zip((a, b), first, strict=True)):
-                return self.add(Affine(*(np.ascontiguousarray(f[:, 0]) for f in first), slope), x)
+        for size in a.shape:  # as few factors as say the same
+            parts = [n.reshape(rows, -1) for n in (a, b)]
+            if all((n == n[:, :1]).all() for n in parts):
+                break
             rows *= size
-        raise AssertionError
+        a, b = (np.ascontiguousarray(n.reshape(rows, -1)[:, 0]) for n in (a, b))
+        return self.add(Affine(a, b, slope), x)
 
     def constant(self, numbers: Tensor, like: Ref) -> Ref:
         """Numbers (with a batch of 1) that are the same for each sample, as a value."""

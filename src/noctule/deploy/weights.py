@@ -40,7 +40,13 @@ def grid_of_layer(module: Any) -> Grid | None:
 
 
 def made(
-    shape: tuple[int, ...], numbers: np.ndarray, flat: np.ndarray | None, scales: np.ndarray | None, *, blocks: bool, bits: int = 8
+    shape: tuple[int, ...],
+    numbers: np.ndarray,
+    flat: np.ndarray | None,
+    scales: np.ndarray | None,
+    *,
+    blocks: bool,
+    bits: int = 8,
 ) -> Weight:
     """A weight from all numbers of a matrix, or from those at places, in the form that takes the fewest bytes."""
     rows, columns = shape[0], shape[1]

@@ -36,7 +36,9 @@ def parse(kind: Any, data: Any, where: str, tensors: Tensors) -> Any:
             return None
         return parse(next(t for t in inner if t is not type(None)), data, where, tensors)
     if origin is Literal:
-        return _sound(data, type(data) is type(inner[0]) and data in inner, where, f"one of {', '.join(map(str, inner))}")
+        return _sound(
+            data, type(data) is type(inner[0]) and data in inner, where, f"one of {', '.join(map(str, inner))}"
+        )
     if origin is tuple:
         each = inner[:1] * len(data) if isinstance(data, list) and inner[-1] is Ellipsis else inner
         _sound(data, isinstance(data, list) and len(data) == len(each), where, f"a list of {len(inner)}")
@@ -61,7 +63,11 @@ def unparse(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
         return name
     if is_dataclass(value):
         held = ((f, getattr(value, f.name)) for f in fields(value))
-        return {f.name: unparse(x, f"{name}.{f.name}", tensors) for f, x in held if f.default is MISSING or _differ(x, f.default)}
+        return {
+            f.name: unparse(x, f"{name}.{f.name}", tensors)
+            for f, x in held
+            if f.default is MISSING or _differ(x, f.default)
+        }
     if isinstance(value, tuple):
         return [unparse(x, f"{name}.{k}", tensors) for k, x in enumerate(value)]
     return value

@@ -66,7 +66,9 @@ def parse_file(data: memoryview, path: str) -> Graph:
     blank = _PREFIX + _BLANK + text[len(_PREFIX) + len(_BLANK) :]
     found = zlib.crc32(data[8 + length :], zlib.crc32(blank, zlib.crc32(data[:8])))
     if metadata.get("checksum") != f"{found:08x}":
-        raise ModelFileError(f"{path} is damaged: its checksum is {found:08x}, it says {metadata.get('checksum')!r:.20}")
+        raise ModelFileError(
+            f"{path} is damaged: its checksum is {found:08x}, it says {metadata.get('checksum')!r:.20}"
+        )
     tensors = _tensors(header, data[8 + length :])
     if not isinstance(graph := metadata.get("graph"), str):
         raise ModelFileError(f"{path} has no graph")

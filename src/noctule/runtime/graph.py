@@ -45,7 +45,9 @@ class Graph:
         for number, step in enumerate(self.steps, start=1):
             where = f"step {number} ({step.name or 'of the model'}, {_op(step.operator)})"
             if not step.of or not all(0 <= k < number for k in step.of):
-                raise ModelFileError(f"{where} reads {[*step.of]}: only the values 0 to {number - 1} are there before it")
+                raise ModelFileError(
+                    f"{where} reads {[*step.of]}: only the values 0 to {number - 1} are there before it"
+                )
             try:
                 self.values.append(step.operator.infer(*(self.values[k] for k in step.of)))
             except (ValueError, TypeError) as error:
@@ -74,7 +76,11 @@ class Graph:
             data = json.loads(text, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
             raise ModelFileError(f"the graph is no JSON: {error}") from error
-        if not isinstance(data, dict) or not isinstance(data.get("steps"), list) or not isinstance(data.get("facts"), dict):
+        if (
+            not isinstance(data, dict)
+            or not isinstance(data.get("steps"), list)
+            or not isinstance(data.get("facts"), dict)
+        ):
             raise ModelFileError("the graph must be an object with input, steps and facts")
         if len(data["steps"]) > MOST_STEPS:
             raise ModelFileError(f"the graph has {len(data['steps']):,} steps, more than {MOST_STEPS:,}")
@@ -87,7 +93,9 @@ class Graph:
             op = parse(str, fields.pop("op", None), f"{where}.op", tensors)
             name = parse(str, fields.pop("name", None), f"{where}.name", tensors)
             if op not in OPERATORS:
-                raise ModelFileError(f"{where}.op is {op!r:.100}, which this version does not know: {', '.join(OPERATORS)}")
+                raise ModelFileError(
+                    f"{where}.op is {op!r:.100}, which this version does not know: {', '.join(OPERATORS)}"
+                )
             of = parse(tuple[int, ...], fields.pop("of", None), f"{where}.of", tensors)
             steps.append(Step(name, of, parse(OPERATORS[op], fields, where, tensors)))
         return cls(parse(Value, data.get("input"), "input", tensors), steps, data["facts"])

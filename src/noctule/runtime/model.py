@@ -91,11 +91,15 @@ class Model:
                 del self._plans[next(iter(self._plans))]
             plan = self._plans[lanes] = BatchPlan(self.graph, self._memory, self._kept, lanes)
         first, last = plan.buffers[0], plan.buffers[-1]
-        if _native.enter(x.ctypes.data, batch, first.value.numbers, first.address, lanes, first.value.kind == "float32"):
+        if _native.enter(
+            x.ctypes.data, batch, first.value.numbers, first.address, lanes, first.value.kind == "float32"
+        ):
             raise ValueError("the input has numbers that are NaN or infinite")
         for (function, arguments), name in plan.calls:
             if function(*arguments):
-                raise ValueError(f"{name or 'the model'} read a token that it has no row for, or a number that is NaN or infinite")
+                raise ValueError(
+                    f"{name or 'the model'} read a token that it has no row for, or a number that is NaN or infinite"
+                )
         _native.leave(last.address, lanes, batch, last.value.numbers, out.ctypes.data)
 
 
@@ -111,3 +115,8 @@ def load(path: str | os.PathLike, *, max_batch: int = 64) -> Model:
         ModelFileError: the file is missing, torn, foreign, too new, or says something that cannot be; the text names the field.
     """
     return Model(read(path), max_batch=max_batch)
+
+
+def instruction_set() -> str:
+    """The instruction set of the kernels that models planned from now on use: "vnni", "avx2" or "portable"."""
+    return _native.instruction_set()

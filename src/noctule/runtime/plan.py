@@ -14,7 +14,7 @@ SLACK = 128
 
 
 class Memory:
-    """The values of a graph in one piece of memory, made once for a largest batch; a value's room is used again after its last reader."""
+    """The values of a graph in one piece of memory, for a largest batch; a value's room is used again after its last reader."""
 
     def __init__(self, graph: Graph, lanes: int) -> None:
         owner = [*range(len(graph.values))]  # the value whose memory each one has

@@ -20,7 +20,9 @@ class Grid:
 
     def __post_init__(self) -> None:
         if not (self.scale >= 1.1754944e-38 and 0 <= self.zero_point <= self.highest <= 255 and self.highest > 0):
-            raise ValueError(f"no grid of codes: scale {self.scale}, zero_point {self.zero_point}, highest {self.highest}")
+            raise ValueError(
+                f"no grid of codes: scale {self.scale}, zero_point {self.zero_point}, highest {self.highest}"
+            )
 
     @property
     def inverse(self) -> np.float32:
@@ -47,7 +49,9 @@ class Value:
 
     def __post_init__(self) -> None:
         if min(self.shape, default=1) < 1 or len(self.shape) > 8 or math.prod(self.shape) > MOST_NUMBERS:
-            raise ValueError(f"no sample has shape {self.shape}: up to 8 sizes of at least 1, {MOST_NUMBERS:,} numbers in all")
+            raise ValueError(
+                f"no sample has shape {self.shape}: up to 8 sizes of at least 1, {MOST_NUMBERS:,} numbers in all"
+            )
         if (self.kind == "codes") != (self.grid is not None):
             raise ValueError("codes have a grid, other values have none")
 

@@ -57,7 +57,9 @@ class Places:
         if len(flat) + int(escapes.sum()) > rows * -(-columns // 8):
             bits = np.zeros(rows * columns, np.uint8)
             bits[flat] = 1
-            return cls("bitmap", np.packbits(bits.reshape(rows, columns), axis=1, bitorder="little").reshape(-1), len(flat))
+            return cls(
+                "bitmap", np.packbits(bits.reshape(rows, columns), axis=1, bitorder="little").reshape(-1), len(flat)
+            )
         gaps = np.full(len(flat) + int(escapes.sum()), ESCAPE, np.uint8)
         gaps[np.arange(len(flat)) + np.cumsum(escapes)] = skipped % ESCAPE
         return cls("gaps", gaps, len(flat))
@@ -88,7 +90,12 @@ class Weight:
 
     def __post_init__(self) -> None:
         rows, columns = self.shape
-        if min(self.shape) < 1 or rows * columns > 2**31 or columns % self.block or (self.block > 1 and self.places is None):
+        if (
+            min(self.shape) < 1
+            or rows * columns > 2**31
+            or columns % self.block
+            or (self.block > 1 and self.places is None)
+        ):
             raise ValueError(f"no matrix of {rows} x {columns} (places of {self.block} columns)")
         expected = np.float32 if self.bits == 32 else np.int8 if self.bits == 8 and self.book is None else np.uint8
         length = self.count if self.bits >= 8 else -(-self.count * self.bits // 8)
@@ -136,7 +143,9 @@ class Weight:
         """The codes as int8: (O, K), (N,) or (N, block)."""
         codes = self.values
         if self.bits < 8:
-            bits = np.unpackbits(codes.view(np.uint8), bitorder="little")[: self.count * self.bits].reshape(-1, self.bits)
+            bits = np.unpackbits(codes.view(np.uint8), bitorder="little")[: self.count * self.bits].reshape(
+                -1, self.bits
+            )
             codes = (bits << np.arange(self.bits, dtype=np.uint8)).sum(1, dtype=np.uint8).view(np.int8)
             codes = codes * 2 - 1 if self.bits == 1 else codes - 8
         return self._shaped(codes.view(np.int8))

@@ -35,4 +35,28 @@ OPERATORS: dict[str, type[Operator]] = {
     "softmax": Softmax,
 }
 
-__all__ = ["OPERATORS", "Buffer", "Call", "Operator", "Plan", *sorted(kind.__name__ for kind in OPERATORS.values())]
+__all__ = [
+    "OPERATORS",
+    "Activation",
+    "Affine",
+    "Buffer",
+    "Call",
+    "Clamp",
+    "Concat",
+    "Constant",
+    "Conv2d",
+    "Embedding",
+    "LayerNorm",
+    "Linear",
+    "MatMul",
+    "Mean",
+    "Operator",
+    "Permute",
+    "Plan",
+    "Pointwise",
+    "Pool",
+    "Quantize",
+    "Reshape",
+    "Slice",
+    "Softmax",
+]

@@ -169,8 +169,9 @@ class LayerNorm(Operator):
     def infer(self, *inputs: Value) -> Value:
         x = inputs[0].floats()
         check(len(x.shape) > 0 and self.epsilon > 0, "a norm needs an axis and an epsilon above 0")
-        line(self.weight, x.shape[-1], "weight")
-        line(self.bias, x.shape[-1], "bias")
+        last = x.shape[len(x.shape) - 1]
+        line(self.weight, last, "weight")
+        line(self.bias, last, "bias")
         return x
 
     def reference(self, inputs: Sequence[np.ndarray], values: Sequence[Value]) -> np.ndarray:
@@ -181,7 +182,9 @@ class LayerNorm(Operator):
     def calls(self, plan: Plan, inputs: Sequence[Buffer], output: Buffer) -> list[Call]:
         (x,) = inputs
         weight, bias = plan.held((self, 0), lambda: self.weight), plan.held((self, 1), lambda: self.bias)
-        return [(_native.layer_norm, (x.address, output.address, *x.around(len(x.shape) - 1), weight, bias, self.epsilon))]
+        return [
+            (_native.layer_norm, (x.address, output.address, *x.around(len(x.shape) - 1), weight, bias, self.epsilon))
+        ]
 
 
 @dataclass(frozen=True, eq=False)

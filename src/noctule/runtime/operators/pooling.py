@@ -34,7 +34,9 @@ class Pool(Operator):
         check(len(x.shape) == 3, f"pooling reads images (C, H, W), not {x.shape}")
         check(min(*self.kernel, *self.stride) >= 1, "kernel and stride are at least 1")
         for k in (0, 1):
-            check(0 <= min(self.padding[k]) and max(self.padding[k]) < self.kernel[k], "padding is less than the kernel")
+            check(
+                min(self.padding[k]) >= 0 and max(self.padding[k]) < self.kernel[k], "padding is less than the kernel"
+            )
         size = [(x.shape[k + 1] + sum(self.padding[k]) - self.kernel[k]) // self.stride[k] + 1 for k in (0, 1)]
         check(min(size) >= 1, f"a window of {self.kernel} does not fit an image of {x.shape}")
         return x.like(x.shape[0], *size)

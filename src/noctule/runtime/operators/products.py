@@ -1,8 +1,8 @@
 """Linear layers and convolutions, dense or sparse, of floats or of codes, with bias and activation in the same pass.
 
-A convolution is the product of its weight as a matrix with rows that overlap: with the batch innermost, place (c, i, j) of the kernel
-reads a whole row of the padded image, beginning further on. So both have the same kernels; a convolution has a table of where the
-rows of its input begin, and one line of columns for each row of the output image.
+A convolution is the product of its weight as a matrix with rows that overlap: with the batch innermost, place (c, i, j) of the
+kernel reads a whole row of the padded image, beginning further on. So both have the same kernels; a convolution has a table of
+where the rows of its input begin, and one line of columns for each row of the output image.
 """
 
 import math
@@ -79,7 +79,10 @@ class Product(Operator):
         check(x.kind != "tokens", "a product reads floats or codes, not tokens")
         if x.grid is not None:
             check(self.weight.scales is not None, "codes need a weight of codes")
-            check(self.weight.shape[1] <= MOST_TERMS, f"sums of more than {MOST_TERMS} products of codes do not fit into 32 bits")
+            check(
+                self.weight.shape[1] <= MOST_TERMS,
+                f"sums of more than {MOST_TERMS} products of codes do not fit into 32 bits",
+            )
         return Value(shape, "codes" if self.to else "float32", self.to)
 
     def finish(self, product: np.ndarray, grid: Grid | None, axis: int) -> np.ndarray:
@@ -106,7 +109,8 @@ class Product(Operator):
         where = (*reads, rows.columns * lanes, rows.lines)
         if x.value.grid is not None:
             return self._integer_calls(plan, x.value.grid, rows, where)
-        bias = 0 if self.bias is None else plan.held((self, "bias"), lambda: self.bias)
+        added = self.bias
+        bias = 0 if added is None else plan.held((self, "bias"), lambda: added)
         if rows.starts.ndim == 1 and (w.flat is None or w.count > SPARSE_BELOW * w.shape[0] * w.shape[1]):
             starts = plan.held((self, "starts", rows.key), lambda: rows.starts)
             if rows.columns * lanes == 1 and rows.contiguous:
@@ -128,9 +132,13 @@ class Product(Operator):
         address, ld, x_step, y, y_ld, y_step, columns, lines = where
         w, to, before = self.weight, self.to, list[Call]()
         if w.flat is None and rows.starts.ndim == 1:
-            made = plan.keep((self, "dense", rows.key), lambda: integers.DenseWeight(w.integers, rows.starts, grid.highest))
+            made = plan.keep(
+                (self, "dense", rows.key), lambda: integers.DenseWeight(w.integers, rows.starts, grid.highest)
+            )
         elif w.block > 1 and lines == 1 and columns >= BLOCKS_FROM:
-            made = plan.keep((self, "blocks"), lambda: integers.BlockWeight(w.row_ptr, w.columns, w.integers, grid.highest))
+            made = plan.keep(
+                (self, "blocks"), lambda: integers.BlockWeight(w.row_ptr, w.columns, w.integers, grid.highest)
+            )
             across = plan.scratch(w.shape[1] * columns)
             before = [integers.interleave(address, ld, w.shape[1], columns, across)]
             address, ld = across, columns
@@ -139,7 +147,15 @@ class Product(Operator):
             made = plan.keep((self, "sparse", rows.key), places)
         scratch = plan.scratch(made.scratch_bytes(columns))
         operands = integers.Operands(
-            x=address, ld=ld, x_step=x_step, y=y, y_ld=y_ld, y_step=y_step, columns=columns, lines=lines, scratch=scratch
+            x=address,
+            ld=ld,
+            x_step=x_step,
+            y=y,
+            y_ld=y_ld,
+            y_step=y_step,
+            columns=columns,
+            lines=lines,
+            scratch=scratch,
         )
         return before + made.calls(operands, plan.keep((self, "epilogue"), lambda: self._epilogue(grid, to)))
 
@@ -225,13 +241,23 @@ class Conv2d(Product):
     def infer(self, *inputs: Value) -> Value:
         (x,), (count, columns) = inputs, self.weight.shape
         check(len(x.shape) == 3, f"a convolution reads images (C, H, W), not {x.shape}")
-        check(min(*self.kernel, *self.stride, *self.dilation, self.groups) >= 1, "kernel, stride, dilation and groups are at least 1")
+        check(
+            min(*self.kernel, *self.stride, *self.dilation, self.groups) >= 1,
+            "kernel, stride, dilation and groups are at least 1",
+        )
         check(min(*self.padding[0], *self.padding[1]) >= 0, f"padding is at least 0, got {self.padding}")
         channels = x.shape[0] // self.groups
-        check(x.shape[0] == channels * self.groups and count % self.groups == 0, f"{self.groups} groups do not divide the channels")
-        check(columns == channels * math.prod(self.kernel), f"a weight of {self.weight.shape} does not read {x.shape} in {self.kernel}")
+        check(
+            x.shape[0] == channels * self.groups and count % self.groups == 0,
+            f"{self.groups} groups do not divide the channels",
+        )
+        check(
+            columns == channels * math.prod(self.kernel),
+            f"a weight of {self.weight.shape} does not read {x.shape} in {self.kernel}",
+        )
         size = tuple(
-            (x.shape[k + 1] + sum(self.padding[k]) - self.dilation[k] * (self.kernel[k] - 1) - 1) // self.stride[k] + 1 for k in (0, 1)
+            (x.shape[k + 1] + sum(self.padding[k]) - self.dilation[k] * (self.kernel[k] - 1) - 1) // self.stride[k] + 1
+            for k in (0, 1)
         )
         check(min(size) >= 1, f"a kernel of {self.kernel} does not fit an image of {x.shape}")
         frame = self._frame(size)
@@ -252,7 +278,7 @@ class Conv2d(Product):
 
     def calls(self, plan: Plan, inputs: Sequence[Buffer], output: Buffer) -> list[Call]:
         (x,), size = inputs, output.shape[1:]
-        phases_high, phases_wide, high, wide = frame = self._frame(size)
+        _, phases_wide, high, wide = frame = self._frame(size)
         (top, _), (left, _) = self.padding
         whole = self.stride == (1, 1) and self.padding == ((0, 0), (0, 0))
         framed, address = [], x.address

@@ -48,7 +48,9 @@ class Permute(Operator):
         (x,) = inputs
         steps = [x.around(a)[2] for a in self.axes]
         unused = 8 - len(self.axes)
-        sizes = plan.held((self, x.lanes), lambda: np.array([[1] * unused + [*output.shape], [0] * unused + steps], np.int64))
+        sizes = plan.held(
+            (self, x.lanes), lambda: np.array([[1] * unused + [*output.shape], [0] * unused + steps], np.int64)
+        )
         return [(_native.permute, (x.bytes_each, x.address, output.address, sizes, x.lanes))]
 
 
@@ -104,7 +106,9 @@ class Slice(Operator):
         (x,) = inputs
         outer, along, inner = (n * k for n, k in zip(x.around(self.axis), (1, 1, x.bytes_each), strict=True))
         line = (self.stop - self.start) * inner
-        return [(_native.copy_lines, (x.address + self.start * inner, along * inner, output.address, line, outer, line))]
+        return [
+            (_native.copy_lines, (x.address + self.start * inner, along * inner, output.address, line, outer, line))
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +122,9 @@ class Constant(Operator):
     numbers: np.ndarray
 
     def infer(self, *inputs: Value) -> Value:
-        check(self.numbers.dtype == np.float32 and bool(np.isfinite(self.numbers).all()), "constants are finite float32")
+        check(
+            self.numbers.dtype == np.float32 and bool(np.isfinite(self.numbers).all()), "constants are finite float32"
+        )
         return Value(self.numbers.shape)
 
     def reference(self, inputs: Sequence[np.ndarray], values: Sequence[Value]) -> np.ndarray:
@@ -159,7 +165,8 @@ class MatMul(Operator):
 
     def infer(self, *inputs: Value) -> Value:
         x, y = (value.floats() for value in inputs)
-        check(len(x.shape) == len(y.shape) >= 2 and x.shape[:-2] == y.shape[:-2], f"no matrices go together in {x.shape} and {y.shape}")
+        sound = len(x.shape) == len(y.shape) >= 2 and x.shape[:-2] == y.shape[:-2]
+        check(sound, f"no matrices go together in {x.shape} and {y.shape}")
         deep, out = (y.shape[-1], y.shape[-2]) if self.transposed else y.shape[-2:]
         check(x.shape[-1] == deep, f"matrices of {x.shape} and {y.shape} cannot be multiplied")
         return Value((*x.shape[:-1], out))
