@@ -62,8 +62,8 @@ struct Places {
     int64_t rows;
 };
 
-// Records of `terms` offsets and a word of weights, a multiple of `group` of them for a row; their number. With two terms the
-// products of a group with codes up to `highest` are added in 16 bits without overflow. A null place is not written.
+// Records of `terms` offsets and a word of weights, their number. With two terms they come in pairs of groups, and the products of
+// a group with codes up to `highest` are added in 16 bits without overflow. A null place is not written.
 int64_t pack_records(const Places& p, int terms, int group, int highest, int64_t* starts, int32_t* words);
 
 // Rounds of `lanes` rows with up to four places within a window each; their number. `highest` 0: pairs cannot saturate. The bytes

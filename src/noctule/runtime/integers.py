@@ -122,7 +122,7 @@ class SparseWeight:
         pack = partial(_native.int8_pack_records, *self._csr, self._terms)
         groups = (1, 2, 3, 4) if self._terms == 2 else (1,)
         counts = {group: pack(group, self._highest, 0, 0) for group in groups}
-        group = min(groups, key=lambda g: counts[g] * (12 + 12 / g))  # operations
+        group = min(groups, key=lambda g: counts[g] * (12 + 8 / g))  # operations
         starts, words = np.empty(self.rows + 1, np.int64), np.empty(counts[group] * (self._terms + 1), np.int32)
         pack(group, self._highest, _address(starts), _address(words))
         return starts, words, group
