@@ -46,7 +46,7 @@ struct Integers {
     Kernel *sparse, *blocks, *dense, *few_rounds, *few_dense;
     // y (ceil(rows / 4), columns, 4) of rows ld apart.
     void (*interleave)(const uint8_t* x, int64_t ld, int64_t rows, int64_t columns, uint8_t* y);
-    bool (*quantize)(const float* x, int64_t n, float inverse, float zero, float highest, uint8_t* codes);  // false: not all finite
+    bool (*quantize)(const float* x, int64_t n, float inverse, float zero, float highest, uint8_t* codes);  // true: NaN or infinity seen
     void (*dequantize)(const uint8_t* codes, int64_t n, float scale, float zero, float* x);
 };
 
@@ -62,8 +62,8 @@ struct Places {
     int64_t rows;
 };
 
-// Records of `terms` offsets and a word of weights, a multiple of `group` of them for a row; their number. With two terms the
-// products of a group with codes up to `highest` are added in 16 bits without overflow. A null place is not written.
+// Records of `terms` offsets and a word of weights, their number. With two terms they come in pairs of groups, and the products of
+// a group with codes up to `highest` are added in 16 bits without overflow. A null place is not written.
 int64_t pack_records(const Places& p, int terms, int group, int highest, int64_t* starts, int32_t* words);
 
 // Rounds of `lanes` rows with up to four places within a window each; their number. `highest` 0: pairs cannot saturate. The bytes

@@ -271,25 +271,29 @@ void few_dense(const Product& p, const Weights& w) {
 
 template <int W>
 bool quantize(const float* x, int64_t n, float inverse, float zero, float highest, uint8_t* codes) {
+    constexpr int N = 64;
     using Int = typename Vector<W>::Int;
     using Float = typename Vector<W>::Float;
     Product p{};
     p.inverse = inverse, p.zero = zero, p.highest = highest;
     Int finite = Int{} - 1;
-    for (int64_t at = 0; at < n; at += W) {
-        const int count = n - at < W ? static_cast<int>(n - at) : W;
-        Float v{};
-        copy<W>(&v, x + at, count);
-        finite &= v - v == 0.0f;
-        alignas(64) int32_t wide[W];
-        uint8_t narrow[W];
-        write(wide, codes_of<W>(p, v));
-        for (int i = 0; i < W; ++i) narrow[i] = static_cast<uint8_t>(wide[i]);
-        copy<W>(codes + at, narrow, count);
+    for (int64_t at = 0; at < n; at += N) {
+        const int count = n - at < N ? static_cast<int>(n - at) : N;
+        alignas(64) float from[N] = {};
+        alignas(64) int32_t wide[N];
+        uint8_t narrow[N];
+        copy<N>(from, x + at, count);
+        for (int i = 0; i < N; i += W) {
+            const Float v = read<Float>(from + i);
+            finite &= v - v == 0.0f;
+            write(wide + i, codes_of<W>(p, v));
+        }
+        for (int i = 0; i < N; ++i) narrow[i] = static_cast<uint8_t>(wide[i]);
+        copy<N>(codes + at, narrow, count);
     }
-    bool all = true;
-    for (int i = 0; i < W; ++i) all &= finite[i] != 0;
-    return all;
+    bool seen = false;
+    for (int i = 0; i < W; ++i) seen |= finite[i] == 0;
+    return seen;
 }
 
 void dequantize(const uint8_t* codes, int64_t n, float scale, float zero, float* x) {

@@ -28,41 +28,39 @@ struct Lanes8 {
     }
 };
 
-// 32 NV columns of one row. G pairs of places are added in 16 bits; their weights are such that this cannot overflow.
+// 32 NV columns of one row. G pairs of places are added in 16 bits, where their weights are such that this cannot overflow; two
+// such sums are widened together.
 template <int NV, int G>
 struct Pairs {
     using L = Lanes8;
     using Int = L::Int;
-    static constexpr int group = G, words = 3, lanes = 8, columns = 32 * NV;
-    Int even[2 * NV], odd[2 * NV];
+    static constexpr int group = 2 * G, words = 3, lanes = 8, columns = 32 * NV;
+    Int sum[4 * NV];
 
     Pairs() {
-        UNROLLED for (int i = 0; i < 2 * NV; ++i) even[i] = odd[i] = L::zero();
+        UNROLLED for (int i = 0; i < 4 * NV; ++i) sum[i] = L::zero();
     }
     void add(const int32_t* record, const uint8_t* x, int64_t ld) {
-        Int sum[2 * NV];
-        UNROLLED for (int g = 0; g < G; ++g) {
-            const uint8_t *const a = x + record[3 * g] * ld, *const b = x + record[3 * g + 1] * ld;
-            const Int w = L::broadcast(record[3 * g + 2]);
-            UNROLLED for (int v = 0; v < NV; ++v) {
-                const Int first = L::load(a + 32 * v), second = L::load(b + 32 * v);
-                const Int low = _mm256_maddubs_epi16(_mm256_unpacklo_epi8(first, second), w);
-                const Int high = _mm256_maddubs_epi16(_mm256_unpackhi_epi8(first, second), w);
-                sum[2 * v] = g ? _mm256_add_epi16(sum[2 * v], low) : low;
-                sum[2 * v + 1] = g ? _mm256_add_epi16(sum[2 * v + 1], high) : high;
+        UNROLLED for (int v = 0; v < NV; ++v) {
+            Int low[2], high[2];
+            UNROLLED for (int k = 0; k < 2 * G; ++k) {
+                const Int a = L::load(x + record[3 * k] * ld + 32 * v), b = L::load(x + record[3 * k + 1] * ld + 32 * v);
+                const Int w = L::broadcast(record[3 * k + 2]);
+                const Int products[2] = {_mm256_maddubs_epi16(_mm256_unpacklo_epi8(a, b), w), _mm256_maddubs_epi16(_mm256_unpackhi_epi8(a, b), w)};
+                low[k / G] = k % G ? _mm256_add_epi16(low[k / G], products[0]) : products[0];
+                high[k / G] = k % G ? _mm256_add_epi16(high[k / G], products[1]) : products[1];
             }
-        }
-        UNROLLED for (int i = 0; i < 2 * NV; ++i) {
-            even[i] = L::add(even[i], _mm256_madd_epi16(sum[i], L::broadcast(1)));
-            odd[i] = L::add(odd[i], _mm256_srai_epi32(sum[i], 16));
+            const Int wide[4] = {_mm256_unpacklo_epi16(low[0], low[1]), _mm256_unpackhi_epi16(low[0], low[1]),
+                                 _mm256_unpacklo_epi16(high[0], high[1]), _mm256_unpackhi_epi16(high[0], high[1])};
+            UNROLLED for (int i = 0; i < 4; ++i)
+                sum[4 * v + i] = L::add(sum[4 * v + i], _mm256_madd_epi16(wide[i], _mm256_set1_epi16(1)));
         }
     }
     void store(int32_t* sums) const {
-        UNROLLED for (int i = 0; i < 2 * NV; ++i) {
-            int32_t* const to = sums + 32 * (i / 2) + 8 * (i % 2);
-            const Int low = _mm256_unpacklo_epi32(even[i], odd[i]), high = _mm256_unpackhi_epi32(even[i], odd[i]);
-            L::store(to, _mm256_permute2x128_si256(low, high, 0x20));
-            L::store(to + 16, _mm256_permute2x128_si256(low, high, 0x31));
+        UNROLLED for (int i = 0; i < 4 * NV; i += 2) {
+            int32_t* const to = sums + 8 * i - 4 * (i % 4);
+            L::store(to, _mm256_permute2x128_si256(sum[i], sum[i + 1], 0x20));
+            L::store(to + 16, _mm256_permute2x128_si256(sum[i], sum[i + 1], 0x31));
         }
     }
 };

@@ -61,7 +61,9 @@ int64_t pack_records(const Places& p, int terms, int group, int highest, int64_t
         const std::vector<int64_t> places = places_of(p, row);
         std::vector<std::vector<int64_t>> records;
         if (terms == 2) {
-            for (const auto& together : groups_of(places, p.values, group, 32767 / highest))
+            auto groups = groups_of(places, p.values, group, 32767 / highest);
+            if (groups.size() % 2) groups.emplace_back();  // two are widened together
+            for (const auto& together : groups)
                 for (size_t k = 0; k < 2 * static_cast<size_t>(group); k += 2)
                     records.emplace_back(together.begin() + std::min(k, together.size()), together.begin() + std::min(k + 2, together.size()));
         } else {

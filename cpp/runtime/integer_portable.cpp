@@ -1,13 +1,14 @@
-// Eight sums of 32 bits, in vectors of the compiler.
+// Four sums of 32 bits, in vectors of the compiler: as many as the registers of nearly every processor hold.
 #define NOCTULE_ISA portable
 #include "integer.inl"
 
 namespace noctule::runtime::portable {
 namespace {
 
-struct Lanes8 {
-    static constexpr int width = 8;
-    using Int = int32_t __attribute__((vector_size(32)));
+struct Lanes4 {
+    static constexpr int width = 4;
+    using Int = int32_t __attribute__((vector_size(16)));
+    using Short = int16_t __attribute__((vector_size(16)));
 
     static Int zero() { return Int{}; }
     static Int broadcast(int32_t x) { return Int{} + x; }
@@ -18,27 +19,37 @@ struct Lanes8 {
     }
     static void store(void* p, Int x) { std::memcpy(p, &x, sizeof x); }
     static Int dot(Int sum, Int x, Int w) {
-        for (int i = 0; i < 32; i += 8) sum += (x >> i & 255) * (w << (24 - i) >> 24);
-        return sum;
+        const auto bytes = reinterpret_cast<Short>(x), weights = reinterpret_cast<Short>(w);
+        const auto even = reinterpret_cast<Int>((bytes & 255) * (weights << 8 >> 8));  // a product fits in 16 bits
+        const auto odd = reinterpret_cast<Int>((bytes >> 8 & 255) * (weights >> 8));
+        return sum + (even << 16 >> 16) + (even >> 16) + (odd << 16 >> 16) + (odd >> 16);
     }
 };
 
+// One column, or N in eights.
 template <int N>
 struct Singles {
-    static constexpr int group = 1, words = 2, lanes = 8, columns = N < lanes ? lanes : N;
-    int32_t sum[N] = {};
+    using Narrow = uint8_t __attribute__((vector_size(8)));
+    using Wide = int32_t __attribute__((vector_size(32)));
+    static constexpr int group = 1, words = 2, lanes = 4, columns = N < lanes ? lanes : N;
+    Wide sum[(N + 7) / 8] = {};
 
     void add(const int32_t* record, const uint8_t* x, int64_t ld) {
         const auto w = static_cast<int16_t>(record[1]);
         const uint8_t* const from = x + record[0] * ld;
-        for (int n = 0; n < N; ++n) sum[n] += static_cast<int16_t>(from[n] * w);  // a product fits in 16 bits
+        if constexpr (N == 1) {
+            sum[0][0] += from[0] * w;
+        } else {
+            UNROLLED for (int i = 0; i < N / 8; ++i)
+                sum[i] += __builtin_convertvector(__builtin_convertvector(read<Narrow>(from + 8 * i), Lanes4::Short) * w, Wide);
+        }
     }
-    void store(int32_t* sums) const { std::memcpy(sums, sum, sizeof sum); }
+    void store(int32_t* sums) const { std::memcpy(sums, sum, sizeof(int32_t) * columns); }
 };
 
 struct Set {
-    using Lanes = Lanes8;
-    static constexpr int terms = 1, window = 0, sparse_columns = 32, dense_rows = 4, dense_vectors = 2;
+    using Lanes = Lanes4;
+    static constexpr int terms = 1, window = 0, sparse_columns = 32, dense_rows = 2, dense_vectors = 4;
 
     template <class F>
     static void with_tile(int n, int, F&& f) {

@@ -21,8 +21,8 @@ Array = NDArray[Any]
 Call = tuple[Callable[..., Any], tuple[int | float, ...]]
 
 _FEW = 32  # from here on a record is always cheaper than rounds
-# Times in ns, as measured with AVX2: a round for a column, and a word of the records for up to 32 columns.
-_ROUND, _RECORD = 1.6, 0.55
+# Times in ns, as measured with AVX2: of a column a round and a row, of up to 32 columns a word of the records and a row.
+_ROUNDS, _RECORDS = (1.2, 2.0), (0.43, 16.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +105,7 @@ class SparseWeight:
 
     def calls(self, operands: Operands, epilogue: Epilogue) -> list[Call]:
         """The calls of one product."""
-        few = self._window and operands.columns < _FEW
-        if few and operands.columns * _ROUND * len(self._rounds[1]) < _RECORD * len(self._records[1]):
+        if self._window and operands.columns < _FEW and self._prefers_rounds(operands.columns):
             starts, bases, data, order = self._rounds
             weights = (_address(starts), 0, 0, _address(bases), _address(data), _address(order), self._places)
             return [_call("few_rounds", self._set, weights, operands, self.rows, epilogue)]
@@ -114,12 +113,16 @@ class SparseWeight:
         weights = (_address(starts), _address(words), group, 0, 0, 0, 0)
         return [_call("sparse", self._set, weights, operands, self.rows, epilogue)]
 
+    def _prefers_rounds(self, columns: int) -> bool:
+        column = _ROUNDS[0] * len(self._rounds[1]) + _ROUNDS[1] * self.rows
+        return columns * column < _RECORDS[0] * len(self._records[1]) + _RECORDS[1] * self.rows
+
     @cached_property
     def _records(self) -> tuple[Array, Array, int]:
         pack = partial(_native.int8_pack_records, *self._csr, self._terms)
         groups = (1, 2, 3, 4) if self._terms == 2 else (1,)
         counts = {group: pack(group, self._highest, 0, 0) for group in groups}
-        group = min(groups, key=lambda g: counts[g] * (12 + 12 / g))  # operations
+        group = min(groups, key=lambda g: counts[g] * (12 + 8 / g))  # operations
         starts, words = np.empty(self.rows + 1, np.int64), np.empty(counts[group] * (self._terms + 1), np.int32)
         pack(group, self._highest, _address(starts), _address(words))
         return starts, words, group
