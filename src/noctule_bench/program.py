@@ -26,6 +26,7 @@ BENCHMARKS = (
     "shrinking",
     "pruning",
     "saved",
+    "shipping",
     "distil",
     "smaller",
     "efficient",

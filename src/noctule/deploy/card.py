@@ -21,6 +21,7 @@ import noctule
 from noctule.checkpoint.atomic import replacing
 from noctule.core.errors import ExportError
 from noctule.deploy.exporting import Exported
+from noctule.deploy.measured import resized
 from noctule.deploy.prepare import answers
 from noctule.deploy.target import needed
 from noctule.deploy.targets import of_file
@@ -162,11 +163,13 @@ def card_of(
         )
     card.bytes, card.deflated_bytes = _sizes(path)
     outputs_batch = OUTPUTS_BATCH if targets is not None or source is not None else 0
-    job = {"path": str(path.resolve()), "to": target.name, "names": [*arrays], "named": named, "threads": threads}
+    job = {"path": str(path.resolve()), "to": target.name, "named": named, "threads": threads, "samples": card.samples}
     job |= {"batch_sizes": sorted(batch_sizes), "seconds": seconds, "outputs": outputs_batch}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "job.json").write_text(json.dumps(job))
-        np.savez(Path(folder) / "inputs.npz", **arrays)  # type: ignore[arg-type]
+        np.savez(Path(folder) / "batch.npz", **resized(arrays, max(batch_sizes)))
+        if outputs_batch:
+            np.savez(Path(folder) / "inputs.npz", **arrays)  # type: ignore[arg-type]
         _fill(card, _run(Path(folder), threads, timeout))
         outputs = np.load(Path(folder) / "outputs.npy") if outputs_batch else None
     if outputs is not None:

@@ -1,7 +1,7 @@
 """A file measured by a process of its own: ``python -m noctule.deploy.measured FOLDER``, started by `card_of`.
 
-It imports numpy and the runtime, and no torch where the runtime does without. It reads ``job.json`` and ``inputs.npz`` in the
-folder, writes ``outputs.npy`` there, and prints a line of JSON for each event.
+It imports numpy and the runtime, and no torch where the runtime does without. It reads ``job.json``, ``batch.npz`` and
+``inputs.npz`` in the folder, writes ``outputs.npy`` there, and prints a line of JSON for each event.
 """
 
 import json
@@ -40,6 +40,13 @@ def peak_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
+def read(file: Path, named: bool) -> Any:
+    """Inputs as they were given: by their names, or in their order."""
+    with np.load(file) as stored:
+        inputs = {name: stored[name] for name in stored.files}
+    return inputs if named else tuple(inputs.values())
+
+
 def resized(inputs: Any, size: int, start: int = 0) -> Any:
     """So many samples from one on, over and over where there are fewer."""
     if isinstance(inputs, dict):
@@ -52,12 +59,7 @@ def resized(inputs: Any, size: int, start: int = 0) -> Any:
 def main(folder: Path) -> None:
     """Measure, and say what was found."""
     job = json.loads((folder / "job.json").read_text())
-    stored = np.load(folder / "inputs.npz")
-    inputs: Any = {name: stored[name] for name in job["names"]}
-    inputs = inputs if job["named"] else tuple(inputs.values())
-    samples = len(stored[job["names"][0]])
-    largest = resized(inputs, max(job["batch_sizes"]))
-    everything, inputs = inputs, None if job["outputs"] else largest
+    largest = read(folder / "batch.npz", job["named"])
     empty = peak_bytes()
     from noctule.deploy.targets import named  # after the memory of a process with numpy was read
 
@@ -75,8 +77,8 @@ def main(folder: Path) -> None:
         except Exception as error:  # such as a file for batches of one size
             say(event="batch", batch=size, error=f"{type(error).__name__}: {error}"[:500])
     if job["outputs"]:
-        step = job["outputs"]
-        parts = [run(resized(everything, step, at))[: samples - at] for at in range(0, samples, step)]
+        inputs, step, samples = read(folder / "inputs.npz", job["named"]), job["outputs"], job["samples"]
+        parts = [run(resized(inputs, step, at))[: samples - at] for at in range(0, samples, step)]
         np.save(folder / "outputs.npy", np.concatenate(parts))
     say(event="done", torch_loaded="torch" in sys.modules, versions={"numpy": np.__version__}, flags=flags())
 
