@@ -382,7 +382,9 @@ float exponential(float x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+    uint32_t bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits - 0x4B400000u + 127u) << 23;  // the whole number lies in the lowest bits
     float power;
     std::memcpy(&power, &bits, sizeof power);
     return (p * r * r + r + 1.0f) * power;

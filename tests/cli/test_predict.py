@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 
 from noctule import load_model
 from noctule.cli.main import main
-from noctule.cli.predictions import predict
+from noctule.cli.predictions import _model, predict
 from noctule.core.errors import DataError, UsageError
 from noctule.data import load, standardize
+from noctule.deploy import export
 from noctule.recipes import sparse_mlp
 from noctule.recipes.sparse_mlp import network
 from noctule.report import RunFolder
@@ -240,6 +242,27 @@ def test_pictures(recipe, tmp_path, capsys):
     said = dict(zip(whole.files, whole.names, strict=True))
     assert all(said[f"cat/{row['file']}"] == row["prediction"] for row in rows)
     assert predict(tmp_path / "run", tmp_path / "pets" / "dog" / "0.png").names == [said["dog/0.png"]]
+
+
+def test_a_shipped_file_predicts_what_its_run_does(trained, tmp_path, capsys):
+    run, data = trained
+    model, shipped = _model(RunFolder(run), "sparse"), tmp_path / "model.noctule"
+    export(model, torch.zeros(4, features_of(model)), shipped, to="noctule")
+    with pytest.raises(DataError, match=r"data\.json"):
+        predict(shipped, str(data))
+    shutil.copy(run / "data.json", tmp_path)
+    expected, found = predict(run, str(data)), predict(shipped, str(data))
+    assert found.names == expected.names
+    np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=1e-5)
+    with pytest.raises(UsageError, match="is one model"):
+        predict(shipped, str(data), series="dense")
+    (tmp_path / "model.txt").touch()
+    with pytest.raises(UsageError, match="no runtime here has files of this kind"):
+        predict(tmp_path / "model.txt", str(data))
+
+
+def features_of(model) -> int:
+    return next(m.in_features for m in model.modules() if hasattr(m, "in_features"))
 
 
 def test_what_cannot_predict_says_so(trained, tmp_path, capsys):

@@ -4,7 +4,7 @@ import csv
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -22,6 +22,8 @@ from noctule.data.names import DataSource
 from noctule.data.preparation import Preparation, Samples
 from noctule.data.prepare import target_of
 from noctule.data.target import Label
+from noctule.deploy.target import needed
+from noctule.deploy.targets import of_file
 from noctule.recipes.own_data import read_preparation
 from noctule.recipes.sparse_cnn import network as cnn_of
 from noctule.recipes.sparse_mlp import network as mlp_of
@@ -72,7 +74,7 @@ def predict(
     """What the model of a finished run predicts, with the preparation and the scaling of its training.
 
     Args:
-        run: its folder.
+        run: its folder, or a file that `noctule.export` wrote, with the `data.json` of its training beside it.
         data: as `noctule.data.load` takes it, with or without the target; columns are matched by name. Of data with a
             test part that one is predicted, of others all.
         series: the sparse model, or its dense twin.
@@ -83,9 +85,11 @@ def predict(
         DataError: the data do not fit the model; it says how they differ.
         CheckpointError: the model's files are missing or damaged.
     """
-    folder = run if isinstance(run, RunFolder) else RunFolder(run)
-    preparation = read_preparation(folder)
-    model = _model(folder, series)
+    if not isinstance(run, RunFolder) and Path(run).is_file():
+        model, preparation = _shipped(Path(run), series), read_preparation(Path(run).absolute().parent)
+    else:
+        folder = run if isinstance(run, RunFolder) else RunFolder(run)
+        preparation, model = read_preparation(folder), _model(folder, series)
     found = read(data, data_dir=None if data_dir is None else Path(data_dir), like=preparation)
     part = next(part for part in ("test", "train", "validation") if part in found.parts)
     samples, truth = target_of(found.parts[part], preparation)
@@ -152,6 +156,16 @@ def _model(folder: RunFolder, series: str) -> nn.Module:
     model = builders[structure["kind"]](structure, sparse=bool(structure["layers"]))
     model.load_state_dict(state)
     return model.eval()
+
+
+def _shipped(path: Path, series: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The model of a file that was written for a runtime."""
+    if series != "sparse":
+        raise UsageError(f"{path} is one model: --series is for folders of runs")
+    target = of_file(path)
+    needed(target.module, target.needs)
+    call = target.open(path, 1)
+    return lambda inputs: torch.from_numpy(call(inputs.numpy()))
 
 
 def _inputs(samples: Samples, preparation: Preparation) -> Iterator[torch.Tensor]:

@@ -1,6 +1,7 @@
 """The data of a recipe: their preparation, printed and stored with the run, and the loss and errors that fit them."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,19 +38,20 @@ def keep_preparation(run: RunFolder, splits: Splits) -> None:
         file.write(json.dumps(preparation.to_json(), indent=1).encode())
 
 
-def read_preparation(run: RunFolder) -> Preparation:
-    """Read the `data.json` of a run.
+def read_preparation(run: RunFolder | Path) -> Preparation:
+    """Read the `data.json` of a run, or of the folder of a shipped file.
 
     Raises:
         DataError: the file is missing or damaged.
     """
-    path = run.path / FILE
+    folder = run if isinstance(run, Path) else run.path
+    path = folder / FILE
     try:
         return Preparation.from_json(json.loads(path.read_bytes()))
     except OSError as error:
         raise DataError(
-            f"{run.path} does not say how its data were prepared ({error.strerror}: {FILE}): its recipe keeps no such file, or "
-            "nothing was trained yet"
+            f"{folder} does not say how its data were prepared ({error.strerror}: {FILE}): its recipe keeps no such file, nothing was "
+            "trained yet, or a shipped file was taken away from it"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}); train again") from error
