@@ -70,7 +70,7 @@ void interleave(int set, Address x, int64_t ld, int64_t rows, int64_t columns, A
 
 bool quantize(int set, Address x, int64_t n, float inverse, float zero, float highest, Address codes) {
     nb::gil_scoped_release release;
-    return of(set).quantize(pointer<const float>(x), n, inverse, zero, highest, pointer<uint8_t>(codes));
+    return !of(set).quantize(pointer<const float>(x), n, inverse, zero, highest, pointer<uint8_t>(codes));
 }
 
 void dequantize(int set, Address codes, int64_t n, float scale, float zero, Address x) {
