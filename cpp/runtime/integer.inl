@@ -291,9 +291,9 @@ bool quantize(const float* x, int64_t n, float inverse, float zero, float highes
         for (int i = 0; i < N; ++i) narrow[i] = static_cast<uint8_t>(wide[i]);
         copy<N>(codes + at, narrow, count);
     }
-    bool seen = false;
-    for (int i = 0; i < W; ++i) seen |= finite[i] == 0;
-    return seen;
+    bool all = true;
+    for (int i = 0; i < W; ++i) all &= finite[i] != 0;
+    return all;
 }
 
 void dequantize(const uint8_t* codes, int64_t n, float scale, float zero, float* x) {
