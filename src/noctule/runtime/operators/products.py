@@ -22,7 +22,7 @@ Pair = tuple[int, int]
 SPARSE_BELOW = 0.35
 """The share of stored weights up to which a product by places is faster than the dense one."""
 
-BLOCKS_FROM = 16
+BLOCKS_FROM = 4
 """Columns from which blocks of codes have a kernel of their own."""
 MOST_TERMS = (2**31 - 1) // (127 * 255) // 2
 """Products of codes in a sum, and as many for its zero point."""
