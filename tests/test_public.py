@@ -8,8 +8,8 @@ import noctule
 PUBLIC = """
 AllReLU Batches Checkpoints Conversion Dataset Decay ExponentialAverage Factor FuseEpilogue ImportancePruning
 KeepLayout Method Prune Remap Rewire RunFolder Session SparseConv2d SparseLinear SparseMLPClassifier
-SparseMLPRegressor StaticInt8 ToDense ToSparse Topology WeightOnly attach compress_saved convert_ ctre erdos_renyi
-evaluate fit follow footprint gradual_magnitude gse keep_freed_memory load_model merge mlp param_groups rebuild resize
+SparseMLPRegressor StaticInt8 ToDense ToSparse Topology WeightOnly attach card_of compress_saved convert_ ctre erdos_renyi
+evaluate export fit follow footprint gradual_magnitude gse keep_freed_memory load_model merge mlp param_groups rebuild resize
 rigl save_model set_ shrink taps uniform write_report
 """.split()
 

@@ -40,10 +40,12 @@ _HOME = {
     "WeightOnly": "compress.quantize",
     "attach": "core.method",
     "compress_saved": "memory",
+    "card_of": "deploy",
     "convert_": "core.convert",
     "ctre": "sparse.rewire",
     "erdos_renyi": "sparse.budget",
     "evaluate": "train.fit",
+    "export": "deploy",
     "fit": "train.fit",
     "follow": "sparse.follow",
     "footprint": "measure",
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from noctule.core.remap import Remap, merge, resize
     from noctule.core.topology import Topology
     from noctule.data import Batches, Dataset
+    from noctule.deploy import card_of, export
     from noctule.estimators import SparseMLPClassifier, SparseMLPRegressor
     from noctule.measure import footprint
     from noctule.measure.allocator import keep_freed_memory
