@@ -4,7 +4,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from noctule.core.errors import ExportError
+from noctule.core.errors import ExportError, UsageError
 from noctule.deploy.target import Job, Run, Target, Written
 
 
@@ -17,6 +17,8 @@ def _write(job: Job) -> Written:
 
 
 def _open(path: Path, threads: int) -> Run:
+    if threads != 1:
+        raise UsageError(f"noctule.runtime computes on one thread, not on {threads}: run several models side by side")
     model: Any = import_module("noctule.runtime").load(path)
     return lambda inputs: model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
