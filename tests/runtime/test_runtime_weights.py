@@ -36,6 +36,7 @@ def test_codes_are_rows_of_scales(density, block):
     w = graphs.weight(8, 20, density if block == 1 else 0.3, codes=True, block=block)
     assert w.scales is not None
     np.testing.assert_allclose(w.dense(w.floats), w.dense(w.integers).astype(np.float32) * w.scales[:, None], rtol=1e-6)
+    np.testing.assert_array_equal(w.row_sums(), w.dense(w.integers).sum(1, dtype=np.int64))
 
 
 @pytest.mark.parametrize(("bits", "low", "high"), [(4, -8, 8), (1, 0, 2)])

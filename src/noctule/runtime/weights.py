@@ -32,7 +32,7 @@ class Places:
             raise ValueError(f"places are a line of bytes and their number, got {self.data.dtype} and {self.count}")
 
     def flat(self, rows: int, columns: int) -> np.ndarray:
-        """The places (N,) in reading order, int64; raises ValueError where they are not those of such a matrix."""
+        """The places (N,) in reading order; raises ValueError where they are not those of such a matrix."""
         if self.kind == "bitmap":
             if len(self.data) != rows * -(-columns // 8):
                 raise ValueError(f"a bitmap of {len(self.data):,} bytes is not of {rows} x {columns} places")
@@ -41,8 +41,9 @@ class Places:
                 raise ValueError("the bitmap has places behind the end of a row")
             places = np.flatnonzero(bits[:, :columns])
         else:
-            steps = self.data.astype(np.int64) + (self.data != ESCAPE)
-            places = (np.cumsum(steps) - 1)[self.data != ESCAPE]
+            wide = np.int64 if len(self.data) > 2**22 else np.int32
+            steps = self.data.astype(wide) + (self.data != ESCAPE)
+            places = np.cumsum(steps, dtype=wide)[self.data != ESCAPE] - 1
             if len(self.data) and (self.data[-1] == ESCAPE or places[-1] >= rows * columns):
                 raise ValueError(f"the gaps lead out of a matrix of {rows} x {columns} places")
         if len(places) != self.count:
@@ -123,7 +124,7 @@ class Weight:
 
     @cached_property
     def flat(self) -> np.ndarray | None:
-        """The places in reading order, int64; None of a dense matrix."""
+        """The places in reading order; None of a dense matrix."""
         return None if self.places is None else self.places.flat(self.shape[0], self.shape[1] // self.block)
 
     @property
@@ -149,6 +150,13 @@ class Weight:
             codes = (bits << np.arange(self.bits, dtype=np.uint8)).sum(1, dtype=np.uint8).view(np.int8)
             codes = codes * 2 - 1 if self.bits == 1 else codes - 8
         return self._shaped(codes.view(np.int8))
+
+    def row_sums(self) -> np.ndarray:
+        """The sum of each row's codes, (O,) int64."""
+        if self.flat is None:
+            return self.integers.sum(1, dtype=np.int64)
+        sums = np.concatenate([[0], np.cumsum(self.integers.reshape(-1), dtype=np.int64)])
+        return np.diff(sums[self.row_ptr * self.block])
 
     @property
     def floats(self) -> np.ndarray:

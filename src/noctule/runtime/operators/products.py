@@ -161,7 +161,7 @@ class Product(Operator):
 
     def _epilogue(self, grid: Grid, to: Grid | None) -> integers.Epilogue:
         rows = self.weight.shape[0]
-        sums = self.weight.dense(self.weight.integers).astype(np.int64).sum(1)
+        sums = self.weight.row_sums()
         return integers.Epilogue(
             correction=-grid.zero_point * sums,
             scale=self._scales(grid),
