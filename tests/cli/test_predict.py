@@ -261,6 +261,24 @@ def test_a_shipped_file_predicts_what_its_run_does(trained, tmp_path, capsys):
         predict(tmp_path / "model.txt", str(data))
 
 
+def test_a_card_is_text_json_and_a_page(trained, tmp_path, capsys):
+    run, data = trained
+    model, shipped = _model(RunFolder(run), "sparse"), tmp_path / "model.noctule"
+    export(model, torch.zeros(4, features_of(model)), shipped, to="noctule")
+    shutil.copy(run / "data.json", tmp_path)
+    assert main(["card", str(shipped), str(data), "--seconds", "0.05", "--batches", "1", "9"]) == 0
+    printed, card = capsys.readouterr().out, json.loads((tmp_path / "model.noctule.card.json").read_text())
+    assert card["accuracy"] == pytest.approx(predict(run, str(data)).score[1])
+    assert [batch["batch"] for batch in card["batches"]] == [1, 9]
+    assert not card["torch_loaded"]
+    assert f"{card['bytes']:,}" in printed
+    page = (tmp_path / "model.noctule.card.html").read_text()
+    assert "What a call costs" in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert main(["card", str(tmp_path / "none"), str(data)]) == 2
+    assert main(["card", str(shipped), str(data), "--batches", "0"]) == 2
+
+
 def features_of(model) -> int:
     return next(m.in_features for m in model.modules() if hasattr(m, "in_features"))
 

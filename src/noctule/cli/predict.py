@@ -9,7 +9,9 @@ from noctule.core.place import absolute
 def main(words: list[str]) -> int:
     """Predict with the model of a finished run, or with a shipped file: CSV with a line for each sample."""
     parser = Parser(prog="noctule predict", description=inspect.getdoc(main))
-    parser.add_argument("run", type=absolute, metavar="RUN", help="folder of a finished run, or a shipped file beside its data.json")
+    parser.add_argument(
+        "run", type=absolute, metavar="RUN", help="folder of a finished run, or a shipped file beside its data.json"
+    )
     parser.add_argument("data", metavar="DATA", help="as `noctule run --data` takes it, with or without the target")
     parser.add_argument("--out", type=absolute, metavar="FILE.csv", help="where to write (default: standard output)")
     parser.add_argument("--series", choices=("sparse", "dense"), default="sparse", help="the model, or its dense twin")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -90,9 +90,7 @@ def predict(
     else:
         folder = run if isinstance(run, RunFolder) else RunFolder(run)
         preparation, model = read_preparation(folder), _model(folder, series)
-    found = read(data, data_dir=None if data_dir is None else Path(data_dir), like=preparation)
-    part = next(part for part in ("test", "train", "validation") if part in found.parts)
-    samples, truth = target_of(found.parts[part], preparation)
+    part, samples, truth = _samples(preparation, data, data_dir)
     rows = _inputs(samples, preparation)
     with torch.inference_mode():
         outputs = torch.cat([model(inputs) for inputs in rows])
@@ -105,6 +103,32 @@ def predict(
         shares = None
         values = outputs.flatten().double().numpy() * preparation.target_deviation + preparation.target_mean
     return Predictions(labels, values, shares, files, _score(values, truth, samples, preparation), part)
+
+
+def prepared(
+    file: Path, data: DataSource, *, data_dir: str | Path | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Samples as the inputs of a shipped file, and their class numbers if all of them have a known one.
+
+    Raises:
+        DataError: the data do not fit the model, or there is no `data.json` beside the file.
+    """
+    preparation = read_preparation(file.absolute().parent)
+    _, samples, truth = _samples(preparation, data, data_dir)
+    inputs = torch.cat([*_inputs(samples, preparation)]).numpy()
+    if truth is None or not preparation.target.labels:
+        return inputs, None
+    try:
+        return inputs, np.asarray(preparation.target.encode(truth, getattr(samples, "place", str)))
+    except DataError:
+        return inputs, None
+
+
+def _samples(preparation: Preparation, data: DataSource, data_dir: str | Path | None) -> tuple[str, Samples, Any]:
+    """The part of the data that is predicted, its samples and their targets if any."""
+    found = read(data, data_dir=None if data_dir is None else Path(data_dir), like=preparation)
+    part = next(part for part in ("test", "train", "validation") if part in found.parts)
+    return part, *target_of(found.parts[part], preparation)
 
 
 def print_predictions(run: Path, data: str, *, out: Path | None, series: str, data_dir: Path | None) -> None:
