@@ -50,8 +50,8 @@ def read_preparation(run: RunFolder | Path) -> Preparation:
         return Preparation.from_json(json.loads(path.read_bytes()))
     except OSError as error:
         raise DataError(
-            f"{folder} does not say how its data were prepared ({error.strerror}: {FILE}): its recipe keeps no such file, nothing was "
-            "trained yet, or a shipped file was taken away from it"
+            f"{folder} does not say how its data were prepared ({error.strerror}: {FILE}): its recipe keeps no such file, nothing "
+            "was trained yet, or a shipped file was taken away from it"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}); train again") from error
