@@ -8,7 +8,7 @@ seeds, Fashion-MNIST, a validation set chooses the width, the test set is read b
 import statistics
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from noctule import runtime
-from noctule.checkpoint import load_model, save_model
-from noctule.compress.distill import distilling, hinton
+from noctule.compress.distill import Stored, distilling, hinton
 from noctule.compress.quantize import StaticInt8, calibrate, fold_batch_norms, percentile
 from noctule.core.convert import convert_
 from noctule.data import Batches, Dataset, Splits, load
@@ -31,6 +30,7 @@ from noctule.recipes.training import falling_rate
 from noctule.train.fit import fit
 from noctule_bench import program
 
+ROWS = ("full", "narrow", "augmented", "distilled")
 CHANNELS, BATCH, RATE, WEIGHT_DECAY, CALIBRATION = (32, 64, 128), 128, 0.003, 0.01, 1024
 TARGETS = {"fewer": 30.0, "difference_points": -0.5}
 """The least times fewer bytes, and points of accuracy, of the chosen file against the full network's."""
@@ -43,6 +43,7 @@ def efficient(
     widths: tuple[float, ...] = (0.25, 0.3125),
     epochs: int = 4,
     student_epochs: int = 10,
+    rows: tuple[str, ...] = ROWS,
     threads: int = 1,
     files: Path | None = None,
     out: Path | None = None,
@@ -55,8 +56,9 @@ def efficient(
         data: a data set of images.
         seeds: one run of all rows for each.
         widths: factors of the channels.
-        epochs: of the full network, once as it is and once with augmentation, which then teaches.
+        epochs: of the full network.
         student_epochs: of the narrow ones.
+        rows: of full, narrow, augmented, distilled; the last with int8, and taught by the full one.
         threads: of everything.
         files: a folder that keeps what is written; default: it goes after its test.
         out: a file that the lines are appended to.
@@ -64,13 +66,14 @@ def efficient(
     program.at_least_one(
         threads=threads, seeds=len(seeds), epochs=epochs, student_epochs=student_epochs, widths=len(widths)
     )
+    rows = tuple(program.chosen(rows, ROWS))
     torch.set_num_threads(threads)
     cell = {"data": data, "channels": [*CHANNELS], "epochs": epochs, "student_epochs": student_epochs}
     with TemporaryDirectory() as folder:
         run = _Run(program.Lines(out), cell, Path(files or folder), program.read(out, "efficient"))
         run.folder.mkdir(parents=True, exist_ok=True)
         for seed in seeds:
-            _seed(run, seed, load(data, seed=seed), widths)
+            _seed(run, seed, load(data, seed=seed), widths, rows)
     _show(run, seeds, widths)
 
 
@@ -81,9 +84,13 @@ class _Run:
         self.lines, self.cell, self.folder = lines, cell, folder
         self.found = {(x["seed"], x["row"], x["width"]): x for x in read if x | cell == x}
 
+    def path(self, seed: int, row: str, width: float) -> Path:
+        """The file of a network."""
+        return self.folder / f"{Path(self.cell['data']).stem}-{seed}-{row}-{width}.noctule"
+
     def write(self, seed: int, row: str, width: float, model: nn.Module, splits: Splits, seconds: float) -> None:
         """Write a model, and score what is read from the file."""
-        path = self.folder / f"{data_name(self.cell)}-{seed}-{row.replace(' ', '-')}-{width}.noctule"
+        path = self.path(seed, row, width)
         write_model(model, splits.train.inputs[:4], path)
         raw, shipped = path.read_bytes(), runtime.load(path)
         assert splits.validation is not None
@@ -93,53 +100,34 @@ class _Run:
         self.found[seed, row, width] = line
 
 
-def data_name(cell: Mapping[str, Any]) -> str:
-    """The name of the data in a file's name."""
-    return Path(cell["data"]).stem
-
-
-def _seed(run: _Run, seed: int, splits: Splits, widths: tuple[float, ...]) -> None:
+def _seed(run: _Run, seed: int, splits: Splits, widths: tuple[float, ...], rows: Sequence[str]) -> None:
     plain = Batches(splits.train, BATCH, seed=seed)
     changed = Batches(splits.train, BATCH, seed=seed, augment=_augment)
     epochs, student_epochs = run.cell["epochs"], run.cell["student_epochs"]
 
-    def trained(
-        width: float, batches: Batches, epochs: int, teacher: nn.Module | None = None
-    ) -> tuple[nn.Module, float]:
+    def row(name: str, width: float, batches: Any, epochs: int, teacher: Any = None) -> nn.Module | None:
+        if name not in rows or ((seed, name, width) in run.found and run.path(seed, name, width).exists()):
+            return None
         started = time.process_time()
         torch.manual_seed(seed)
         channels = tuple(round(width * n) for n in CHANNELS)
         model: Any = cnn(splits.train.image_shape, splits.train.classes, channels=channels)
         model = model.to(memory_format=torch.channels_last)
         _train(model, batches, epochs, teacher)
-        return model, time.process_time() - started
-
-    def row(name: str, width: float, batches: Batches, epochs: int, teacher: nn.Module | None = None) -> nn.Module:
-        model, seconds = trained(width, batches, epochs, teacher)
-        run.write(seed, name, width, model, splits, seconds)
+        run.write(seed, name, width, model, splits, time.process_time() - started)
         return model
 
-    wanted = [(seed, "full", 1.0), (seed, "full, augmented", 1.0)]
-    wanted += [(seed, name, w) for w in widths for name in ("narrow", "augmented", "distilled", "int8")]
-    if all(key in run.found for key in wanted):
-        return
-    if wanted[0] not in run.found:
-        row("full", 1.0, plain, epochs)
-    kept = run.folder / f"teacher-{seed}.safetensors"
-    if wanted[1] in run.found and kept.exists():
-        teacher = cnn(splits.train.image_shape, splits.train.classes, channels=CHANNELS)
-        teacher.load_state_dict(load_model(kept)[0])
-    else:
-        teacher = row("full, augmented", 1.0, changed, epochs)
-        save_model(kept, teacher.state_dict(), {})
+    row("full", 1.0, plain, epochs)
     for width in widths:
-        if (seed, "narrow", width) not in run.found:
-            row("narrow", width, plain, student_epochs)
-        if (seed, "augmented", width) not in run.found:
-            row("augmented", width, changed, student_epochs)
+        row("narrow", width, plain, student_epochs)
+        row("augmented", width, changed, student_epochs)
         if (seed, "int8", width) in run.found:
             continue
-        model = row("distilled", width, changed, student_epochs, teacher)
+        teacher = runtime.load(run.path(seed, "full", 1.0), max_batch=BATCH)
+        taught = Stored(plain, torch.from_numpy(teacher(splits.train.inputs.numpy())))
+        model = row("distilled", width, taught, student_epochs, taught)
+        if model is None:
+            continue
         fold_batch_norms(model)
         ranges = calibrate(model, [splits.train.inputs[:CALIBRATION]], observer=percentile)
         convert_(model, StaticInt8(ranges=ranges, narrowest=1))
@@ -150,7 +138,7 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return flip(shift(images, generator, pixels=2), generator)
 
 
-def _train(model: nn.Module, batches: Batches, epochs: int, teacher: nn.Module | None) -> None:
+def _train(model: nn.Module, batches: Any, epochs: int, teacher: Any) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=WEIGHT_DECAY)
     scheduler = falling_rate(optimizer, epochs * len(batches))
 
@@ -174,11 +162,12 @@ def _accuracy(model: runtime.Model, data: Dataset) -> float:
 
 
 def _show(run: _Run, seeds: tuple[int, ...], widths: tuple[float, ...]) -> None:
-    rows = [_row(run, seeds, name, 1.0) for name in ("full", "full, augmented")]
-    rows += [_row(run, seeds, name, w) for w in widths for name in ("narrow", "augmented", "distilled", "int8")]
+    wanted = [("full", 1.0), *((name, w) for w in widths for name in ("narrow", "augmented", "distilled", "int8"))]
+    rows = [_row(run, own, name, w) for name, w in wanted if (own := [s for s in seeds if (s, name, w) in run.found])]
     columns: dict[str, program.Column] = {
         "network": "{row}",
         "width": "{width:g}",
+        "seeds": "{seeds}",
         "accuracy": "{accuracy:.2%}",
         "points": "{difference_points:+.2f}",
         "95 % interval": lambda line: "[{:+.2f}, {:+.2f}]".format(*(line["interval_points"] or (torch.nan, torch.nan))),
@@ -186,10 +175,10 @@ def _show(run: _Run, seeds: tuple[int, ...], widths: tuple[float, ...]) -> None:
         "bytes": "{bytes:,.0f}",
         "times fewer": "{fewer:.1f}",
     }
-    program.table(
-        rows, "efficient.row", f"efficient: means of {len(seeds)} seeds, against the full network in float32", columns
-    )
+    program.table(rows, "efficient.row", "efficient: means of the seeds, against the full network in float32", columns)
     small = [line for line in rows if line["row"] == "int8"]
+    if not small:
+        return
     sound = [line for line in small if line["validation_points"] >= TARGETS["difference_points"]]
     chosen = (
         max(sound, key=lambda line: line["fewer"]) if sound else max(small, key=lambda line: line["validation_points"])
@@ -204,9 +193,10 @@ def _show(run: _Run, seeds: tuple[int, ...], widths: tuple[float, ...]) -> None:
     program.targets(rows, "efficient", {"what": "{row}", "found": "{found:.2f}"})
 
 
-def _row(run: _Run, seeds: tuple[int, ...], name: str, width: float) -> dict[str, Any]:
+def _row(run: _Run, seeds: Sequence[int], name: str, width: float) -> dict[str, Any]:
     pairs = [(run.found[seed, name, width], run.found[seed, "full", 1.0]) for seed in seeds]
     figures = interval([(own["accuracy"], full["accuracy"]) for own, full in pairs])
+    figures["seeds"] = len(seeds)
     figures["validation_points"] = 100 * statistics.fmean(own["validation"] - full["validation"] for own, full in pairs)
     figures["accuracy"] = statistics.fmean(own["accuracy"] for own, _ in pairs)
     figures["bytes"] = statistics.fmean(own["bytes"] for own, _ in pairs)
