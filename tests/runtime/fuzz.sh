@@ -10,7 +10,7 @@ trap 'rm -rf "$folder"' EXIT
 
 tools="$(dirname "$python")"
 export PATH="$tools:$PATH"
-cmake -S . -B "$folder/build" -G Ninja -DPython_EXECUTABLE="$python" -DNOCTULE_RUNTIME_ONLY=ON -DCMAKE_BUILD_TYPE=None \
+cmake -S . -B "$folder/build" -G Ninja -DPython_EXECUTABLE="$python" -DNOCTULE_RUNTIME_ONLY=ON -DCMAKE_BUILD_TYPE=None -DNOCTULE_OPTIMIZE=-O1 \
     -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g" > "$folder/log"
 ninja -C "$folder/build" runtime > "$folder/log" || { tail -20 "$folder/log"; exit 1; }
 mkdir -p "$folder/noctule"

@@ -123,6 +123,7 @@ def more_data(header, data):
         (step(1, slope=1e39), "a finite float32"),
         (step(1, slope=True), "a finite float32"),
         (step(1, to={"scale": 0.0, "zero_point": 0}), "no grid of codes"),
+        (step(1, of=[0]), "codes need|only products of codes"),
         (step(1, to={"scale": 1e300, "zero_point": 0}), "a finite float32"),
         (step(1, to={"scale": 1.0, "zero_point": 256}), "no grid of codes"),
         (weight(1, shape=[8, 28]), r"step 2.weight: values must be int8 \(224,\)"),

@@ -83,6 +83,7 @@ class Product(Operator):
                 self.weight.shape[1] <= MOST_TERMS,
                 f"sums of more than {MOST_TERMS} products of codes do not fit into 32 bits",
             )
+        check(self.to is None or x.grid is not None, "only products of codes are rounded to codes")
         return Value(shape, "codes" if self.to else "float32", self.to)
 
     def finish(self, product: np.ndarray, grid: Grid | None, axis: int) -> np.ndarray:
