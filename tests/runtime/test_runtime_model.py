@@ -11,7 +11,7 @@ import pytest
 
 from noctule.runtime import Model, ModelFileError, _native
 from noctule.runtime.graph import Graph, Step
-from noctule.runtime.operators import Clamp, Linear, Pool, Reshape
+from noctule.runtime.operators import Clamp, Conv2d, Linear, Pool, Reshape
 from noctule.runtime.values import Value
 
 SETS = _native.instruction_sets()
@@ -137,6 +137,11 @@ def test_a_step_that_cannot_be_is_named():
         Graph(Value((5,)), [Step("", (0,), Pool("max", (2, 2), (2, 2)))])
     with pytest.raises(ModelFileError, match="5 numbers"):
         Graph(Value((5,)), [Step("", (0,), Reshape((2, 3)))])
+
+
+def test_blocks_of_convolutions_are_refused():
+    with pytest.raises(ModelFileError, match="blocks are of linear layers"):
+        Graph(Value((4, 5, 5)), [Step("", (0,), Conv2d(graphs.weight(8, 36, 0.5, block=4), kernel=(3, 3)))])
 
 
 def test_a_model_larger_than_the_machine_is_refused():

@@ -242,6 +242,7 @@ class Conv2d(Product):
     def infer(self, *inputs: Value) -> Value:
         (x,), (count, columns) = inputs, self.weight.shape
         check(len(x.shape) == 3, f"a convolution reads images (C, H, W), not {x.shape}")
+        check(self.weight.block == 1, "blocks are of linear layers: their columns lie next to each other in the input")
         check(
             min(*self.kernel, *self.stride, *self.dilation, self.groups) >= 1,
             "kernel, stride, dilation and groups are at least 1",
