@@ -85,7 +85,7 @@ def predict(
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
     preparation = read_preparation(folder)
-    model = _model(folder, series)
+    model = trained_model(folder, series)
     found = read(data, data_dir=None if data_dir is None else Path(data_dir), like=preparation)
     part = next(part for part in ("test", "train", "validation") if part in found.parts)
     samples, truth = target_of(found.parts[part], preparation)
@@ -136,7 +136,7 @@ def _write(path: Path, predictions: Predictions) -> None:
         text.detach()
 
 
-def _model(folder: RunFolder, series: str) -> nn.Module:
+def trained_model(folder: RunFolder, series: str) -> nn.Module:
     """The trained network, in evaluation mode."""
     builders = {"mlp": mlp_of, "cnn": cnn_of}
     path = folder.path if series == "sparse" else folder.path / f"{series}.safetensors"
