@@ -3,7 +3,7 @@
 from noctule.shrinking.candidates import Candidate, Change, changes_for
 from noctule.shrinking.folder import Asked
 from noctule.shrinking.front import Bound, choose, front
-from noctule.shrinking.search import search
+from noctule.shrinking.searching import search
 from noctule.shrinking.source import SHIPPED, Source, of_function, of_name, of_run
 
 __all__ = [

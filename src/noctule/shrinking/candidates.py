@@ -73,13 +73,13 @@ class Change:
                 for parameter in model.parameters():
                     parameter.grad = torch.zeros_like(parameter)
                 optimizer.step()
-        return sparse_where_it_can(model)
+        return self.finished(model)
 
-
-def sparse_where_it_can(model: nn.Module) -> nn.Module:
-    """The model with layers of many zeros made sparse, in evaluation mode."""
-    sparsify_(model)
-    return model.eval()
+    def finished(self, model: nn.Module) -> nn.Module:
+        """The model in evaluation mode, with layers of many zeros made sparse where connections were removed."""
+        if self.left < 1.0 and any(type(module) in (nn.Linear, nn.Conv2d) for module in model.modules()):
+            sparsify_(model)
+        return model.eval()
 
 
 def changes_for(*, sparse: bool, to: str) -> list[Change]:

@@ -19,7 +19,7 @@ from noctule.deploy import Card, card_of, export
 from noctule.deploy.target import needed
 from noctule.deploy.targets import named
 from noctule.report.files import read_object
-from noctule.shrinking.candidates import PRECISIONS, Candidate, Change, changes_for, hopeless, sparse_where_it_can
+from noctule.shrinking.candidates import PRECISIONS, Candidate, Change, changes_for, hopeless
 from noctule.shrinking.folder import Asked, Folder
 from noctule.shrinking.front import Bound, choose, nearest
 from noctule.shrinking.page import write_page
@@ -116,7 +116,7 @@ class _Work:
             model = change.cut(self.source.model, self.example)
             if change.trains:
                 taken = self.train(change, model, list(found.values()), stops=stops)
-            model = sparse_where_it_can(model) if change.left < 1.0 else model.eval()
+            model = change.finished(model)
         except _Hopeless as reason:
             for each in found.values():
                 each.stopped, each.epochs = str(reason), 1
