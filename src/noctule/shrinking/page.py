@@ -12,7 +12,7 @@ from noctule.report.charts import Line, LineChart, drawing
 from noctule.report.html import templates
 from noctule.report.palette import COLORS, COLORS_DARK, INK, INK_DARK, variables
 from noctule.report.tables import Cell, Row, Table, value_cell
-from noctule.report.units import percent, ratio, size
+from noctule.report.units import duration, percent, ratio, size
 from noctule.shrinking.candidates import Candidate
 from noctule.shrinking.folder import Asked
 from noctule.shrinking.front import front
@@ -58,9 +58,9 @@ def write_page(
             light=Markup(variables(INK, COLORS)),
             dark=Markup(variables(INK_DARK, COLORS_DARK)),
             charts_drawn=[
-                _chart("Bytes of the file", "kB", done, chosen, lambda each: each.bytes / 1e3),
-                _chart("Latency, one sample", "ms", done, chosen, lambda each: each.latency_ms),
-                _chart("Memory over an empty process", "MB", done, chosen, _megabytes),
+                _chart("Accuracy in % against bytes of the file", "kB", done, chosen, lambda each: each.bytes / 1e3),
+                _chart("Accuracy in % against the time of a sample", "ms", done, chosen, lambda each: each.latency_ms),
+                _chart("Accuracy in % against memory", "MB", done, chosen, _megabytes),
             ],
             how="Each file was measured in a process of its own: accuracy on the validation part, the median of calls with one "
             "sample, the peak of memory over a process with numpy. The line joins the files that no other beats in both.",
@@ -105,9 +105,8 @@ def _chart(
         return LineChart(title, lines, None, words)
 
     def plot(axes: "Axes") -> None:
-        axes.set_xscale("log")
-        axes.set_xlabel(f"{unit}, with the accuracy in % upwards")
-        axes.margins(0.06)
+        axes.set_xlabel(unit)
+        axes.set_xlim(0.0, 1.05 * max(x for x, _, _ in known))
         for line in lines:
             marks: dict[str, Any] = {"color": COLORS[line.color], "marker": "o", "linestyle": "none", "clip_on": False}
             if line.name == "front":
@@ -120,22 +119,8 @@ def _chart(
                     "markeredgecolor": COLORS[line.color],
                 }
             axes.plot(*zip(*line.points, strict=True), **marks)
-        low, high = min(x for x, _, _ in known), max(x for x, _, _ in known)
-        _plain_ticks(axes, low, high)
 
     return LineChart(title, lines, drawing(plot)[0], words)
-
-
-def _plain_ticks(axes: "Axes", low: float, high: float) -> None:
-    """Numbers such as 1, 2 and 5 on a logarithmic axis."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    low, high = low / 1.15, high * 1.15
-    ticks = [m * 10.0**p for p in range(-6, 10) for m in (1, 2, 5) if low <= m * 10.0**p <= high]
-    axes.set_xlim(low, high)
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
 def _table(candidates: Sequence[Candidate], source: Candidate, chosen: Candidate | None, best: set[str]) -> Table:
@@ -145,16 +130,15 @@ def _table(candidates: Sequence[Candidate], source: Candidate, chosen: Candidate
         if each.file is None:
             rows.append(Row(each.name, [Cell("stopped, see below", "none", 6), Cell()]))
             continue
-        many = "not available" if each.latency_64_ms is None else f"{each.latency_64_ms:.3f}"
         cells = [
             value_cell(size(each.bytes)),
             value_cell(ratio(source.bytes / each.bytes)),
-            value_cell(f"{each.latency_ms:.3f}"),
-            value_cell(many),
+            value_cell(duration(each.latency_ms / 1e3)),
+            value_cell(duration(None if each.latency_64_ms is None else each.latency_64_ms / 1e3)),
             value_cell(size(each.memory_bytes)),
             value_cell(percent(each.accuracy)),
             Cell("chosen" if own else "front" if each.name in best else ""),
         ]
         rows.append(Row(each.name, cells, "total" if own else ""))
-    heads = ("Candidate", "Bytes", "Smaller", "ms, 1 sample", "ms, 64 samples", "Memory", "Accuracy", "")
+    heads = ("Candidate", "Bytes", "Smaller", "1 sample", "64 samples", "Memory", "Accuracy", "")
     return Table("All candidates, the largest file first after the source", heads, rows)
