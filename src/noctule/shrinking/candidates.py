@@ -94,11 +94,8 @@ def changes_for(*, sparse: bool, to: str) -> list[Change]:
         gone = [Change(name=f"gone{share}", left=1 - share / 100) for share in (50, 75, 90)]
         both = [Change(name=f"half-gone{share}", width=0.5, left=1 - share / 100) for share in (50, 75)]
         return [whole, half, *both, *gone, three]
-    anywhere = Change(name="gone90", left=0.1), Change(name="half-gone90", width=0.5, left=0.1)
-    blocks = (
-        Change(name="blocks75", left=0.25, blocks=True),
-        Change(name="half-blocks75", width=0.5, left=0.25, blocks=True),
-    )
+    anywhere = [Change(name=n, width=w, left=0.1) for n, w in (("gone90", 1.0), ("half-gone90", 0.5))]
+    blocks = [Change(name=n, width=w, left=0.25, blocks=True) for n, w in (("blocks75", 1.0), ("half-blocks75", 0.5))]
     return [whole, half, *anywhere, *blocks, three, Change(name="low-rank", energy=0.8)]
 
 
@@ -139,21 +136,17 @@ def hopeless(
     """
 
     def reason(accuracy: float) -> str | None:
-        better: Candidate | None = None
-        for own in sketches:
-            others = [
-                o
-                for o in finished
-                if o.bytes <= own.bytes and o.latency_ms <= own.latency_ms and o.accuracy > accuracy + margin / 100
-            ]
-            if not others:
-                return None
-            better = max(others, key=lambda o: o.accuracy)
-        if better is None:
+        def beats(other: Candidate, own: Candidate) -> bool:
+            cheaper = other.bytes <= own.bytes and other.latency_ms <= own.latency_ms
+            return cheaper and other.accuracy > accuracy + margin / 100
+
+        better = [[other for other in finished if beats(other, own)] for own in sketches]
+        if not all(better):
             return None
+        best = max(better[-1], key=lambda other: other.accuracy)
         return (
-            f"after an epoch {accuracy:.4f} of the validation part was right; {better.name}, which is no larger and no "
-            f"slower ({better.bytes:,} bytes, {better.latency_ms:.3f} ms), reached {better.accuracy:.4f}"
+            f"after an epoch {accuracy:.4f} of the validation part was right; {best.name}, which is no larger and no slower "
+            f"({best.bytes:,} bytes, {best.latency_ms:.3f} ms), reached {best.accuracy:.4f}"
         )
 
     return reason

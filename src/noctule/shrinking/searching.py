@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from noctule.compress.distill import Stored, distilling, hinton, outputs_of
-from noctule.core.errors import CheckpointError, NoctuleError, UsageError
+from noctule.core.errors import ExportError, NoctuleError, UsageError
 from noctule.core.method import Method
 from noctule.core.place import nearest as near
 from noctule.deploy import Card, card_of, export
@@ -68,20 +68,19 @@ def search(
         raise UsageError(f"there is no candidate {only}{near(only, names)}. Candidates: {', '.join(names)}")
     folder = Folder(out, asdict(asked))
     work = _Work(asked, made.ready(out, epochs=asked.teacher_epochs, seed=asked.seed), folder, seconds)
+    by_name = {each.name: each for each in folder.candidates()}
     for change in tried:
-        found = {each.name: each for each in folder.candidates()}
-        wanted = [name for name in change.names if name == only or (only is None and name not in found)]
+        wanted = [name for name in change.names if name == only or (only is None and name not in by_name)]
         if wanted:
             for candidate in work.measured(change, wanted, stops=only is None):
                 folder.add(candidate)
                 say(_line(candidate))
-    by_name = {each.name: each for each in folder.candidates()}
+        by_name = {each.name: each for each in folder.candidates()}
+        if only is None and not by_name[names[0]].file:
+            raise NoctuleError(f"the source cannot be written for {asked.to}: {by_name[names[0]].stopped}")
     if only is not None:
         return by_name[only]
-    origin = by_name[tried[0].names[0]]
-    if origin.file is None:
-        raise NoctuleError(f"the source cannot be written for {asked.to}: {origin.stopped}")
-    done = [each for each in by_name.values() if each.file]
+    origin, done = by_name[names[0]], [each for each in by_name.values() if each.file]
     chosen = choose(done, bounds, origin, within=asked.within)
     rebuild = None if chosen is None else asked.command("--only", chosen.name, "--out", f"{out}-{chosen.name}")
     tested = {} if chosen is None else work.tested(chosen, origin)
@@ -109,31 +108,24 @@ class _Work:
 
     def measured(self, change: Change, wanted: Sequence[str], *, stops: bool) -> list[Candidate]:
         """The candidates of a change: trained, written and measured, or with why they were not."""
-        parts = {f"{change.name}-{precision}": precision for precision in PRECISIONS}
-        found = {name: Candidate(name=name, precision=parts[name]) for name in wanted}
-        taken = 0.0
+        precisions = dict(zip(change.names, PRECISIONS, strict=True))
+        found, taken = [Candidate(name=name, precision=precisions[name]) for name in wanted], 0.0
         try:
             model = change.cut(self.source.model, self.example)
             if change.trains:
-                taken = self.train(change, model, list(found.values()), stops=stops)
+                taken = self.train(change, model, found, stops=stops)
             model = change.finished(model)
-        except _Hopeless as reason:
-            for each in found.values():
-                each.stopped, each.epochs = str(reason), 1
-            return list(found.values())
-        except (ValueError, ArithmeticError) as error:  # neurons that cannot go, a loss that is not finite
-            for each in found.values():
-                each.stopped = f"{type(error).__name__}: {error}"
-            return list(found.values())
-        for each in found.values():
-            each.epochs, each.seconds = (self.asked.epochs, taken) if change.trains else (0, 0.0)
+        except (_Hopeless, ExportError, ValueError, ArithmeticError) as reason:  # such as neurons that cannot go
+            for each in found:
+                each.stopped = str(reason)
+            return found
+        for each in found:
+            each.epochs, each.seconds = (self.asked.epochs if change.trains else 0), taken
             try:
                 self.write(each, model)
-            except CheckpointError:
-                raise
-            except (NoctuleError, ValueError) as error:
+            except (ExportError, ValueError) as error:
                 each.stopped = f"it cannot be written: {error}"
-        return list(found.values())
+        return found
 
     def train(self, change: Change, model: nn.Module, candidates: list[Candidate], *, stops: bool) -> float:
         """Train on with the source as the teacher, and return the seconds."""
@@ -210,12 +202,9 @@ class _AfterAnEpoch(Method):
     @override
     def observe(self, **metrics: float) -> None:
         self.epochs += 1
-        if self.epochs > 1:
-            return
-        accuracy = metrics["validation_accuracy"]
-        if why := self.reason(accuracy):
+        if self.epochs == 1 and (why := self.reason(metrics["validation_accuracy"])):
             for each in self.candidates:
-                each.accuracy = accuracy
+                each.accuracy, each.epochs = metrics["validation_accuracy"], 1
             raise _Hopeless(why)
 
 

@@ -120,26 +120,22 @@ def of_function(function: Callable[..., Any], name: str, data: str, *, data_dir:
         UsageError: the function fails, or makes no module from (B, features) to (B, classes).
     """
     splits = _checked(standardize(load(data, data_dir=data_dir, seed=seed)))
-    first = next(iter(inspect.signature(function).parameters), "")
-    of_images = splits.train.shape is not None and first != "features"
+    train = splits.train
+    of_images = train.shape is not None and next(iter(inspect.signature(function).parameters), "") != "features"
     torch.manual_seed(seed)
     try:
-        model = function(splits.train.image_shape if of_images else splits.train.features, splits.train.classes)
-    except Exception as error:
-        raise UsageError(f"{name} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"{name} returned {type(model).__name__}: it is to return a torch module")
-    model.eval()
-    try:
+        model = function(train.image_shape if of_images else train.features, train.classes)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"it returned {type(model).__name__}, not a torch module")
         with torch.no_grad():
-            outputs = model(splits.train.inputs[:2])
+            outputs = model.eval()(train.inputs[:2])
+        if getattr(outputs, "shape", None) != (2, train.classes):
+            given = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise TypeError(f"its model gives {given} for 2 samples of {train.classes} classes")
     except Exception as error:
         raise UsageError(
-            f"{name} made a model that takes no (B, {splits.train.features}): {type(error).__name__}: {error}"
+            f"{name} makes no model from (B, {train.features}) to (B, {train.classes}): {type(error).__name__}: {error}"
         ) from error
-    if not isinstance(outputs, Tensor) or outputs.shape != (2, splits.train.classes):
-        given = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise UsageError(f"{name} made a model that gives {given} for 2 samples of {splits.train.classes} classes")
     return Source(model, splits, trained=False)
 
 
