@@ -32,7 +32,7 @@ def main(words: list[str]) -> int:
     parser.add_argument(
         "--within", type=float, help="points of accuracy that the choice may lie below the source (default: 0.5)"
     )
-    parser.add_argument("--epochs", type=int, help="of each candidate that is trained (default: 3)")
+    parser.add_argument("--epochs", type=int, help="of each candidate that is trained (default: 4)")
     parser.add_argument("--teacher-epochs", type=int, help="of a source that is not trained yet (default: 5)")
     parser.add_argument(
         "--out", type=absolute, metavar="FOLDER", help="default: runs/shrink-MODEL-DATA; a search there goes on"

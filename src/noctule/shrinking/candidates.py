@@ -92,7 +92,7 @@ def changes_for(*, sparse: bool, to: str) -> list[Change]:
         return [whole, quarter, half, three, *low]
     if sparse:
         gone = [Change(name=f"gone{share}", left=1 - share / 100) for share in (50, 75, 90)]
-        both = [Change(name=f"half-gone{share}", width=0.5, left=1 - share / 100) for share in (50, 75)]
+        both = [Change(name=f"half-gone{share}", width=0.5, left=1 - share / 100) for share in (60, 75)]
         return [whole, half, *both, *gone, three]
     anywhere = [Change(name=n, width=w, left=0.1) for n, w in (("gone90", 1.0), ("half-gone90", 0.5))]
     blocks = [Change(name=n, width=w, left=0.25, blocks=True) for n, w in (("blocks75", 1.0), ("half-blocks75", 0.5))]

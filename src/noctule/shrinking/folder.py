@@ -21,7 +21,7 @@ class Asked:
     target: tuple[str, ...]
     within: float = 0.5
     """Points of accuracy on the validation part that the smallest may lie below the source."""
-    epochs: int = 3
+    epochs: int = 4
     """Of each candidate whose weights change."""
     teacher_epochs: int = 5
     """Of a source that is not trained yet."""

@@ -15,6 +15,7 @@ from noctule.compress.distill import Stored, distilling, hinton, outputs_of
 from noctule.core.errors import ExportError, NoctuleError, UsageError
 from noctule.core.method import Method
 from noctule.core.place import nearest as near
+from noctule.data import Dataset
 from noctule.deploy import Card, card_of, export
 from noctule.deploy.target import needed
 from noctule.deploy.targets import named
@@ -139,29 +140,31 @@ class _Work:
             sketch = change.sketch(model)
             with tempfile.TemporaryDirectory(dir=self.folder.path, prefix=".sketch") as place:
                 for each in candidates:
-                    card = self.card(sketch, Path(place), each, test=None, sizes=(1,))
+                    card = self.card(sketch, Path(place), each, sizes=(1,))
                     each.bytes, each.latency_ms = card.bytes, card.at(1)["p50_ms"]
             methods.append(_AfterAnEpoch(hopeless(candidates, finished, margin=MARGIN), candidates))
         torch.manual_seed(self.asked.seed)
         with distilling(model, stored, _loss) as loss_fn:
             return train(model, stored, self.source.validation, epochs=epochs, loss_fn=loss_fn, methods=methods)
 
-    def card(
-        self, model: nn.Module, place: Path, candidate: Candidate, *, test: Any, sizes: tuple[int, ...] = (1, 64)
-    ) -> Card:
-        """Write a model and measure the file, its accuracy on a part of the data."""
-        to, inputs = self.asked.to, self.source.splits.train.inputs
-        path = place / f"{candidate.name}{named(to).suffix}"
-        batches = list(inputs[:CALIBRATED].split(128))
+    def card(self, model: nn.Module, place: Path, candidate: Candidate, *, sizes: tuple[int, ...]) -> Card:
+        """Write a model and measure what the file costs, with few samples in memory."""
+        inputs, to = self.source.splits.train.inputs, self.asked.to
+        path, batches = place / f"{candidate.name}{named(to).suffix}", list(inputs[:CALIBRATED].split(128))
         exported = export(model, self.example, path, to=to, precision=candidate.precision, batches=batches)
-        samples = self.example if test is None else test.inputs
-        targets = None if test is None else test.targets.numpy()
-        how: dict[str, Any] = {"batch_sizes": sizes, "threads": self.asked.threads}
-        return card_of(exported, samples.numpy(), targets, seconds=self.seconds if test else self.seconds / 4, **how)
+        seconds = self.seconds if len(sizes) > 1 else self.seconds / 4
+        return card_of(exported, inputs[:64].numpy(), batch_sizes=sizes, threads=self.asked.threads, seconds=seconds)
+
+    def accuracy(self, path: Path, part: Dataset) -> float:
+        """The share of a part of the data that a file has right."""
+        how: dict[str, Any] = {"batch_sizes": (1,), "threads": self.asked.threads, "seconds": 0.01}
+        return card_of(path, part.inputs.numpy(), part.targets.numpy(), **how).accuracy or 0.0
 
     def write(self, candidate: Candidate, model: nn.Module) -> None:
         """Write the file of a candidate and note what was measured of it."""
-        card = self.card(model, self.folder.path, candidate, test=self.source.validation)
+        card = self.card(model, self.folder.path, candidate, sizes=(1, 64))
+        candidate.accuracy = card.accuracy = self.accuracy(Path(card.file), self.source.validation)
+        card.samples = len(self.source.validation)
         card.save()
         one, many = card.at(1), card.at(64)
         candidate.file, candidate.bytes, candidate.deflated_bytes = (
@@ -171,21 +174,16 @@ class _Work:
         )
         candidate.latency_ms, candidate.latency_64_ms = one["p50_ms"], many.get("p50_ms")
         candidate.memory_bytes, candidate.joules = one["memory_bytes"], one["joules"]
-        candidate.accuracy = card.accuracy or 0.0
 
     def tested(self, chosen: Candidate, origin: Candidate) -> dict[str, Any]:
         """Accuracy of the chosen file and of the source on the test part; what an earlier call read is not read again."""
         kept = self.folder.path / "chosen.json"
-        if kept.exists():
-            found = read_object(kept)
-            if found.get("name") == chosen.name:
-                return found
-        test, found = self.source.splits.test, {"name": chosen.name, "file": chosen.file}
-        for what, each in (("chosen", chosen), ("source", origin)):
-            how: dict[str, Any] = {"batch_sizes": (1,), "threads": self.asked.threads, "seconds": 0.01}
-            path = self.folder.path / str(each.file)
-            found[what] = card_of(path, test.inputs.numpy(), test.targets.numpy(), **how).accuracy
-        self.folder.write("chosen.json", found)
+        found: dict[str, Any] = read_object(kept) if kept.exists() else {}
+        if found.get("name") != chosen.name:
+            found = {"name": chosen.name, "file": chosen.file}
+            for what, each in (("chosen", chosen), ("source", origin)):
+                found[what] = self.accuracy(self.folder.path / str(each.file), self.source.splits.test)
+            self.folder.write("chosen.json", found)
         return found
 
 
