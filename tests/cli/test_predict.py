@@ -14,7 +14,7 @@ import torch
 
 from noctule import load_model
 from noctule.cli.main import main
-from noctule.cli.predictions import _model, predict
+from noctule.cli.predictions import predict, trained_model
 from noctule.core.errors import DataError, UsageError
 from noctule.data import load, standardize
 from noctule.deploy import export
@@ -246,7 +246,7 @@ def test_pictures(recipe, tmp_path, capsys):
 
 def test_a_shipped_file_predicts_what_its_run_does(trained, tmp_path, capsys):
     run, data = trained
-    model, shipped = _model(RunFolder(run), "sparse"), tmp_path / "model.noctule"
+    model, shipped = trained_model(RunFolder(run), "sparse"), tmp_path / "model.noctule"
     export(model, torch.zeros(4, features_of(model)), shipped, to="noctule")
     with pytest.raises(DataError, match=r"data\.json"):
         predict(shipped, str(data))
@@ -263,7 +263,7 @@ def test_a_shipped_file_predicts_what_its_run_does(trained, tmp_path, capsys):
 
 def test_a_card_is_text_json_and_a_page(trained, tmp_path, capsys):
     run, data = trained
-    model, shipped = _model(RunFolder(run), "sparse"), tmp_path / "model.noctule"
+    model, shipped = trained_model(RunFolder(run), "sparse"), tmp_path / "model.noctule"
     export(model, torch.zeros(4, features_of(model)), shipped, to="noctule")
     shutil.copy(run / "data.json", tmp_path)
     assert main(["card", str(shipped), str(data), "--seconds", "0.05", "--batches", "1", "9"]) == 0

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from noctule.cli import bench, card, compare, data, doctor, predict, recipes, run, server
+from noctule.cli import bench, card, compare, data, doctor, predict, recipes, run, server, shrink
 from noctule.cli.lookup import neighbours
 from noctule.cli.output import tolerant
 from noctule.core.errors import NoctuleError, UsageError
@@ -19,6 +19,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": run.main,
     "server": server.main,
     "predict": predict.main,
+    "shrink": shrink.main,
     "card": card.main,
     "recipes": recipes.main,
     "data": data.main,

@@ -89,7 +89,7 @@ def predict(
         model, preparation = _shipped(Path(run), series), read_preparation(Path(run).absolute().parent)
     else:
         folder = run if isinstance(run, RunFolder) else RunFolder(run)
-        preparation, model = read_preparation(folder), _model(folder, series)
+        preparation, model = read_preparation(folder), trained_model(folder, series)
     part, samples, truth = _samples(preparation, data, data_dir)
     rows = _inputs(samples, preparation)
     with torch.inference_mode():
@@ -164,7 +164,7 @@ def _write(path: Path, predictions: Predictions) -> None:
         text.detach()
 
 
-def _model(folder: RunFolder, series: str) -> nn.Module:
+def trained_model(folder: RunFolder, series: str) -> nn.Module:
     """The trained network, in evaluation mode."""
     builders = {"mlp": mlp_of, "cnn": cnn_of}
     path = folder.path if series == "sparse" else folder.path / f"{series}.safetensors"
