@@ -47,7 +47,6 @@ struct Integers {
     // y (ceil(rows / 4), columns, 4) of rows ld apart.
     void (*interleave)(const uint8_t* x, int64_t ld, int64_t rows, int64_t columns, uint8_t* y);
     bool (*quantize)(const float* x, int64_t n, float inverse, float zero, float highest, uint8_t* codes);  // whether all are finite
-    void (*dequantize)(const uint8_t* codes, int64_t n, float scale, float zero, float* x);
 };
 
 Integers vnni_integers();

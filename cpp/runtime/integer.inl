@@ -296,14 +296,10 @@ bool quantize(const float* x, int64_t n, float inverse, float zero, float highes
     return all;
 }
 
-void dequantize(const uint8_t* codes, int64_t n, float scale, float zero, float* x) {
-    for (int64_t i = 0; i < n; ++i) x[i] = (static_cast<float>(codes[i]) - zero) * scale;
-}
-
 template <class Set>
 Integers table() {
     return {Set::terms, Set::Lanes::width, Set::window, Set::dense_rows, sparse<Set>, blocks<Set>, dense<Set>,
-            few_rounds<Set>, few_dense<Set>, interleave, quantize<Set::Lanes::width>, dequantize};
+            few_rounds<Set>, few_dense<Set>, interleave, quantize<Set::Lanes::width>};
 }
 
 }  // namespace

@@ -73,11 +73,6 @@ bool quantize(int set, Address x, int64_t n, float inverse, float zero, float hi
     return !of(set).quantize(pointer<const float>(x), n, inverse, zero, highest, pointer<uint8_t>(codes));
 }
 
-void dequantize(int set, Address codes, int64_t n, float scale, float zero, Address x) {
-    nb::gil_scoped_release release;
-    of(set).dequantize(pointer<const uint8_t>(codes), n, scale, zero, pointer<float>(x));
-}
-
 }  // namespace
 
 void choose_integers(const std::string& name) { chosen = name == "vnni" ? vnni_set : name == "avx2" ? avx2_set : portable_set; }
@@ -93,7 +88,6 @@ void bind_integers(nb::module_& m) {
     m.def("int8_few_dense", &call<&Integers::few_dense>);
     m.def("int8_interleave", &interleave);
     m.def("int8_quantize", &quantize);
-    m.def("int8_dequantize", &dequantize);
 }
 
 }  // namespace noctule::runtime

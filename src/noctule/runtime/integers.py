@@ -221,8 +221,3 @@ def interleave(x: int, ld: int, rows: int, columns: int, y: int) -> Call:
 def quantize(x: int, n: int, inverse: float, zero: int, highest: int, codes: int) -> Call:
     """The call that turns n float32 at x into codes; it returns whether one of them is NaN or infinite."""
     return _native.int8_quantize, (_native.int8_layout()[0], x, n, inverse, float(zero), float(highest), codes)
-
-
-def dequantize(codes: int, n: int, scale: float, zero: int, x: int) -> Call:
-    """The call that turns n codes into float32 at x: ``(code - zero) * scale``."""
-    return _native.int8_dequantize, (_native.int8_layout()[0], codes, n, scale, float(zero), x)
