@@ -138,7 +138,7 @@ def test_a_candidate_without_hope_ends_after_an_epoch_and_says_why(tmp_path, mon
         return lambda accuracy: [f"no hope for {each.name} at {accuracy:.2f}" for each in sketches]
 
     monkeypatch.setattr("noctule.shrinking.searching.hopeless", always)
-    asked, lines = replace(ASKED, epochs=3, target=("bytes=1x",)), []
+    asked, lines = replace(ASKED, epochs=3, target=("bytes=1x",), within=100.0), []
     chosen = search(asked, source, tmp_path / "out", changes=CHANGES[:2], seconds=0.02, say=lines.append)
     assert chosen.name == "source-int8"
     record = [json.loads(line) for line in (tmp_path / "out" / "candidates.jsonl").read_text().splitlines()]
