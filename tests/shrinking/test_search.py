@@ -1,5 +1,6 @@
 """A search resumes without training anything again, rebuilds a candidate to the byte, and refuses what does not fit."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,6 +128,27 @@ def test_a_candidate_that_cannot_be_had_says_why_and_the_others_go_on(tmp_path):
             changes=CHANGES[:1],
             seconds=0.02,
         )
+
+
+def test_a_candidate_without_hope_ends_after_an_epoch_and_says_why(tmp_path, monkeypatch):
+    seen: list[list[tuple[str, int]]] = []
+
+    def always(sketches, finished, *, margin):
+        seen.append([(each.name, each.bytes) for each in sketches])
+        return lambda accuracy: [f"no hope for {each.name} at {accuracy:.2f}" for each in sketches]
+
+    monkeypatch.setattr("noctule.shrinking.searching.hopeless", always)
+    asked, lines = replace(ASKED, epochs=3, target=("bytes=1x",), within=100.0), []
+    chosen = search(asked, source, tmp_path / "out", changes=CHANGES[:2], seconds=0.02, say=lines.append)
+    assert chosen.name == "source-int8"
+    record = [json.loads(line) for line in (tmp_path / "out" / "candidates.jsonl").read_text().splitlines()]
+    assert [each["epochs"] for each in record] == [0, 0, 1, 1]
+    for each in record[2:]:
+        assert each["stopped"].startswith(f"no hope for {each['name']} at {each['accuracy']:.2f}")
+        assert each["file"] is None
+    assert seen == [[(each["name"], each["bytes"]) for each in record[2:]]]
+    assert not (tmp_path / "out" / "half-int8.noctule").exists()
+    assert "no hope for half-int8" in (tmp_path / "out" / "shrink.html").read_text()
 
 
 @pytest.mark.parametrize("sparse", [False, True])

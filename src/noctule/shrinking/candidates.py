@@ -124,10 +124,12 @@ class Candidate:
     """Why it was not finished."""
 
 
-def hopeless(
-    sketches: Sequence[Candidate], finished: Sequence[Candidate], *, margin: float
-) -> Callable[[float], str | None]:
-    """Accuracy after an epoch -> why no precision of a change can reach the front, or None.
+Reasons = Callable[[float], list[str]]
+"""Validation accuracy after an epoch -> why each precision of a change cannot reach the front, or nothing."""
+
+
+def hopeless(sketches: Sequence[Candidate], finished: Sequence[Candidate], *, margin: float) -> Reasons:
+    """What says whether a training is worth going on with.
 
     Args:
         sketches: a candidate of each precision, with bytes and milliseconds.
@@ -135,21 +137,20 @@ def hopeless(
         margin: points of accuracy that training may still bring.
     """
 
-    def reason(accuracy: float) -> str | None:
-        def beats(other: Candidate, own: Candidate) -> bool:
-            cheaper = other.bytes <= own.bytes and other.latency_ms <= own.latency_ms
-            return cheaper and other.accuracy > accuracy + margin / 100
+    def reasons(accuracy: float) -> list[str]:
+        found = []
+        for own in sketches:
+            cheaper = [o for o in finished if o.bytes <= own.bytes and o.latency_ms <= own.latency_ms]
+            best = max(cheaper, key=lambda other: other.accuracy, default=own)
+            if best is own or best.accuracy <= accuracy + margin / 100:
+                return []
+            found.append(
+                f"after an epoch {accuracy:.4f} of the validation part was right; {best.name}, which is no larger and no slower "
+                f"({best.bytes:,} bytes, {best.latency_ms:.3f} ms), reached {best.accuracy:.4f}"
+            )
+        return found
 
-        better = [[other for other in finished if beats(other, own)] for own in sketches]
-        if not all(better):
-            return None
-        best = max(better[-1], key=lambda other: other.accuracy)
-        return (
-            f"after an epoch {accuracy:.4f} of the validation part was right; {best.name}, which is no larger and no slower "
-            f"({best.bytes:,} bytes, {best.latency_ms:.3f} ms), reached {best.accuracy:.4f}"
-        )
-
-    return reason
+    return reasons
 
 
 def _sizes(model: nn.Module) -> tuple[list[int], list[int]]:

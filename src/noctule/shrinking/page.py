@@ -49,12 +49,7 @@ def write_page(
         .render(
             title=f"{asked.model} on {asked.data}",
             headline=headline,
-            facts=[
-                *asked.target,
-                f"{asked.to}, {asked.threads} thread(s)",
-                f"seed {asked.seed}",
-                machine().get("cpu", ""),
-            ],
+            facts=[*asked.target, asked.to, f"threads {asked.threads}", f"seed {asked.seed}", machine().get("cpu", "")],
             light=Markup(variables(INK, COLORS)),
             dark=Markup(variables(INK_DARK, COLORS_DARK)),
             charts_drawn=[
@@ -62,11 +57,7 @@ def write_page(
                 _chart("Accuracy in % against the time of a sample", "ms", done, chosen, lambda each: each.latency_ms),
                 _chart("Accuracy in % against memory", "MB", done, chosen, _megabytes),
             ],
-            how="Each file was measured in a process of its own: accuracy on the validation part, the median of calls with one "
-            "sample, the peak of memory over a process with numpy. The line joins the files that no other beats in both.",
             candidates=_table(candidates, source, chosen, best),
-            table_note="Front: no other is at least as good in bytes, latency and accuracy and better in one. The source is the "
-            "first row; accuracy is that of the validation part.",
             stopped=stopped,
             rebuild=rebuild,
         )

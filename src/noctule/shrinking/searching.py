@@ -20,7 +20,7 @@ from noctule.deploy import Card, card_of, export
 from noctule.deploy.target import needed
 from noctule.deploy.targets import named
 from noctule.report.files import read_object
-from noctule.shrinking.candidates import PRECISIONS, Candidate, Change, changes_for, hopeless
+from noctule.shrinking.candidates import PRECISIONS, Candidate, Change, Reasons, changes_for, hopeless
 from noctule.shrinking.folder import Asked, Folder
 from noctule.shrinking.front import Bound, choose, nearest
 from noctule.shrinking.page import write_page
@@ -80,6 +80,9 @@ def search(
         if only is None and not by_name[names[0]].file:
             raise NoctuleError(f"the source cannot be written for {asked.to}: {by_name[names[0]].stopped}")
     if only is not None:
+        if not by_name[only].file:
+            raise NoctuleError(f"{only} cannot be had: {by_name[only].stopped}")
+        say(f"file: {out / str(by_name[only].file)}")
         return by_name[only]
     origin, done = by_name[names[0]], [each for each in by_name.values() if each.file]
     chosen = choose(done, bounds, origin, within=asked.within)
@@ -93,6 +96,7 @@ def search(
         )
         raise NoctuleError(f"no candidate has {wishes}. The nearest: {close}. All are in {page}")
     say(f"chosen: {_line(chosen)}")
+    say(f"file: {out / str(chosen.file)}")
     say(f"test part, read once: {tested['chosen']:.4f}, the source {tested['source']:.4f}")
     say(f"rebuild: {rebuild}")
     say(f"page: {page}")
@@ -116,7 +120,11 @@ class _Work:
             if change.trains:
                 taken = self.train(change, model, found, stops=stops)
             model = change.finished(model)
-        except (_Hopeless, ExportError, ValueError, ArithmeticError) as reason:  # such as neurons that cannot go
+        except _Hopeless as reasons:
+            for each, why in zip(found, reasons.args, strict=True):
+                each.stopped = why
+            return found
+        except (ExportError, ValueError, ArithmeticError) as reason:  # such as neurons that cannot go
             for each in found:
                 each.stopped = str(reason)
             return found
@@ -188,22 +196,22 @@ class _Work:
 
 
 class _Hopeless(Exception):
-    """Why a training is not worth going on with."""
+    """Why a training is not worth going on with, for each of its candidates."""
 
 
 class _AfterAnEpoch(Method):
-    """Ends a training after its first epoch where a function of the validation accuracy says why."""
+    """Ends a training after its first epoch where there are reasons."""
 
-    def __init__(self, reason: Callable[[float], str | None], candidates: Sequence[Candidate]) -> None:
-        self.reason, self.candidates, self.epochs = reason, candidates, 0
+    def __init__(self, reasons: Reasons, candidates: Sequence[Candidate]) -> None:
+        self.reasons, self.candidates, self.epochs = reasons, candidates, 0
 
     @override
     def observe(self, **metrics: float) -> None:
         self.epochs += 1
-        if self.epochs == 1 and (why := self.reason(metrics["validation_accuracy"])):
+        if self.epochs == 1 and (why := self.reasons(metrics["validation_accuracy"])):
             for each in self.candidates:
                 each.accuracy, each.epochs = metrics["validation_accuracy"], 1
-            raise _Hopeless(why)
+            raise _Hopeless(*why)
 
 
 def _loss(own: Tensor, taught: Tensor, targets: Tensor) -> Tensor:
