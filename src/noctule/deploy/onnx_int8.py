@@ -7,6 +7,7 @@ Jacob et al. 2018, arXiv 1712.05877; ONNX Runtime, "Quantize ONNX models", repre
 
 from collections import Counter
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,7 @@ class Layers:
     """
 
     def __init__(self, proto: Any, layers: Mapping[int, tuple[str, IntegerLayer]], outputs: Ranges) -> None:
-        import onnx
-
+        onnx: Any = import_module("onnx")
         self.helper, self.from_array = onnx.helper, onnx.numpy_helper.from_array
         self.to_array = onnx.numpy_helper.to_array
         self.proto, self.graph, self.layers, self.outputs = proto, proto.graph, layers, outputs
