@@ -50,7 +50,7 @@ bench-env: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet pybind11 setuptools wheel scipy
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[bench]"
 
-$(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard cpp/*)
+$(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard cpp/* cpp/runtime/*)
 	$(PYTHON) -c 'import sys; sys.exit("Noctule needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
