@@ -166,7 +166,7 @@ def mutated(rng: random.Random, graph: Graph) -> bytes:
             parent = header
             for key in path[:-1]:
                 parent = parent[key]
-            if rng.random() < 0.15 and isinstance(parent, dict):
+            if rng.random() < 0.15:
                 del parent[path[-1]]
             elif rng.random() < 0.3 and isinstance(parent[path[-1]], int):
                 parent[path[-1]] += rng.choice([-1, 1, 4])

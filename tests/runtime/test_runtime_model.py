@@ -13,6 +13,7 @@ from noctule.runtime import Model, ModelFileError, _native
 from noctule.runtime.graph import Graph, Step
 from noctule.runtime.operators import Clamp, Conv2d, Linear, Pool, Reshape
 from noctule.runtime.values import Value
+from noctule.runtime.weights import Weight
 
 SETS = _native.instruction_sets()
 BATCHES = (1, 2, 5, 7, 8, 9, 16, 17, 33, 64, 70)
@@ -45,9 +46,23 @@ def test_every_value_of_integers_is_exact(instruction_set):
     x = np.random.default_rng(1).standard_normal((20, 3, 9, 10)).astype(np.float32)
     for steps in range(1, len(graph.steps)):
         part = Graph(graph.input, graph.steps[:steps])
-        model = Model(part, max_batch=20)
-        if part.output.kind == "float32":
-            np.testing.assert_array_equal(model(x), part.reference(x)[-1])
+        if part.output.kind != "float32":
+            with pytest.raises(ModelFileError, match="the output of a model is float32, this one's is codes"):
+                Model(part)
+            grid = part.output.grid
+            assert grid is not None
+            codes = weights_of_ones(part.output.shape)
+            part = Graph(
+                graph.input,
+                [*part.steps, Step("", (steps,), Reshape((codes.shape[1],))), Step("", (steps + 1,), Linear(codes))],
+            )
+        np.testing.assert_array_equal(Model(part, max_batch=20)(x), part.reference(x)[-1])
+
+
+def weights_of_ones(shape: tuple[int, ...]) -> Weight:
+    """A weight that hands codes on as floats."""
+    count = int(np.prod(shape))
+    return Weight((count, count), np.eye(count, dtype=np.int8).reshape(-1), 8, np.ones(count, np.float32))
 
 
 def test_a_plan_for_few_samples_leaves_that_for_many_as_it_was():

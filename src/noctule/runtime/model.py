@@ -32,6 +32,8 @@ class Model:
     def __init__(self, graph: Graph, *, max_batch: int = 64) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {max_batch}")
+        if graph.output.kind != "float32":
+            raise ModelFileError(f"the output of a model is float32, this one's is {graph.output.kind}")
         self.graph, self.max_batch = graph, max_batch
         lanes = lanes_of(max_batch)
         needed = max(value.numbers * value.dtype.itemsize for value in graph.values) * lanes
@@ -39,7 +41,10 @@ class Model:
             raise ModelFileError(
                 f"a value of {max_batch} samples takes {needed:,} bytes, this machine has {most:,}: give a smaller max_batch"
             )
-        self._memory, self._kept, self._plans = Memory(graph, lanes), Kept(), dict[int, BatchPlan]()
+        try:
+            self._memory, self._kept, self._plans = Memory(graph, lanes), Kept(), dict[int, BatchPlan]()
+        except MemoryError as error:
+            raise ModelFileError(f"{max_batch} samples do not fit into memory: give a smaller max_batch") from error
         self._lock = threading.Lock()
 
     @property
@@ -89,7 +94,10 @@ class Model:
         if plan is None:
             if len(self._plans) >= MOST_PLANS:
                 del self._plans[next(iter(self._plans))]
-            plan = self._plans[lanes] = BatchPlan(self.graph, self._memory, self._kept, lanes)
+            try:
+                plan = self._plans[lanes] = BatchPlan(self.graph, self._memory, self._kept, lanes)
+            except MemoryError as error:
+                raise ModelFileError(f"{batch} samples do not fit into memory: give fewer at a time") from error
         first, last = plan.buffers[0], plan.buffers[-1]
         if _native.enter(
             x.ctypes.data, batch, first.value.numbers, first.address, lanes, first.value.kind == "float32"
