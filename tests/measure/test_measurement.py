@@ -17,11 +17,12 @@ from noctule.measure.operations import count, listening
 MB = 1_000_000
 
 
-def touch(megabytes):
+def touch(megabytes, *, seconds=0.0):
     """Make so much memory resident, and let it go: to the system, past an allocator that might keep it."""
     with mmap.mmap(-1, megabytes * MB) as memory:
         for at in range(0, megabytes * MB, mmap.PAGESIZE):
             memory[at] = 1
+        time.sleep(seconds)
 
 
 def rise(cost: Measurement) -> float:
@@ -65,9 +66,7 @@ def test_memory_held_before_counts_as_part_of_the_peak_not_of_the_rise():
 def test_each_means_of_finding_the_peak_finds_it(means):
     before = resident_bytes()
     with means() as peak:
-        block = np.ones(100 * MB, np.uint8)
-        time.sleep(0.05)
-        del block
+        touch(100, seconds=0.05)
     assert peak.peak_bytes >= before + 95 * MB
     assert (peak.note is None) == (means is resident_peak)
 
