@@ -100,11 +100,18 @@ def test_weights_of_few_bits(bits, density, tmp_path):
     check(convert_(model, WeightOnly(bits=bits)).model, tmp_path / "model.noctule")
 
 
-def test_shrunk_and_shared(tmp_path):
+def test_shrunk(tmp_path):
     model = made("resnet")
     shrink(model, 0.5, example=samples(2))
     check(model, tmp_path / "model.noctule")
-    check(convert_(made("mlp"), Share(codes=16)).model, tmp_path / "model.noctule")
+
+
+def test_shared_weights_are_a_book_and_its_indices(tmp_path):
+    dense, shared = tmp_path / "dense.noctule", tmp_path / "shared.noctule"
+    check(made("mlp"), dense)
+    shipped = check(convert_(made("mlp"), Share(codes=16)).model, shared)
+    assert all(len(step.operator.weight.book) <= 17 for step in shipped.graph.steps)
+    assert shared.stat().st_size < dense.stat().st_size / 3
 
 
 def test_zeros_of_dense_weights_are_left_out_in_blocks_of_four(tmp_path):

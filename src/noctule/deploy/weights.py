@@ -17,6 +17,8 @@ from noctule.runtime.weights import Places, Weight
 from noctule.sparse.layers import SparseLayer
 
 BLOCK = 4
+BOOK, BOOK_SAMPLE = 256, 2048
+"""Values that a book has at most, and weights that are looked at before all are."""
 FULL = 0.85
 """The share of weights in blocks of four columns from which the blocks are stored and computed whole."""
 
@@ -68,10 +70,22 @@ def made(
             whole[flat] = numbers.reshape(-1, block)
             places, block, numbers = None, 1, whole.reshape(-1)
     if scales is None:
-        return Weight((rows, columns), np.ascontiguousarray(numbers, np.float32), places=places, block=block)
+        floats = np.ascontiguousarray(numbers, np.float32)
+        if (book := shared(floats)) is not None:
+            indices = np.searchsorted(book, floats).astype(np.uint8)
+            return Weight((rows, columns), indices, 8, None, book, places, block)  # pyright: ignore[reportArgumentType]
+        return Weight((rows, columns), floats, places=places, block=block)
     if bits < 8:
         numbers = packed(numbers, bits)
     return Weight((rows, columns), numbers, bits, scales, None, places, block)  # pyright: ignore[reportArgumentType]
+
+
+def shared(floats: np.ndarray) -> np.ndarray | None:
+    """The few values that all weights share, sorted; None where they are not few or share too little to save bytes."""
+    if len(np.unique(floats[:BOOK_SAMPLE])) > BOOK:
+        return None
+    book = np.unique(floats)
+    return book if len(book) <= BOOK and floats.size + book.nbytes < floats.nbytes else None
 
 
 def packed(codes: np.ndarray, bits: int) -> np.ndarray:
