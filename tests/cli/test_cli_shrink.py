@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from noctule.cli.main import main
+from noctule.cli.predictions import predict
 from noctule.data import load
 from noctule.shrinking import of_name
 
@@ -92,6 +93,7 @@ def test_a_finished_run_is_a_source_with_the_data_of_its_training(tmp_path, caps
     assert shrink(run, "--out", str(tmp_path / "out"), "--only", "source-float32") == 0
     line = json.loads((tmp_path / "out" / "candidates.jsonl").read_text())
     assert line["accuracy"] == pytest.approx(trained, abs=1e-6)
+    assert predict(tmp_path / "out" / "source-float32.noctule", "digits").names == predict(run, "digits").names
     other = tmp_path / "other.csv"
     other.write_text("a,b,label\n" + "".join(f"{n},{n % 3},{n % 2}\n" for n in range(60)))
     assert shrink(run, "--out", str(tmp_path / "no"), data=str(other)) == 1

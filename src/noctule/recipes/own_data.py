@@ -18,8 +18,8 @@ FILE = "data.json"
 """File in a run's folder with the preparation: how samples become tensors, learnt from the training part."""
 
 
-def keep_preparation(run: RunFolder, splits: Splits) -> None:
-    """Write `data.json` into the run's folder, or compare it with the one that is there.
+def keep_preparation(run: RunFolder | Path, splits: Splits) -> None:
+    """Write `data.json` into the folder of a run or of shipped files, or compare it with the one that is there.
 
     Raises:
         DataError: a resumed run has other data than at its start.
@@ -27,11 +27,12 @@ def keep_preparation(run: RunFolder, splits: Splits) -> None:
     preparation = splits.preparation
     if preparation is None:
         return
-    path = run.path / FILE
+    folder = run if isinstance(run, Path) else run.path
+    path = folder / FILE
     if path.exists():
-        if read_preparation(run).fingerprint != preparation.fingerprint:
+        if read_preparation(folder).fingerprint != preparation.fingerprint:
             raise DataError(
-                f"the data {preparation.name!r} are not those that {run.path} began with: put those back, or start a new run"
+                f"the data {preparation.name!r} are not those that {folder} began with: put those back, or start a new run"
             )
         return
     with replacing(path) as file:

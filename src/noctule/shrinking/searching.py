@@ -19,6 +19,7 @@ from noctule.data import Dataset
 from noctule.deploy import Card, card_of, export
 from noctule.deploy.target import needed
 from noctule.deploy.targets import named
+from noctule.recipes.own_data import keep_preparation
 from noctule.report.files import read_object
 from noctule.shrinking.candidates import PRECISIONS, Candidate, Change, Reasons, changes_for, hopeless
 from noctule.shrinking.folder import Asked, Folder
@@ -68,6 +69,7 @@ def search(
     if only is not None and only not in names:
         raise UsageError(f"there is no candidate {only}{near(only, names)}. Candidates: {', '.join(names)}")
     folder = Folder(out, asdict(asked))
+    keep_preparation(out, made.splits)
     work = _Work(asked, made.ready(out, epochs=asked.teacher_epochs, seed=asked.seed), folder, seconds)
     by_name = {each.name: each for each in folder.candidates()}
     for change in tried:
