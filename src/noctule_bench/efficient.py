@@ -31,6 +31,7 @@ from noctule.train.fit import fit
 from noctule_bench import program
 
 ROWS = ("full", "narrow", "augmented", "distilled")
+FILES = (*ROWS, "int8")
 CHANNELS, BATCH, RATE, WEIGHT_DECAY, CALIBRATION = (32, 64, 128), 128, 0.003, 0.01, 1024
 TARGETS = {"fewer": 30.0, "difference_points": -0.5}
 """The least times fewer bytes, and points of accuracy, of the chosen file against the full network's."""
@@ -82,11 +83,13 @@ class _Run:
 
     def __init__(self, lines: program.Lines, cell: dict[str, Any], folder: Path, read: list[dict[str, Any]]) -> None:
         self.lines, self.cell, self.folder = lines, cell, folder
-        self.found = {(x["seed"], x["row"], x["width"]): x for x in read if x | cell == x}
+        alike = {name: {k: v for k, v in cell.items() if name != "full" or k != "student_epochs"} for name in FILES}
+        self.found = {(x["seed"], x["row"], x["width"]): x for x in read if x | alike.get(x["row"], cell) == x}
 
     def path(self, seed: int, row: str, width: float) -> Path:
         """The file of a network."""
-        return self.folder / f"{Path(self.cell['data']).stem}-{seed}-{row}-{width}.noctule"
+        epochs = self.cell["epochs" if row == "full" else "student_epochs"]
+        return self.folder / f"{Path(self.cell['data']).stem}-{seed}-{row}-{width}-{epochs}.noctule"
 
     def write(self, seed: int, row: str, width: float, model: nn.Module, splits: Splits, seconds: float) -> None:
         """Write a model, and score what is read from the file."""
