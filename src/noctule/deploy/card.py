@@ -142,7 +142,7 @@ def card_of(
         ValueError: there are no samples, or not as many targets.
     """
     exported = file if isinstance(file, Exported) else None
-    path = Path(exported.path if exported else file)  # type: ignore[arg-type]
+    path = file.path if isinstance(file, Exported) else Path(file)
     target = of_file(path)
     if not path.exists():
         raise ExportError(f"there is no file {path}")
@@ -169,7 +169,8 @@ def card_of(
         (Path(folder) / "job.json").write_text(json.dumps(job))
         np.savez(Path(folder) / "batch.npz", **resized(arrays, max(batch_sizes)))
         if outputs_batch:
-            np.savez(Path(folder) / "inputs.npz", **arrays)  # type: ignore[arg-type]
+            save: Any = np.savez  # whose names of arrays are typed as its own arguments
+            save(Path(folder) / "inputs.npz", **arrays)
         _fill(card, _run(Path(folder), threads, timeout))
         outputs = np.load(Path(folder) / "outputs.npy") if outputs_batch else None
     if outputs is not None:

@@ -77,7 +77,8 @@ class _Run:
         if node.op == "placeholder":
             return self._held[node.name] if node.name in self._held else Ref(0, 0)
         if node.op == "output":
-            results = [self.values[x] for x in node.args[0] if isinstance(x, Node)]  # pyright: ignore
+            given: Any = node.args[0]
+            results = [self.values[x] for x in given if isinstance(x, Node)]
             if len(results) != 1 or not isinstance(results[0], Ref) or results[0].batch != 0:
                 raise ExportError("noctule.runtime runs models with one output, a tensor with the batch first")
             if (number := results[0].number) == 0:
@@ -93,7 +94,8 @@ class _Run:
         refs = [x for x in _flat((arguments, named)) if isinstance(x, Ref)]
         if not refs and not any(isinstance(x, torch.SymInt) for x in _flat((arguments, named))):
             with torch.no_grad():
-                return node.target(*arguments, **named)  # pyright: ignore
+                function: Any = node.target
+                return function(*arguments, **named)
         rule: Callable[..., Any] | None = rules.RULES.get(target)
         try:
             if rule is None:

@@ -123,6 +123,6 @@ def say(**entries: Any) -> None:
 if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]))
-    except Exception as problem:
+    except Exception as problem:  # of the runtime, whatever it raises: the parent says it
         say(event="error", error=f"{type(problem).__name__}: {problem}"[:2000])
         sys.exit(1)

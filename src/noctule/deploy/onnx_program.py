@@ -103,7 +103,7 @@ def exported_program(
             pass
         try:
             return torch.export.export(model, args, kwargs), (size, size)
-        except Exception as error:
+        except Exception as error:  # the same
             raise ExportError(f"torch.export cannot follow the model: {str(error).strip()[:1000]}") from error
 
 

@@ -3,7 +3,7 @@
 Shapes: O rows, K columns, N stored weights.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ def made(
     scales: np.ndarray | None,
     *,
     blocks: bool,
-    bits: int = 8,
+    bits: Any = 8,
 ) -> Weight:
     """A weight from all numbers of a matrix, or from those at places, in the form that takes the fewest bytes."""
     rows, columns = shape[0], shape[1]
@@ -56,7 +56,8 @@ def made(
     if flat is None and bits != 1 and np.count_nonzero(numbers) < numbers.size:
         flat = np.flatnonzero(numbers)
         numbers = numbers[flat]
-    places, block = None, 1
+    places: Places | None = None
+    block: Literal[1, 4] = 1
     if flat is not None:
         if not len(flat):
             flat, numbers = np.zeros(1, np.int64), np.zeros(1, numbers.dtype)
@@ -73,11 +74,11 @@ def made(
         floats = np.ascontiguousarray(numbers, np.float32)
         if (book := shared(floats)) is not None:
             indices = np.searchsorted(book, floats).astype(np.uint8)
-            return Weight((rows, columns), indices, 8, None, book, places, block)  # pyright: ignore[reportArgumentType]
+            return Weight((rows, columns), indices, 8, None, book, places, block)
         return Weight((rows, columns), floats, places=places, block=block)
     if bits < 8:
         numbers = packed(numbers, bits)
-    return Weight((rows, columns), numbers, bits, scales, None, places, block)  # pyright: ignore[reportArgumentType]
+    return Weight((rows, columns), numbers, bits, scales, None, places, block)
 
 
 def shared(floats: np.ndarray) -> np.ndarray | None:

@@ -132,7 +132,7 @@ def of_function(function: Callable[..., Any], name: str, data: str, *, data_dir:
         if getattr(outputs, "shape", None) != (2, train.classes):
             given = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise TypeError(f"its model gives {given} for 2 samples of {train.classes} classes")
-    except Exception as error:
+    except Exception as error:  # of any kind: the function is the user's
         raise UsageError(
             f"{name} makes no model from (B, {train.features}) to (B, {train.classes}): {type(error).__name__}: {error}"
         ) from error

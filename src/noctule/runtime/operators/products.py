@@ -144,8 +144,10 @@ class Product(Operator):
             before = [integers.interleave(address, ld, w.shape[1], columns, across)]
             address, ld = across, columns
         else:
-            places = lambda: integers.SparseWeight(*self._places(rows, w.integers), grid.highest)  # noqa: E731
-            made = plan.keep((self, "sparse", rows.key), places)
+            made = plan.keep(
+                (self, "sparse", rows.key),
+                lambda: integers.SparseWeight(*self._places(rows, w.integers), grid.highest),
+            )
         scratch = plan.scratch(made.scratch_bytes(columns))
         operands = integers.Operands(
             x=address,
