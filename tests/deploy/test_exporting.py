@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ def write(job: Job) -> Written:
         f"{kind}{n}": getattr(m, kind).detach().numpy() for n, m in enumerate(layers) for kind in ("weight", "bias")
     }
     with job.path.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        save: Any = np.savez
+        save(file, **arrays)
 
     def inside(x):
         found = {}

@@ -20,6 +20,7 @@ def test_rows_and_targets(tmp_path):
     kinds = (
         "onnxruntime float32",
         "onnxruntime int8",
+        "onnxruntime int8, saturating",
         "dense float32",
         "dense int8",
         "0.1 float32",

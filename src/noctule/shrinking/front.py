@@ -103,5 +103,5 @@ def choose(points: Sequence[P], bounds: Sequence[Bound], source: Point, *, withi
 
 
 def nearest(points: Sequence[P], bounds: Sequence[Bound], source: Point, *, many: int = 3) -> list[P]:
-    """Those that miss the bounds by the least, the nearest first."""
+    """The candidates that miss the bounds by the least, the nearest first."""
     return sorted(points, key=lambda point: sum(bound.excess(point, source) for bound in bounds))[:many]
