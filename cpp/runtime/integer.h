@@ -1,17 +1,15 @@
 // What every instruction set provides for int8, as plain structs and one table of functions.
 //
 // Activations are uint8 codes, feature-major: a row is a feature, the columns (batch) lie contiguous within it, `ld` elements lie
-// between rows. x is read up to 64 bytes behind its end; results are written at their columns alone. "Words" are four neighbouring
-// features of one column in 32 bits: an interleaved array is (features / 4, columns, 4).
+// between rows. x is read up to 64 bytes behind its end; results are written at their columns alone. An interleaved x is
+// (features / 4, columns, 4): a word is four neighbouring features of one column.
 #pragma once
 #include <cstdint>
 
 namespace noctule::runtime {
 
-enum class Store : int { floats, codes, words };
-
 // y[o, n] = store(activate(float(sum + correction[o]) * scale[o] + bias[o])) for every line of columns, where the sum is that of
-// w[o, k] * x[k * ld + line * x_step + n]. Strides count elements; words where x or y is interleaved.
+// w[o, k] * x[k * ld + line * x_step + n]. Strides count elements; words where x is interleaved.
 struct Product {
     const uint8_t* x;
     int64_t ld, x_step;
@@ -21,7 +19,7 @@ struct Product {
     const int32_t* correction;  // (rows), as the next two
     const float *scale, *bias;
     float slope;  // of the negative side; 1: no activation
-    Store store;
+    bool codes;   // results are rounded to a grid and stored as uint8, not as float32
     float inverse, zero, highest;  // of the grid of codes: clamp(rint(v * inverse) + zero, 0, highest)
 };
 

@@ -56,31 +56,24 @@ void copy(void* to, const T* from, int n) {
     else std::memcpy(to, from, sizeof(T) * static_cast<size_t>(n));
 }
 
-// Stores the first n of N sums of a row. Codes wait in `words` until a fourth row completes them.
+// Stores the first n of N sums of a row.
 template <int W, int N>
-void finish(const Product& p, int64_t row, int64_t at, int n, const int32_t* sums, int32_t (&words)[N]) {
+void finish(const Product& p, int64_t row, int64_t at, int n, const int32_t* sums) {
     using Int = typename Vector<W>::Int;
     using Float = typename Vector<W>::Float;
-    const int part = static_cast<int>(row % 4);
     const Int correction = Int{} + p.correction[row];
     const Float scale = Float{} + p.scale[row], bias = Float{} + p.bias[row];
     const auto value = [&](int i) { return values<W>(read<Int>(sums + i) + correction, scale, bias, p.slope); };
-    if (p.store == Store::floats) {
+    if (!p.codes) {
         alignas(64) float v[N];
         for (int i = 0; i < N; i += W) write(v + i, value(i));
         copy<N>(static_cast<float*>(p.y) + row * p.y_ld + at, v, n);
-    } else if (p.store == Store::codes) {
+    } else {
         alignas(64) int32_t wide[N];
         uint8_t codes[N];
         for (int i = 0; i < N; i += W) write(wide + i, codes_of<W>(p, value(i)));
         for (int i = 0; i < N; ++i) codes[i] = static_cast<uint8_t>(wide[i]);
         copy<N>(static_cast<uint8_t*>(p.y) + row * p.y_ld + at, codes, n);
-    } else {
-        for (int i = 0; i < N; i += W) {
-            const Int code = codes_of<W>(p, value(i)) << 8 * part;
-            write(words + i, part ? code | read<Int>(words + i) : code);
-        }
-        if (part == 3 || row + 1 == p.rows) copy<N>(static_cast<int32_t*>(p.y) + row / 4 * p.y_ld + at, words, n);
     }
 }
 
@@ -101,8 +94,8 @@ void finish_rows(const Product& p, const int32_t* order, int64_t first, int64_t 
     write(codes, codes_of<W>(p, value));
     for (int i = 0; i < W && row_of(i) >= 0; ++i) {
         const int64_t row = row_of(i);
-        if (p.store == Store::floats) static_cast<float*>(p.y)[row * p.y_ld + at] = v[i];
-        else static_cast<uint8_t*>(p.y)[p.store == Store::codes ? row * p.y_ld + at : 4 * (row / 4 * p.y_ld + at) + row % 4] = static_cast<uint8_t>(codes[i]);
+        if (!p.codes) static_cast<float*>(p.y)[row * p.y_ld + at] = v[i];
+        else static_cast<uint8_t*>(p.y)[row * p.y_ld + at] = static_cast<uint8_t>(codes[i]);
     }
 }
 
@@ -127,7 +120,6 @@ void each_tile(const Product& p, int tile, F&& f) {
 template <class Tile, class E>
 void rows_of_tile(const Product& p, const Weights& w, int64_t line, int64_t at, int n) {
     const E* const x = reinterpret_cast<const E*>(p.x) + line * p.x_step + at;
-    alignas(64) int32_t words[Tile::columns];
     for (int64_t row = 0; row < p.rows; ++row) {
         Tile tile;
         const int32_t* const stop = w.words + w.starts[row + 1] * Tile::words;
@@ -135,7 +127,7 @@ void rows_of_tile(const Product& p, const Weights& w, int64_t line, int64_t at, 
             tile.add(record, x, p.ld);
         alignas(64) int32_t sums[Tile::columns];
         tile.store(sums);
-        finish<Tile::lanes>(p, row, line * p.y_step + at, n, sums, words);
+        finish<Tile::lanes, Tile::columns>(p, row, line * p.y_step + at, n, sums);
     }
 }
 
@@ -200,7 +192,6 @@ void dense_tile(const Product& p, const Weights& w, int64_t line, int64_t at, in
     const auto* const x = reinterpret_cast<const uint32_t*>(w.scratch);
     const auto* weights = reinterpret_cast<const int32_t*>(w.bytes);
     as_words(p.x + line * p.x_step + at, p.ld, w.offsets, w.places, n, w.scratch);
-    alignas(64) int32_t packed[N];
     for (int64_t row = 0; row < p.rows; row += R) {
         Int sums[R][NV];
         const auto add = [&](Int* sum, const uint32_t* from, int32_t weight) {
@@ -213,7 +204,7 @@ void dense_tile(const Product& p, const Weights& w, int64_t line, int64_t at, in
             for (int64_t k = w.starts[row + r]; k < w.starts[row + r + 1]; ++k) add(sums[r], x + w.words[2 * k] * n, w.words[2 * k + 1]);
         alignas(64) int32_t stored[R][N];
         UNROLLED for (int r = 0; r < R; ++r) UNROLLED for (int i = 0; i < NV; ++i) L::store(stored[r] + i * L::width, sums[r][i]);
-        for (int r = 0; r < R && row + r < p.rows; ++r) finish<L::width>(p, row + r, line * p.y_step + at, n, stored[r], packed);
+        for (int r = 0; r < R && row + r < p.rows; ++r) finish<L::width, N>(p, row + r, line * p.y_step + at, n, stored[r]);
     }
 }
 

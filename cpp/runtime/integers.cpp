@@ -53,13 +53,13 @@ int64_t rounds(Address row_ptr, Address offsets, Address values, int64_t rows, i
 template <Integers::Kernel* Integers::*kernel>
 void call(int set, Address starts, Address words, int group, Address bases, Address bytes, Address offsets, int64_t places, Address scratch,
           Address x, int64_t ld, int64_t x_step, Address y, int64_t y_ld, int64_t y_step, int64_t rows, int64_t columns, int64_t lines,
-          Address correction, Address scale, Address bias, float slope, int store, float inverse, float zero, float highest) {
+          Address correction, Address scale, Address bias, float slope, bool codes, float inverse, float zero, float highest) {
     nb::gil_scoped_release release;
     const Weights weights{pointer<const int64_t>(starts), pointer<const int32_t>(words), group, pointer<const int32_t>(bases),
                           pointer<const int8_t>(bytes), pointer<const int32_t>(offsets), places, pointer<uint8_t>(scratch)};
     const Product product{pointer<const uint8_t>(x), ld, x_step, pointer<void>(y), y_ld, y_step, rows, columns, lines,
                           pointer<const int32_t>(correction), pointer<const float>(scale), pointer<const float>(bias), slope,
-                          static_cast<Store>(store), inverse, zero, highest};
+                          codes, inverse, zero, highest};
     (of(set).*kernel)(product, weights);
 }
 

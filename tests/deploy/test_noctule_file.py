@@ -93,6 +93,16 @@ def test_integers_are_within_one_code_of_the_model(name, density, tmp_path):
     np.testing.assert_allclose(shipped(samples().numpy()), shipped.graph.reference(samples().numpy())[-1], atol=2e-3)
 
 
+@pytest.mark.parametrize("shape", [(12, 12), (1, 12, 12), (12,)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_attention_with_a_mask_that_the_input_does_not_change(shape, dtype, tmp_path):
+    mask = torch.rand(shape) < 0.5
+    mask[..., 0] = True
+    added = torch.randn(shape).masked_fill(~mask, -torch.inf)
+    attention = Masked(mask if dtype is torch.bool else added)
+    check(nn.Sequential(nn.Unflatten(1, (12, 12)), attention, nn.Flatten()), tmp_path / "model.noctule")
+
+
 @pytest.mark.parametrize("bits", [8, 4, 1])
 @pytest.mark.parametrize("density", [None, 0.2])
 def test_weights_of_few_bits(bits, density, tmp_path):
@@ -150,8 +160,14 @@ class Sorted(nn.Module):
 
 
 class Masked(nn.Module):
+    """Attention with a mask that does not depend on the input, or with the input's own."""
+
+    def __init__(self, mask=None):
+        super().__init__()
+        self.register_buffer("mask", mask)
+
     def forward(self, x):
-        mask = torch.ones(3, 3, dtype=torch.bool).tril()
+        mask = self.mask if self.mask is not None else x @ x.mT
         return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
 
 
@@ -163,7 +179,8 @@ class Masked(nn.Module):
             torch.rand(3, 4),
             "^1 cannot be shipped to noctule.runtime: .*aten.sort",
         ),
-        (nn.Sequential(nn.Linear(4, 4), Masked()), torch.rand(2, 3, 4), "^1 cannot be shipped .*a mask"),
+        (nn.Sequential(nn.Linear(4, 4), Masked()), torch.rand(2, 3, 4), "^1 cannot be shipped .*depends on the input"),
+        (Masked(torch.eye(3, dtype=torch.bool) & (torch.arange(3) < 2)), torch.rand(2, 3, 4), "hides all keys"),
         (nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (-1, 4))), torch.rand(2, 4), "merges the batch"),
         (nn.LSTM(4, 4, batch_first=True), torch.rand(2, 3, 4), "cannot"),
         (nn.Softmax(0), torch.rand(2, 4), "which is the batch"),

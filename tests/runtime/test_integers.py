@@ -87,7 +87,6 @@ def epilogue_of(rng: np.random.Generator, rows: int, store: str) -> Epilogue:
         inverse=None if store == "floats" else float(rng.uniform(0.1, 10)),
         zero=int(rng.integers(0, 256)),
         highest=int(rng.choice([255, 127])),
-        interleaved=store == "words",
     )
 
 
@@ -96,7 +95,7 @@ def cases(draw: st.DrawFn, *, blocks: bool = False) -> Case:
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     rows, places = draw(st.integers(1, 40)), draw(st.integers(1, 90))
     columns, lines = draw(st.integers(1, 70)), draw(st.integers(1, 3))
-    store = draw(st.sampled_from(["floats", "codes", "words"]))
+    store = draw(st.sampled_from(["floats", "codes"]))
     weights = draw(st.sampled_from(["any", "small", "largest", "one sign"]))
     density = draw(st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]))
     if blocks:
@@ -121,10 +120,9 @@ def computed(
 ) -> Array:
     """The result (O, lines, columns) of the calls, after a look at what lies around it."""
     rows, e = len(case.weight), case.epilogue
-    kept_rows = -(-rows // 4) if e.interleaved else rows
-    dtype = np.uint32 if e.interleaved else np.float32 if e.inverse is None else np.uint8
+    dtype = np.float32 if e.inverse is None else np.uint8
     y_ld, y_step = case.lines * (case.columns + 5) + 1, case.columns + 5
-    size = (kept_rows - 1) * y_ld + (case.lines - 1) * y_step + case.columns
+    size = (rows - 1) * y_ld + (case.lines - 1) * y_step + case.columns
     y = guarded(size, dtype)
     y.view(np.uint8)[:] = MARK
     scratch = guarded(weight.scratch_bytes(case.columns))
@@ -144,13 +142,10 @@ def computed(
     )
     for function, arguments in calls:
         function(*arguments)
-    at = np.arange(kept_rows)[:, None, None] * y_ld + np.arange(case.lines)[:, None] * y_step + np.arange(case.columns)
+    at = np.arange(rows)[:, None, None] * y_ld + np.arange(case.lines)[:, None] * y_step + np.arange(case.columns)
     around = np.ones(size, bool)
     around[at] = False
     assert (y[around].view(np.uint8) == MARK).all()
-    if e.interleaved:
-        of_four = y[at][..., None].view(np.uint8)  # (O / 4, lines, columns, 4)
-        return np.moveaxis(of_four, -1, 1).reshape(-1, case.lines, case.columns)[:rows]
     return y[at]
 
 
@@ -256,8 +251,3 @@ def test_quantize_reports_what_is_not_finite(wrong: float, at: int) -> None:
         _native.use_instruction_set(name)
         function, arguments = integers.quantize(x.ctypes.data, 71, 1.0, 0, 255, codes.ctypes.data)
         assert function(*arguments) is True
-
-
-def test_only_codes_are_stored_interleaved() -> None:
-    with pytest.raises(ValueError, match="give `inverse`"):
-        Epilogue(correction=np.zeros(1), scale=np.ones(1), bias=np.zeros(1), interleaved=True)

@@ -13,6 +13,7 @@ from noctule import ToSparse, WeightOnly, convert_
 from noctule.compress.quantize import Int8Layer, StaticInt8, calibrate, fold_batch_norms
 from noctule.core.errors import ExportError
 from noctule.deploy import card_of, export, precisions_of
+from noctule.deploy.targets import named
 from noctule.models import ViT, cnn, mlp, mobilenet, resnet
 
 onnx = pytest.importorskip("onnx")
@@ -165,10 +166,12 @@ def test_an_operator_that_onnx_lacks_is_named_with_its_module(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-def test_the_first_layer_that_differs_is_found_in_the_file(tmp_path):
+@pytest.mark.parametrize("to", ["onnxruntime", "openvino"])
+def test_the_first_layer_that_differs_is_found_in_the_file(to, tmp_path):
+    pytest.importorskip(to)
     model = nn.Sequential(nn.Linear(144, 20), nn.ReLU(), nn.Linear(20, 20), Hidden(), nn.Linear(20, 3))
     with pytest.raises(ExportError, match=r"first layer that differs is 3 \(Hidden\), which gives"):
-        export(model, torch.rand(4, 144), tmp_path / "m.onnx")
+        export(model, torch.rand(4, 144), tmp_path / f"m{named(to).suffix}", to=to)
     assert not [*tmp_path.iterdir()]
 
 

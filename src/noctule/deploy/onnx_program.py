@@ -8,6 +8,7 @@ import inspect
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -36,6 +37,15 @@ class Program:
     """Name of a layer in integers -> of its node."""
     notes: list[str]
     batches: Batches = (1, None)
+
+    def with_values(self) -> bytes:
+        """The graph with what the modules give as further outputs."""
+        onnx: Any = import_module("onnx")
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        there = {output.name for output in proto.graph.output}
+        proto.graph.output.extend(onnx.ValueInfoProto(name=v) for v in {*self.values.values()} - there)
+        return proto.SerializeToString()
 
 
 def program_of(job: Job) -> Program:

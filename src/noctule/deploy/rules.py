@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from noctule.deploy.leaves import LAYER, window_of_list
 from noctule.deploy.steps import Ref, Steps, tensor
@@ -29,6 +30,8 @@ from noctule.runtime.operators import (
 )
 
 aten: Any = torch.ops.aten
+HIDDEN = -1e30
+"""What is added to scores that count as nothing: exp() of it is 0 beside any other score."""
 
 
 def _layer(g: Steps, x: Ref, name: str, widths: list[int], window: list[int]) -> Ref:
@@ -211,10 +214,18 @@ def _attention(
     scale: float | None = None,
     **_: Any,
 ) -> Ref:
-    if attn_mask is not None:
-        raise ValueError("attention with a mask: only is_causal is known")
     scores = g.add(MatMul(True, scale or g.shape(q)[-1] ** -0.5), q, k)
+    if attn_mask is not None:
+        scores = g.affine(scores, 1.0, _added(tensor(attn_mask)))
     return g.add(MatMul(), g.add(Softmax(len(g.shape(scores)) - 1, is_causal), scores), v)
+
+
+def _added(mask: Tensor) -> Tensor:
+    """A mask of attention as what is added to the scores, all of it finite."""
+    added = torch.where(mask, 0.0, HIDDEN) if mask.dtype is torch.bool else mask.float().clamp(HIDDEN, -HIDDEN)
+    if (added.amax(-1) <= HIDDEN).any():
+        raise ValueError("attention with a mask that hides all keys of a query")
+    return added
 
 
 def _embedding(g: Steps, table: Any, x: Ref, *_: Any) -> Ref:
@@ -359,6 +370,7 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.cat: _cat,
     aten.expand: _expand,
     aten.transpose: _transpose,
+    aten.mT: lambda g, x: _transpose(g, x, -2, -1),
     aten.permute: _permute,
     aten.sym_size: _size,
     aten.relu: _each(lambda: Clamp(0.0)),

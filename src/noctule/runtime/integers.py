@@ -37,7 +37,6 @@ class Epilogue:
         inverse: one over the scale of the result's grid; None stores float32.
         zero: zero point of the result's grid.
         highest: largest code of the result's grid.
-        interleaved: store codes as (O / 4, columns, 4), which blocks read; strides of y then count groups of four bytes.
     """
 
     correction: Array
@@ -47,13 +46,10 @@ class Epilogue:
     inverse: float | None = None
     zero: int = 0
     highest: int = 255
-    interleaved: bool = False
 
     def __post_init__(self) -> None:
         for name, dtype in (("correction", np.int32), ("scale", np.float32), ("bias", np.float32)):
             object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype))
-        if self.interleaved and self.inverse is None:
-            raise ValueError("only codes are stored interleaved: give `inverse`, or leave `interleaved` out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +79,7 @@ def _address(array: Array | None) -> int:
 def _call(kernel: str, set: int, weights: tuple[int, ...], o: Operands, rows: int, e: Epilogue) -> Call:
     where = (o.scratch, o.x, o.ld, o.x_step, o.y, o.y_ld, o.y_step, rows, o.columns, o.lines)
     arrays = (_address(e.correction), _address(e.scale), _address(e.bias))
-    store = 0 if e.inverse is None else 2 if e.interleaved else 1
-    grid = (e.slope, store, e.inverse or 0.0, float(e.zero), float(e.highest))
+    grid = (e.slope, e.inverse is not None, e.inverse or 0.0, float(e.zero), float(e.highest))
     return getattr(_native, f"int8_{kernel}"), (set, *weights, *where, *arrays, *grid)
 
 
@@ -143,8 +138,7 @@ class SparseWeight:
 class BlockWeight:
     """Blocks of four neighbouring places: row o has ``values`` (N, 4) at ``block_offsets`` (N,) [row_ptr[o], row_ptr[o + 1]).
 
-    x is interleaved, (features / 4, columns, 4), and its strides count groups of four bytes: `interleave` makes it, or the
-    epilogue of the product before.
+    x is interleaved, (features / 4, columns, 4), and its strides count groups of four bytes: `interleave` makes it.
     """
 
     def __init__(self, row_ptr: Array, block_offsets: Array, values: Array, highest: int = 255) -> None:

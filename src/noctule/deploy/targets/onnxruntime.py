@@ -29,11 +29,7 @@ def _write(job: Job) -> Written:
         fell_back += _not_in_integers(onnx, job.path, program.quantised)
 
     def inside(inputs: Any) -> dict[str, Any]:
-        proto = onnx.ModelProto()
-        proto.CopyFrom(program.proto)
-        there = {output.name for output in proto.graph.output}
-        proto.graph.output.extend(onnx.ValueInfoProto(name=v) for v in {*program.values.values()} - there)
-        session = _session(proto.SerializeToString(), 1)
+        session = _session(program.with_values(), 1)
         names = [output.name for output in session.get_outputs()]
         found = dict(zip(names, session.run(None, feed(inputs, [i.name for i in session.get_inputs()])), strict=True))
         return {module: found[value] for module, value in program.values.items()}

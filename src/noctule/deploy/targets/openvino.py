@@ -28,7 +28,14 @@ def _write(job: Job) -> Written:
         notes.append(
             "on processors without VNNI, sums of two 8-bit products saturate in OpenVINO: activation_bits=7 avoids it"
         )
-    return Written(fell_back=notes, batches=program.batches)
+
+    def inside(inputs: Any) -> dict[str, Any]:
+        run = _compiled(openvino.Core(), openvino.Core().read_model(program.with_values()), job.precision, 1)
+        names = {name: at for at, output in enumerate(run.outputs) for name in output.get_names()}
+        given = run(feed(inputs, [value.get_any_name() for value in run.inputs]))
+        return {module: given[names[value]] for module, value in program.values.items() if value in names}
+
+    return Written(fell_back=notes, batches=program.batches, inside=inside)
 
 
 def _check(core: Any, precision: str) -> None:
@@ -40,17 +47,20 @@ def _check(core: Any, precision: str) -> None:
         )
 
 
+def _compiled(core: Any, model: Any, precision: str, threads: int) -> Any:
+    openvino = needed("openvino", NEEDS)
+    rounding = openvino.Type.bf16 if precision == "bfloat16" else openvino.Type.f32  # its own choice varies by machine
+    options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": rounding, "PERFORMANCE_HINT": "LATENCY"}
+    return core.compile_model(model, "CPU", options)
+
+
 def _open(path: Path, threads: int) -> Run:
     openvino = needed("openvino", NEEDS)
     core = openvino.Core()
     model = core.read_model(str(path))
     precision = model.get_rt_info(PRECISION).astype(str) if model.has_rt_info(PRECISION) else "float32"
     _check(core, precision)
-    rounding = (
-        openvino.Type.bf16 if precision == "bfloat16" else openvino.Type.f32
-    )  # its own choice varies with the machine
-    options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": rounding, "PERFORMANCE_HINT": "LATENCY"}
-    compiled = core.compile_model(model, "CPU", options)
+    compiled = _compiled(core, model, precision, threads)
     names = [value.get_any_name() for value in compiled.inputs]
     request = compiled.create_infer_request()
 
