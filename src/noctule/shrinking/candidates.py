@@ -85,9 +85,8 @@ class Change:
 def changes_for(*, sparse: bool, to: str) -> list[Change]:
     """What is tried, the cheapest first; zeros only where the runtime gains from them, blocks only of dense layers."""
     whole, half = Change(name="source"), Change(name="half", width=0.5)
-    three = Change(name="three-quarters", width=0.75)
+    quarter, three = Change(name="quarter", width=0.25), Change(name="three-quarters", width=0.75)
     if to != "noctule":
-        quarter = Change(name="quarter", width=0.25)
         low = Change(name="low-rank", energy=0.8), Change(name="half-low-rank", width=0.5, energy=0.8)
         return [whole, quarter, half, three, *low]
     if sparse:
@@ -95,8 +94,8 @@ def changes_for(*, sparse: bool, to: str) -> list[Change]:
         both = [Change(name=f"half-gone{share}", width=0.5, left=1 - share / 100) for share in (60, 75)]
         return [whole, half, *both, *gone, three]
     anywhere = [Change(name=n, width=w, left=0.1) for n, w in (("gone90", 1.0), ("half-gone90", 0.5))]
-    blocks = [Change(name=n, width=w, left=0.25, blocks=True) for n, w in (("blocks75", 1.0), ("half-blocks75", 0.5))]
-    return [whole, half, *anywhere, *blocks, three, Change(name="low-rank", energy=0.8)]
+    blocks = Change(name="blocks75", left=0.25, blocks=True)
+    return [whole, quarter, half, *anywhere, blocks, three, Change(name="low-rank", energy=0.8)]
 
 
 @dataclass(kw_only=True)
