@@ -1,6 +1,7 @@
 """How is a sparse product computed? Each call is sent to the fastest code for its device, type and shape.
 
-Shapes: B batch, I in, O out, N non-zeros. Activations are feature-major: (I, B), the batch contiguous within a feature. Where a
+Shapes: B batch, I in, O out, N places. A place is a weight, values (N,), or a block of R x C weights, values (N, R, C): then the
+topology is that of the grid of blocks (O / R, I / C). Activations are feature-major: (I, B), the batch contiguous within a feature. Where a
 product is a convolution (see `noctule.kernels.frame`) they have lines: (I, L, B), and results are (O, L, B).
 
 =========== ===================================================
@@ -51,27 +52,28 @@ def spmm(
 ) -> tuple[Tensor, Kept]:
     """Y (O, B) = W X + bias through the epilogue; with ``keep``, also what the epilogue's backward needs."""
     values, x_IB = _alike(values, x_IB)
-    _count(topology.size * math.prod(x_IB.shape[1:]))
-    return _code_for(values, x_IB).spmm(topology, values, x_IB, bias, epilogue, keep)
+    _count(values.numel() * math.prod(x_IB.shape[1:]))
+    return _code_for(values, x_IB, block=_block(values)).spmm(topology, values, x_IB, bias, epilogue, keep)
 
 
 def spmm_t(topology: Places, values: Tensor, dy_OB: Tensor) -> Tensor:
     """dX (I, B) = Wᵀ dY."""
     values, dy_OB = _alike(values, dy_OB)
-    _count(topology.size * math.prod(dy_OB.shape[1:]))
-    return _code_for(values, dy_OB).spmm_t(topology, values, dy_OB)
+    _count(values.numel() * math.prod(dy_OB.shape[1:]))
+    return _code_for(values, dy_OB, block=_block(values)).spmm_t(topology, values, dy_OB)
 
 
 def sddmm(topology: Places, dy_OB: Tensor, x_IB: Tensor) -> Tensor:
-    """dW (N,) = the places of dY Xᵀ."""
+    """dW (N,), or (N, R, C), = the places of dY Xᵀ."""
     return gradients(topology, dy_OB, x_IB, bias=False)[0]
 
 
 def gradients(topology: Places, dy_OB: Tensor, x_IB: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None]:
-    """dW (N,), and where asked for the gradient of the bias (O,): the sums of the rows of dY, which the product reads anyway."""
+    """dW (N,), or (N, R, C), and where asked for the gradient of the bias (O,): the sums of the rows of dY, which the product reads anyway."""
     dy_OB, x_IB = _alike(dy_OB, x_IB)
-    _count(topology.size * math.prod(x_IB.shape[1:]))
-    return _code_for(dy_OB, x_IB).gradients(topology, dy_OB, x_IB, bias)
+    block = reference.block_of(topology, dy_OB, x_IB)
+    _count(topology.size * math.prod(block) * math.prod(x_IB.shape[1:]))
+    return _code_for(dy_OB, x_IB, block=block).gradients(topology, dy_OB, x_IB, bias)
 
 
 def epilogue_backward(dy_OB: Tensor, kept: Kept, *, bias: bool) -> tuple[Tensor, Tensor | None]:
@@ -104,7 +106,13 @@ def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.to(dtype), b.to(dtype)
 
 
-def _code_for(*tensors: Tensor):
+def _block(values: Tensor) -> tuple[int, ...]:
+    return tuple(values.shape[1:]) or (1, 1)
+
+
+def _code_for(*tensors: Tensor, block: tuple[int, ...] = (1, 1)):
+    if block != (1, 1):
+        return reference
     for t in tensors:
         if t.dtype not in native.DTYPES or not t.is_cpu:
             return reference
