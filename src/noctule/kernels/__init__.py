@@ -1,8 +1,8 @@
 """How is a sparse product computed? Each call is sent to the fastest code for its device, type and shape.
 
-Shapes: B batch, I in, O out, N places. A place is a weight, values (N,), or a block of R x C weights, values (N, R, C): then the
-topology is that of the grid of blocks (O / R, I / C). Activations are feature-major: (I, B), the batch contiguous within a feature. Where a
-product is a convolution (see `noctule.kernels.frame`) they have lines: (I, L, B), and results are (O, L, B).
+Shapes: B batch, I in, O out, N places. A place is a weight, values (N,), or a block of R x C weights, values (N, R, C): the
+topology is then that of the grid of blocks, (O / R, I / C). Activations are feature-major: (I, B), the batch contiguous within a
+feature. Where a product is a convolution (see `noctule.kernels.frame`) they have lines: (I, L, B), and results are (O, L, B).
 
 =========== ===================================================
 ``spmm``      Y = W X, then bias, activation and dropout
