@@ -100,6 +100,37 @@ struct Row {
     }
 };
 
+// The sums of a row, NV vectors of it, through activation and dropout to `to`. Its kept bits begin at byte `first_bits` of the row,
+// its columns at `position`.
+template <class Lanes, int NV, bool Ragged, class E>
+inline __attribute__((always_inline)) void finish(const Epilogue& e, const Row<Lanes, NV, Ragged>& tile, int64_t row, int64_t first_bits,
+                                                  int64_t position, typename Lanes::Float (&sum)[NV], E* to) {
+    using Float = typename Lanes::Float;
+    constexpr int W = Lanes::width;
+    const auto keep = [&](uint8_t* bits, int v, typename Lanes::Bits on) {
+        if (bits) store_bits(bits + row * e.bits_ld + first_bits + v * W / 8, Lanes::packed(on), tile.lanes(v));
+    };
+    if (e.slope != 1.0f) {
+        const Float slope = Lanes::broadcast(e.slope);
+        UNROLLED for (int v = 0; v < NV; ++v) {
+            const auto on = Lanes::positive(sum[v]);
+            sum[v] = Lanes::select(on, sum[v], Lanes::mul(sum[v], slope));
+            keep(e.positive, v, on);
+        }
+    }
+    if (e.drop_below) {
+        const Random<Lanes> random(e.seed, row);
+        const Float scale = Lanes::broadcast(e.scale);
+        const auto below = Lanes::words(e.drop_below);
+        UNROLLED for (int v = 0; v < NV; ++v) {
+            const auto on = Lanes::at_least(random(position + v * W), below);
+            sum[v] = Lanes::select(on, Lanes::mul(sum[v], scale), Lanes::zero());
+            keep(e.kept, v, on);
+        }
+    }
+    UNROLLED for (int v = 0; v < NV; ++v) tile.store(to, v, sum[v]);
+}
+
 template <class E, class Ptr, class Col>
 struct SpmmTask {
     const Pattern<Ptr, Col>& pattern;
@@ -132,28 +163,7 @@ void spmm_tile(const SpmmTask<E, Ptr, Col>& task, int64_t begin, int64_t end, in
             if (k + ahead < stored) prefetch(x + static_cast<int64_t>(p.columns[k + ahead]) * task.x.ld, NV * W);
             UNROLLED for (int v = 0; v < NV; ++v) sum[v] = Lanes::fma(w, tile.load(from, v), sum[v]);
         }
-        const auto keep = [&](uint8_t* bits, int v, typename Lanes::Bits on) {
-            if (bits) store_bits(bits + row * e.bits_ld + first_bits + v * W / 8, Lanes::packed(on), tile.lanes(v));
-        };
-        if (e.slope != 1.0f) {
-            const Float slope = Lanes::broadcast(e.slope);
-            UNROLLED for (int v = 0; v < NV; ++v) {
-                const auto on = Lanes::positive(sum[v]);
-                sum[v] = Lanes::select(on, sum[v], Lanes::mul(sum[v], slope));
-                keep(e.positive, v, on);
-            }
-        }
-        if (e.drop_below) {
-            const Random<Lanes> random(e.seed, row);
-            const Float scale = Lanes::broadcast(e.scale);
-            const auto below = Lanes::words(e.drop_below);
-            UNROLLED for (int v = 0; v < NV; ++v) {
-                const auto on = Lanes::at_least(random(position + v * W), below);
-                sum[v] = Lanes::select(on, Lanes::mul(sum[v], scale), Lanes::zero());
-                keep(e.kept, v, on);
-            }
-        }
-        UNROLLED for (int v = 0; v < NV; ++v) tile.store(y + row * task.y.ld, v, sum[v]);
+        finish(e, tile, row, first_bits, position, sum, y + row * task.y.ld);
     }
 }
 
@@ -421,9 +431,17 @@ void copy_rows(Matrix<E> x, Matrix<E> y, int64_t rows, int64_t columns, int thre
         std::memcpy(y.data + row * y.ld, x.data + row * x.ld, sizeof(E) * static_cast<size_t>(columns));
 }
 
+}  // namespace
+}  // namespace noctule::NOCTULE_ISA
+
+#include "blocks.inl"
+
+namespace noctule::NOCTULE_ISA {
+namespace {
+
 template <class Lanes, class Ptr, class Col, class E = typename Lanes::Element>
 Products<E, Ptr, Col> products() {
-    return {spmm<Lanes, E, Ptr, Col>, sddmm<Lanes, E, Ptr, Col>};
+    return {spmm<Lanes, E, Ptr, Col>, sddmm<Lanes, E, Ptr, Col>, block_spmm<Lanes, E, Ptr, Col>, block_sddmm<Lanes, E, Ptr, Col>};
 }
 
 template <class Lanes, class E = typename Lanes::Element>

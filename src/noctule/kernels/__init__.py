@@ -19,8 +19,8 @@ import math
 import torch
 from torch import Tensor
 
-from noctule.core.topology import Places
-from noctule.kernels import native, reference
+from noctule.core.topology import Places, Topology
+from noctule.kernels import native, reference, steps
 from noctule.kernels.epilogue import IDENTITY, Epilogue, Kept
 from noctule.kernels.flops import modes, report
 from noctule.kernels.frame import Frame
@@ -31,8 +31,10 @@ __all__ = [
     "Epilogue",
     "Frame",
     "Kept",
+    "backward",
     "epilogue_backward",
     "feature_major",
+    "forward",
     "gradients",
     "place",
     "sddmm",
@@ -69,7 +71,7 @@ def sddmm(topology: Places, dy_OB: Tensor, x_IB: Tensor) -> Tensor:
 
 
 def gradients(topology: Places, dy_OB: Tensor, x_IB: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None]:
-    """dW (N,), or (N, R, C), and where asked for the gradient of the bias (O,): the sums of the rows of dY, which the product reads anyway."""
+    """dW (N,), or (N, R, C), and where asked the gradient of the bias (O,): sums of rows of dY, which are read anyway."""
     dy_OB, x_IB = _alike(dy_OB, x_IB)
     block = reference.block_of(topology, dy_OB, x_IB)
     _count(topology.size * math.prod(block) * math.prod(x_IB.shape[1:]))
@@ -79,6 +81,48 @@ def gradients(topology: Places, dy_OB: Tensor, x_IB: Tensor, *, bias: bool) -> t
 def epilogue_backward(dy_OB: Tensor, kept: Kept, *, bias: bool) -> tuple[Tensor, Tensor | None]:
     """The gradient before the epilogue (O, B), and of the bias (O,) where asked for."""
     return _code_for(dy_OB).epilogue_backward(dy_OB, kept, bias)
+
+
+def forward(
+    topology: Topology, values: Tensor, x_BI: Tensor, bias: Tensor | None, epilogue: Epilogue, *, keep: bool
+) -> tuple[Tensor, Tensor | None, Kept]:
+    """A linear layer's y (B, O); its input as (I, B) where a transpose was made for it; what the epilogue's backward needs."""
+    values, x_BI = _alike(values, x_BI)
+    code = _code_for(values, x_BI, block=_block(values))
+    if code is native and x_BI.numel():
+        _count(values.numel() * x_BI.shape[0])
+        return steps.forward(topology, values, x_BI, bias, epilogue, keep)
+    x_IB = feature_major(x_BI)
+    y_OB, kept = spmm(topology, values, x_IB, bias, epilogue, keep=keep)
+    as_given = x_BI.stride(0) == 1 or x_BI.shape[0] == 1
+    return y_OB.t().data, None if as_given else x_IB.data, kept  # no views, which an in-place ReLU may not touch
+
+
+def backward(
+    topology: Topology,
+    values: Tensor,
+    x: Tensor,
+    dy_BO: Tensor,
+    kept: Kept,
+    needs: tuple[bool, bool, bool],
+    *,
+    by_batch: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dz (O, B) before the epilogue, None where it is dy; where needed the gradients of input (B, I), values, and bias (O,).
+
+    ``x`` is feature-major: (I, B) as `forward` made it where the input was given by the batch, else (B, I) as it was given.
+    """
+    values, dy_BO = _alike(values, dy_BO)
+    needs_x, needs_values, needs_bias = needs
+    if x.dtype is dy_BO.dtype and dy_BO.numel() and _code_for(values, dy_BO, block=_block(values)) is native:
+        _count(values.numel() * dy_BO.shape[0] * (needs_x + needs_values))
+        return steps.backward(topology, values, x, dy_BO, kept, needs, by_batch)
+    dz_OB, dbias = epilogue_backward(feature_major(dy_BO), kept, bias=needs_bias and not needs_values)
+    dvalues = None
+    if needs_values:
+        dvalues, dbias = gradients(topology, dz_OB, x if by_batch else feature_major(x), bias=needs_bias)
+    dx_BI = spmm_t(topology, values, dz_OB).t() if needs_x else None
+    return dz_OB, dx_BI, dvalues, dbias
 
 
 def feature_major(x_BI: Tensor) -> Tensor:
@@ -107,13 +151,13 @@ def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _block(values: Tensor) -> tuple[int, ...]:
-    return tuple(values.shape[1:]) or (1, 1)
+    return (1, 1) if values.dim() == 1 else tuple(values.shape[1:])
 
 
 def _code_for(*tensors: Tensor, block: tuple[int, ...] = (1, 1)):
-    if block != (1, 1):
-        return reference
     for t in tensors:
         if t.dtype not in native.DTYPES or not t.is_cpu:
             return reference
+    if block != (1, 1) and not (block[0] in native.BLOCKS and block[1] in native.BLOCKS):
+        return reference
     return native if native.available() else reference

@@ -125,9 +125,11 @@ def random_words(seed: int | Tensor, rows: int, columns: int, *, device: torch.d
 
 def block_of(topology: Places, dy_OB: Tensor, x_IB: Tensor) -> tuple[int, int]:
     """Rows and columns of a place, where the places are blocks of a weight with these outputs and inputs."""
-    if 0 in topology.shape or dy_OB.dim() != 2:
+    rows, columns = topology.shape
+    whole = rows and columns and dy_OB.shape[0] % rows == x_IB.shape[0] % columns == 0
+    if not whole or dy_OB.dim() != 2 or 0 in (len(dy_OB), len(x_IB)):
         return 1, 1
-    return dy_OB.shape[0] // topology.shape[0], x_IB.shape[0] // topology.shape[1]
+    return len(dy_OB) // rows, len(x_IB) // columns
 
 
 def _accumulate(size: int, to: Tensor, source: Tensor, values: Tensor, x: Tensor) -> Tensor:
