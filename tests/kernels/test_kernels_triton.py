@@ -117,20 +117,16 @@ def test_epilogue_is_that_of_the_reference(dtype):
     assert ours.spmm(topology, values, x, bias, epilogue, False)[1].kept is None
 
 
-def test_what_is_not_finite_stays_in_its_rows():
-    topology, values, x, *_ = case((16, 16), "gaps", 17, torch.float32)
-    absent = set(range(5)) - set(topology.columns.tolist())
-    for column in absent:
-        x[16 * column : 16 * column + 16] = torch.nan
-    x[:, 3] = torch.inf
-    y, _ = ours.spmm(topology, values, x, None, IDENTITY, False)
-    rest = [b for b in range(17) if b != 3]
-    assert absent
-    assert torch.isfinite(y[:, rest]).all()
-    counts = topology.row_ptr.diff().tolist()
-    assert 0 in counts
-    for row, count in enumerate(counts):
-        assert torch.isfinite(y[16 * row : 16 * row + 16, 3]).all() == (count == 0)
+def test_what_no_place_reads_does_not_matter():
+    rows, columns = torch.tensor([1, 3, 3, 3]), torch.tensor([2, 2, 3, 4])
+    topology = Topology.from_places((4, 5), rows, columns).to(DEVICE)
+    values, x, dy = (numbers(*shape).to(DEVICE) for shape in ((4, 16, 16), (80, 17), (64, 17)))
+    x[:32], dy[:16], dy[32:48] = torch.nan, torch.nan, torch.nan
+    y, dx = ours.spmm(topology, values, x, None, IDENTITY, False)[0], ours.spmm_t(topology, values, dy)
+    assert all(torch.isfinite(t).all() for t in (y, dx, ours.sddmm(topology, dy, x)))
+    read = torch.tensor([0, 1, 0, 1, 1], device=DEVICE).bool().repeat_interleave(16)
+    assert torch.equal(y.abs().sum(1) > 0, read[:64])
+    assert torch.equal(dx.abs().sum(1) > 0, torch.arange(80, device=DEVICE) >= 32)
 
 
 def test_tf32_where_torch_allows_it():
