@@ -70,7 +70,7 @@ template <class E, class Ptr, class Col>
 struct Products {
     void (*spmm)(const Pattern<Ptr, Col>&, const E* values, Matrix<E> x, Matrix<E> y, Lines, const Epilogue&, int threads);
     // dvalues at the places of dy x^T; dbias = sums of the rows of dy, which are in registers anyway, or null.
-    void (*sddmm)(const Pattern<Ptr, Col>&, Matrix<E> dy, Matrix<E> x, E* dvalues, E* dbias, Lines, int threads);
+    void (*sddmm)(const Pattern<Ptr, Col>&, Matrix<E> dy, Matrix<E> x, int64_t sources, E* dvalues, E* dbias, Lines, int threads);
     // The same over blocks, on one line.
     void (*block_spmm)(const Pattern<Ptr, Col>&, const E* values, Block, Matrix<E> x, Matrix<E> y, int64_t columns, const Epilogue&, int threads);
     void (*block_sddmm)(const Pattern<Ptr, Col>&, int64_t block_rows, int64_t block_columns, Matrix<E> dy, Matrix<E> x, int64_t sources,

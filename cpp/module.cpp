@@ -156,7 +156,7 @@ void sddmm(const Places& places, int element_bytes, int64_t rows, int64_t column
     with_types(element_bytes, places, [&](auto element, const auto& pattern, const auto&, const auto& products) {
         using E = decltype(element);
         const Matrix<E> d = matrix<E>(dy, dy_ld, dy_step), from = matrix<E>(x, x_ld, x_step);
-        if (rows == 1 && columns == 1) products.sddmm(pattern, d, from, pointer<E>(dvalues), pointer<E>(dbias), Lines{columns_of_line, lines}, threads);
+        if (rows == 1 && columns == 1) products.sddmm(pattern, d, from, sources, pointer<E>(dvalues), pointer<E>(dbias), Lines{columns_of_line, lines}, threads);
         else products.block_sddmm(pattern, rows, columns, d, from, sources, pointer<E>(dvalues), pointer<E>(dbias), columns_of_line, threads);
     });
 }
@@ -209,7 +209,7 @@ void backward(const Places& places, const Places& back, int element_bytes, int64
         }
         if (dvalues) {
             const Matrix<E> from = read(code, x_given, matrix<E>(x, x_ld), matrix<E>(x_scratch, x_scratch_ld), features, batch, share(moved));
-            if (out == 1 && in == 1) products.sddmm(pattern, d, from, pointer<E>(dvalues), pointer<E>(dbias), Lines{batch, 1}, share(work));
+            if (out == 1 && in == 1) products.sddmm(pattern, d, from, features, pointer<E>(dvalues), pointer<E>(dbias), Lines{batch, 1}, share(work));
             else products.block_sddmm(pattern, out, in, d, from, features, pointer<E>(dvalues), pointer<E>(dbias), batch, share(work));
         }
         if (!dx) return;

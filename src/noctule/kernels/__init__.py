@@ -10,11 +10,16 @@ feature. Where a product is a convolution (see `noctule.kernels.frame`) they hav
 ``sddmm``     dW at the N places only, of dY Xᵀ
 =========== ===================================================
 
-float32 and bfloat16 on the CPU go to `native`; every other dtype or device, and machines without the compiled module, to
-`reference`. Factors of two dtypes are both taken as the wider, which is then that of the result.
+float32 and bfloat16 on the CPU go to `native`; blocks of 16, 32 or 64 on a CUDA device to `triton`, in float32, float16 and
+bfloat16; all else, and machines without the compiled module or without Triton, to `reference`. Factors of two dtypes are both taken
+as the wider, which is then that of the result.
 """
 
+import functools
+import importlib
 import math
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,10 +159,28 @@ def _block(values: Tensor) -> tuple[int, ...]:
     return (1, 1) if values.dim() == 1 else tuple(values.shape[1:])
 
 
-def _code_for(*tensors: Tensor, block: tuple[int, ...] = (1, 1)):
+def _code_for(*tensors: Tensor, block: tuple[int, ...] = (1, 1)) -> Any:
+    if block != (1, 1) and tensors[0].is_cuda:
+        triton = _triton() if min(block) >= 16 and all(t.is_cuda for t in tensors) else None
+        return triton if triton and triton.takes(tensors[0].dtype, block) else reference
     for t in tensors:
         if t.dtype not in native.DTYPES or not t.is_cpu:
             return reference
     if block != (1, 1) and not (block[0] in native.BLOCKS and block[1] in native.BLOCKS):
         return reference
     return native if native.available() else reference
+
+
+@functools.cache
+def _triton() -> Any:
+    """The module of the CUDA kernels, imported on the first use of a block there; nothing, with a warning, without Triton."""
+    try:
+        return importlib.import_module("noctule.kernels.triton")
+    except ImportError as error:
+        warnings.warn(
+            f"Triton cannot be imported ({error}), the products of blocks on a CUDA device run in plain torch (slow): "
+            "pip install triton",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
