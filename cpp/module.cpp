@@ -189,10 +189,10 @@ void forward(const Places& places, int element_bytes, int64_t out, int64_t in, i
 }
 
 // Its backward step: through the epilogue, then the gradients of values and bias, and that of the input; addresses of 0 are not
-// wanted. The gradient behind the epilogue stays in dz.
+// wanted (those of no values are 0 too). The gradient behind the epilogue stays in dz.
 void backward(const Places& places, const Places& back, int element_bytes, int64_t out, int64_t in, int64_t features, int64_t outputs,
               int64_t batch, Address values, Address x, int64_t x_ld, int x_given, Address x_scratch, int64_t x_scratch_ld, Address dy, int64_t dy_ld,
-              int dy_given, Address dz, int64_t dz_ld, Address dvalues, Address dbias, Address dx, int64_t dx_ld, Address dx_by_batch, float slope,
+              int dy_given, Address dz, int64_t dz_ld, bool wants_values, Address dvalues, Address dbias, Address dx, int64_t dx_ld, Address dx_by_batch, float slope,
               float scale, Address positive, Address kept, int threads, int64_t parallel_from) {
     const Epilogue epilogue{nullptr, slope, scale, 0, 0, pointer<uint8_t>(positive), pointer<uint8_t>(kept), (batch + 7) / 8};
     const auto share = [&](int64_t work) { return work >= parallel_from ? threads : 1; };
@@ -202,12 +202,12 @@ void backward(const Places& places, const Places& back, int element_bytes, int64
         const int64_t work = pattern.row_ptr[pattern.rows] * out * in * batch, moved = 2 * features * batch, given = 2 * outputs * batch;
         Matrix<E> d = read(code, dy_given, matrix<E>(dy, dy_ld), matrix<E>(dz, dz_ld), outputs, batch, share(given));
         const bool changed = positive || kept;
-        if (changed || (dbias && !dvalues)) {
+        if (changed || (dbias && !wants_values)) {
             const Matrix<E> to = changed ? matrix<E>(dz, dz_ld) : Matrix<E>{nullptr, 0, 0};
-            code.epilogue_backward(d, to, dvalues ? nullptr : pointer<E>(dbias), outputs, batch, epilogue, share(given));
+            code.epilogue_backward(d, to, wants_values ? nullptr : pointer<E>(dbias), outputs, batch, epilogue, share(given));
             if (changed) d = to;
         }
-        if (dvalues) {
+        if (wants_values) {
             const Matrix<E> from = read(code, x_given, matrix<E>(x, x_ld), matrix<E>(x_scratch, x_scratch_ld), features, batch, share(moved));
             if (out == 1 && in == 1) products.sddmm(pattern, d, from, features, pointer<E>(dvalues), pointer<E>(dbias), Lines{batch, 1}, share(work));
             else products.block_sddmm(pattern, out, in, d, from, features, pointer<E>(dvalues), pointer<E>(dbias), batch, share(work));

@@ -124,8 +124,8 @@ def backward(
     epilogue = kept.epilogue
     native._native.backward(
         handles.there, handles.back(topology) if needs_x else handles.there, size, r, c, features, outputs, batch,
-        values.data_ptr(), x.data_ptr(), x_ld, x_given, x_at, ld, dy_BO.data_ptr(), dy_ld, given, dz_at, dz_ld, values_at,
-        bias_at, dx_at, ld, rows_at, epilogue.slope, epilogue.scale if epilogue.dropout else 1.0,
+        values.data_ptr(), x.data_ptr(), x_ld, x_given, x_at, ld, dy_BO.data_ptr(), dy_ld, given, dz_at, dz_ld,
+        needs_values, values_at, bias_at, dx_at, ld, rows_at, epilogue.slope, epilogue.scale if epilogue.dropout else 1.0,
         0 if positive is None else positive.data_ptr(), 0 if bits is None else bits.data_ptr(), torch.get_num_threads(),
         native.PARALLEL_FROM,
     )  # fmt: skip
