@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The exact torch, first: a plain `torch` would bring gigabytes of CUDA where the CPU build is meant.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-slow test-tools check docs figures bench bench-env clean
+.PHONY: demo test test-slow test-tools test-triton check docs figures bench bench-env clean
 
 demo: $(VENV)/installed
 	$(BIN)/noctule run sparse_mlp --data digits --epochs 100
@@ -20,6 +20,10 @@ test-slow: $(VENV)/installed
 # The tests with other people's tools (Trainer, accelerate, Lightning, peft), which `make test` skips where they are missing.
 test-tools: $(VENV)/tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/tools
+
+# The kernels for CUDA, under Triton's interpreter, which needs no GPU.
+test-triton: $(VENV)/triton
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels/test_kernels_triton.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -61,6 +65,10 @@ $(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard cpp/* cpp/runtime/*)
 
 $(VENV)/tools: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --group tools
+	touch $@
+
+$(VENV)/triton: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --group triton
 	touch $@
 
 $(VENV)/docs: $(VENV)/installed

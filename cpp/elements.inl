@@ -49,6 +49,7 @@ struct BFloat16 {
     static constexpr int width = 2 * Floats::width;
     static constexpr int spmm_vectors = Floats::spmm_vectors / 2;
     static constexpr int sddmm_vectors = Floats::sddmm_vectors / 2;
+    static constexpr int block_rows = Floats::block_rows, block_vectors = (Floats::block_vectors + 1) / 2;
 
     static Tail tail(int n) { return Halves::tail(n); }
     static Float zero() { return broadcast(0.0f); }

@@ -23,6 +23,12 @@ struct Pattern {
     const Ptr* slots;  // where each place's value lies; null: in order
 };
 
+// A place that is a block: `out` rows of the product, `in` columns; the weight of row r and column c is r * out_step + c * in_step
+// behind the first.
+struct Block {
+    int64_t out, in, out_step, in_step;
+};
+
 template <class E>
 struct Matrix {
     E* data;
@@ -64,7 +70,11 @@ template <class E, class Ptr, class Col>
 struct Products {
     void (*spmm)(const Pattern<Ptr, Col>&, const E* values, Matrix<E> x, Matrix<E> y, Lines, const Epilogue&, int threads);
     // dvalues at the places of dy x^T; dbias = sums of the rows of dy, which are in registers anyway, or null.
-    void (*sddmm)(const Pattern<Ptr, Col>&, Matrix<E> dy, Matrix<E> x, E* dvalues, E* dbias, Lines, int threads);
+    void (*sddmm)(const Pattern<Ptr, Col>&, Matrix<E> dy, Matrix<E> x, int64_t sources, E* dvalues, E* dbias, Lines, int threads);
+    // The same over blocks, on one line.
+    void (*block_spmm)(const Pattern<Ptr, Col>&, const E* values, Block, Matrix<E> x, Matrix<E> y, int64_t columns, const Epilogue&, int threads);
+    void (*block_sddmm)(const Pattern<Ptr, Col>&, int64_t block_rows, int64_t block_columns, Matrix<E> dy, Matrix<E> x, int64_t sources,
+                        E* dvalues, E* dbias, int64_t columns, int threads);
 };
 
 // Of one element.

@@ -1,6 +1,7 @@
 // The kernels, once, for the instruction set of the including file and over the `Lanes` of an element: `Float32` or `BFloat16`.
 //
 // Everything here has internal linkage: the same template compiled for another instruction set must never replace it.
+#include <cstdlib>
 #include <cstring>
 
 #ifdef _OPENMP
@@ -100,6 +101,37 @@ struct Row {
     }
 };
 
+// The sums of a row, NV vectors of it, through activation and dropout to `to`. Its kept bits begin at byte `first_bits` of the row,
+// its columns at `position`.
+template <class Lanes, int NV, bool Ragged, class E>
+inline __attribute__((always_inline)) void finish(const Epilogue& e, const Row<Lanes, NV, Ragged>& tile, int64_t row, int64_t first_bits,
+                                                  int64_t position, typename Lanes::Float (&sum)[NV], E* to) {
+    using Float = typename Lanes::Float;
+    constexpr int W = Lanes::width;
+    const auto keep = [&](uint8_t* bits, int v, typename Lanes::Bits on) {
+        if (bits) store_bits(bits + row * e.bits_ld + first_bits + v * W / 8, Lanes::packed(on), tile.lanes(v));
+    };
+    if (e.slope != 1.0f) {
+        const Float slope = Lanes::broadcast(e.slope);
+        UNROLLED for (int v = 0; v < NV; ++v) {
+            const auto on = Lanes::positive(sum[v]);
+            sum[v] = Lanes::select(on, sum[v], Lanes::mul(sum[v], slope));
+            keep(e.positive, v, on);
+        }
+    }
+    if (e.drop_below) {
+        const Random<Lanes> random(e.seed, row);
+        const Float scale = Lanes::broadcast(e.scale);
+        const auto below = Lanes::words(e.drop_below);
+        UNROLLED for (int v = 0; v < NV; ++v) {
+            const auto on = Lanes::at_least(random(position + v * W), below);
+            sum[v] = Lanes::select(on, Lanes::mul(sum[v], scale), Lanes::zero());
+            keep(e.kept, v, on);
+        }
+    }
+    UNROLLED for (int v = 0; v < NV; ++v) tile.store(to, v, sum[v]);
+}
+
 template <class E, class Ptr, class Col>
 struct SpmmTask {
     const Pattern<Ptr, Col>& pattern;
@@ -126,34 +158,25 @@ void spmm_tile(const SpmmTask<E, Ptr, Col>& task, int64_t begin, int64_t end, in
         const Float start = e.bias ? Lanes::broadcast(e.bias[row]) : Lanes::zero();
         UNROLLED for (int v = 0; v < NV; ++v) sum[v] = start;
         const int64_t stop = p.row_ptr[row + 1];
-        for (int64_t k = p.row_ptr[row]; k < stop; ++k) {
+        int64_t k = p.row_ptr[row];
+        if constexpr (NV == 1 && Ragged) {  // one sum alone would wait for itself at each weight
+            if (task.lines.columns < W) {
+                Float part[4] = {sum[0], Lanes::zero(), Lanes::zero(), Lanes::zero()};
+                for (; k + 4 <= stop; k += 4)
+                    UNROLLED for (int j = 0; j < 4; ++j) {
+                        const E* const from = x + static_cast<int64_t>(p.columns[k + j]) * task.x.ld;
+                        part[j] = Lanes::fma(Lanes::broadcast(task.values[Slots ? static_cast<int64_t>(p.slots[k + j]) : k + j]), tile.load(from, 0), part[j]);
+                    }
+                sum[0] = Lanes::add(Lanes::add(part[0], part[1]), Lanes::add(part[2], part[3]));
+            }
+        }
+        for (; k < stop; ++k) {
             const E* const from = x + static_cast<int64_t>(p.columns[k]) * task.x.ld;
             const Float w = Lanes::broadcast(task.values[Slots ? static_cast<int64_t>(p.slots[k]) : k]);
             if (k + ahead < stored) prefetch(x + static_cast<int64_t>(p.columns[k + ahead]) * task.x.ld, NV * W);
             UNROLLED for (int v = 0; v < NV; ++v) sum[v] = Lanes::fma(w, tile.load(from, v), sum[v]);
         }
-        const auto keep = [&](uint8_t* bits, int v, typename Lanes::Bits on) {
-            if (bits) store_bits(bits + row * e.bits_ld + first_bits + v * W / 8, Lanes::packed(on), tile.lanes(v));
-        };
-        if (e.slope != 1.0f) {
-            const Float slope = Lanes::broadcast(e.slope);
-            UNROLLED for (int v = 0; v < NV; ++v) {
-                const auto on = Lanes::positive(sum[v]);
-                sum[v] = Lanes::select(on, sum[v], Lanes::mul(sum[v], slope));
-                keep(e.positive, v, on);
-            }
-        }
-        if (e.drop_below) {
-            const Random<Lanes> random(e.seed, row);
-            const Float scale = Lanes::broadcast(e.scale);
-            const auto below = Lanes::words(e.drop_below);
-            UNROLLED for (int v = 0; v < NV; ++v) {
-                const auto on = Lanes::at_least(random(position + v * W), below);
-                sum[v] = Lanes::select(on, Lanes::mul(sum[v], scale), Lanes::zero());
-                keep(e.kept, v, on);
-            }
-        }
-        UNROLLED for (int v = 0; v < NV; ++v) tile.store(y + row * task.y.ld, v, sum[v]);
+        finish(e, tile, row, first_bits, position, sum, y + row * task.y.ld);
     }
 }
 
@@ -278,7 +301,7 @@ void sddmm_last(const SddmmTask<E, Ptr, Col>& task, int64_t begin, int64_t end, 
 }
 
 template <class Lanes, class E, class Ptr, class Col>
-void sddmm(const Pattern<Ptr, Col>& p, Matrix<E> dy, Matrix<E> x, E* dvalues, E* dbias, Lines lines, int threads) {
+void sddmm(const Pattern<Ptr, Col>& p, Matrix<E> dy, Matrix<E> x, int64_t sources, E* dvalues, E* dbias, Lines lines, int threads) {
     constexpr int64_t NV = Lanes::sddmm_vectors, tile = NV * Lanes::width;
     const int64_t stored = p.row_ptr[p.rows];
     if (lines.columns == 0 || lines.count == 0) {
@@ -287,18 +310,32 @@ void sddmm(const Pattern<Ptr, Col>& p, Matrix<E> dy, Matrix<E> x, E* dvalues, E*
         return;
     }
     const Sums sums = lines.count > 1 || lines.columns > tile ? room(dvalues, dbias, stored, p.rows) : Sums{};
+    // In a long row a tile is a few lines on a page of its own; side by side all rows of x are within reach of the address cache.
+    const bool gather = lines.count == 1 && lines.columns > 4 * tile && stored >= 8 * sources;
+    E* const tiles = gather ? static_cast<E*>(std::aligned_alloc(64, sizeof(E) * static_cast<size_t>(sources * tile))) : nullptr;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const int part = omp_get_thread_num(), parts = omp_get_num_threads();
         const int64_t begin = first_row(p.row_ptr, p.rows, part, parts), end = first_row(p.row_ptr, p.rows, part + 1, parts);
         for (int64_t line = 0; line < lines.count; ++line)
             for (int64_t at = 0; at < lines.columns; at += tile) {
-                const Matrix<E> d{dy.data + line * dy.step + at, dy.ld, 0}, from{x.data + line * x.step + at, x.ld, 0};
+                const int64_t n = lines.columns - at < tile ? lines.columns - at : tile;
+                const Matrix<E> d{dy.data + line * dy.step + at, dy.ld, 0};
+                Matrix<E> from{x.data + line * x.step + at, x.ld, 0};
+                if (tiles) {
+#pragma omp for schedule(static)
+                    for (int64_t i = 0; i < sources; ++i) std::memcpy(tiles + i * tile, from.data + i * x.ld, sizeof(E) * static_cast<size_t>(n));
+                    from = {tiles, tile, 0};
+                }
                 const SddmmTask<E, Ptr, Col> task{p, d, from, dvalues, dbias, sums};
                 const bool first = line == 0 && at == 0, last = line == lines.count - 1 && lines.columns - at <= tile;
-                sddmm_last<Lanes, NV>(task, begin, end, lines.columns - at < tile ? lines.columns - at : tile, first, last);
+                sddmm_last<Lanes, NV>(task, begin, end, n, first, last);
+                if (tiles) {
+#pragma omp barrier
+                }
             }
     }
+    std::free(tiles);
     delete[] sums.own;
 }
 
@@ -421,9 +458,17 @@ void copy_rows(Matrix<E> x, Matrix<E> y, int64_t rows, int64_t columns, int thre
         std::memcpy(y.data + row * y.ld, x.data + row * x.ld, sizeof(E) * static_cast<size_t>(columns));
 }
 
+}  // namespace
+}  // namespace noctule::NOCTULE_ISA
+
+#include "blocks.inl"
+
+namespace noctule::NOCTULE_ISA {
+namespace {
+
 template <class Lanes, class Ptr, class Col, class E = typename Lanes::Element>
 Products<E, Ptr, Col> products() {
-    return {spmm<Lanes, E, Ptr, Col>, sddmm<Lanes, E, Ptr, Col>};
+    return {spmm<Lanes, E, Ptr, Col>, sddmm<Lanes, E, Ptr, Col>, block_spmm<Lanes, E, Ptr, Col>, block_sddmm<Lanes, E, Ptr, Col>};
 }
 
 template <class Lanes, class E = typename Lanes::Element>

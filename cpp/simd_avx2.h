@@ -15,6 +15,7 @@ struct Floats {
     static constexpr int width = 8;
     static constexpr int spmm_vectors = 8;   // 8 sums in 16 registers
     static constexpr int sddmm_vectors = 4;  // 4 of the gradient's row + 8 sums
+    static constexpr int block_rows = 4, block_vectors = 2;
     using Float = __m256;
     using Word = __m256i;
     using Tail = __m256i;
@@ -22,6 +23,12 @@ struct Floats {
     static Tail tail(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), iota()); }
     static Float zero() { return _mm256_setzero_ps(); }
     static Float broadcast(float x) { return _mm256_set1_ps(x); }
+    // P numbers again and again.
+    template <int P>
+    static Float repeated(const float* p) {
+        if constexpr (P == 2) return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(p)));
+        else return broadcast(*p);
+    }
     static Float load(const float* p) { return _mm256_loadu_ps(p); }
     static Float load(const float* p, Tail t) { return _mm256_maskload_ps(p, t); }
     static void store(float* p, Float x) { _mm256_storeu_ps(p, x); }

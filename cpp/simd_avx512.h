@@ -15,6 +15,7 @@ struct Floats {
     static constexpr int width = 16;
     static constexpr int spmm_vectors = 8;   // 128 floats of the batch in flight: 8 sums in 32 registers
     static constexpr int sddmm_vectors = 8;  // 8 of the gradient's row + 16 sums
+    static constexpr int block_rows = 4, block_vectors = 4;
     using Float = __m512;
     using Word = __m512i;
     using Tail = __mmask16;
@@ -22,6 +23,13 @@ struct Floats {
     static Tail tail(int n) { return static_cast<Tail>((1u << n) - 1u); }
     static Float zero() { return _mm512_setzero_ps(); }
     static Float broadcast(float x) { return _mm512_set1_ps(x); }
+    // P numbers again and again.
+    template <int P>
+    static Float repeated(const float* p) {
+        if constexpr (P == 4) return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+        else if constexpr (P == 2) return _mm512_castpd_ps(_mm512_set1_pd(*reinterpret_cast<const double*>(p)));
+        else return broadcast(*p);
+    }
     static Float load(const float* p) { return _mm512_loadu_ps(p); }
     static Float load(const float* p, Tail t) { return _mm512_maskz_loadu_ps(t, p); }
     static void store(float* p, Float x) { _mm512_storeu_ps(p, x); }

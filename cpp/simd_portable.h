@@ -14,6 +14,7 @@ struct Floats {
     static constexpr int width = 8;
     static constexpr int spmm_vectors = 4;
     static constexpr int sddmm_vectors = 2;
+    static constexpr int block_rows = 4, block_vectors = 1;
     typedef float Four __attribute__((vector_size(16)));
     typedef uint32_t FourWords __attribute__((vector_size(16)));
     struct Float {
@@ -27,6 +28,12 @@ struct Floats {
     static Tail tail(int n) { return n; }
     static Float zero() { return {Four{}, Four{}}; }
     static Float broadcast(float x) { return {Four{} + x, Four{} + x}; }
+    // P numbers again and again.
+    template <int P>
+    static Float repeated(const float* p) {
+        if constexpr (P == 2) return {Four{p[0], p[1], p[0], p[1]}, Four{p[0], p[1], p[0], p[1]}};
+        else return broadcast(*p);
+    }
     static Float load(const float* p) {
         Float x;
         std::memcpy(&x.low, p, sizeof x.low);

@@ -18,7 +18,7 @@ MODULES = sorted(
     for m in pkgutil.walk_packages(noctule.__path__, "noctule.")
     if not m.name.endswith(("._native", ".__main__"))
 )
-OPTIONAL = {"noctule.sparse.layers.lora"}
+OPTIONAL = {"noctule.kernels.triton", "noctule.sparse.layers.lora"}
 """Modules that wrap a library which need not be there."""
 
 

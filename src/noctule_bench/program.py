@@ -31,6 +31,7 @@ BENCHMARKS = (
     "smaller",
     "efficient",
     "inference",
+    "gpu_blocks",
     "bat_brain",
     "transformer",
     "together",

@@ -47,6 +47,16 @@ def matrix(out_features: int, in_features: int, kind: str, seed: int = 0) -> Top
     return Topology.random(shape, places // 4, generator=generator)
 
 
+BLOCKS = [(4, 4), (8, 8), (16, 16), (32, 32), (4, 16), (32, 8)]
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> Topology:
+    """Places of blocks."""
+    sizes, kinds = st.sampled_from([1, 2, 5, 9]), st.sampled_from(["none", "some", "all", "gaps"])
+    return matrix(draw(sizes), draw(sizes), draw(kinds), draw(st.integers(0, 9)))
+
+
 @st.composite
 def matrices(draw: st.DrawFn) -> Topology:
     sizes = st.sampled_from([0, 1, 2, 7, 16, 33, 70])

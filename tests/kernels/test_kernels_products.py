@@ -9,11 +9,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from kernel_cases import (
     BATCHES,
+    BLOCKS,
     DTYPES,
     LAYOUTS,
     SETS,
     assert_sums,
     given,
+    grids,
     laid_out,
     matrices,
     matrix,
@@ -31,10 +33,16 @@ PLAIN = Epilogue()
 
 
 def check_products(
-    topology: Topology, batch: int, layout: str = "plain", seed: int = 0, dtype: torch.dtype = torch.float32
+    topology: Topology,
+    batch: int,
+    layout: str = "plain",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    block: tuple[int, ...] = (),
 ) -> None:
-    (out_features, in_features), n = topology.shape, topology.size
-    values, bias = numbers(n, seed=seed + 1, dtype=dtype), numbers(out_features, seed=seed + 2)
+    r, c = block or (1, 1)
+    out_features, in_features, n = topology.shape[0] * r, topology.shape[1] * c, topology.size
+    values, bias = numbers(n, *block, seed=seed + 1, dtype=dtype), numbers(out_features, seed=seed + 2)
     x, dy = given(in_features, batch, layout, seed + 3, dtype), given(out_features, batch, layout, seed + 4, dtype)
 
     def exactly(what, *tensors):
@@ -59,6 +67,17 @@ def check_products(
 def test_native_is_reference(instruction_set, dtype, topology, batch, layout, seed):
     with running(instruction_set):
         check_products(topology, batch, layout, seed, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("instruction_set", SETS)
+@hypothesis.given(
+    grids(), st.sampled_from(BLOCKS), st.sampled_from(BATCHES), st.sampled_from(LAYOUTS), st.integers(0, 99)
+)
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_native_is_reference_over_blocks(instruction_set, dtype, topology, block, batch, layout, seed):
+    with running(instruction_set):
+        check_products(topology, batch, layout, seed, dtype, block)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -311,13 +330,13 @@ def test_nothing_is_written_beside_the_results(instruction_set, batch, dtype):
     topology, guard = matrix(13, 11, "some"), 77.0
     module, rows, stored, size = native._native, 13, topology.size, dtype.itemsize
     x, dy, values = (numbers(*shape, dtype=dtype) for shape in ((11, batch), (13, batch), (stored,)))
-    row_ptr, columns = topology.row_ptr, topology.columns
+    places = module.Places(rows, 4, 2, topology.row_ptr.data_ptr(), topology.columns.data_ptr(), 0)
     y = torch.full((rows + 1, batch + 9), guard, dtype=dtype)
     bits_ld = (batch + 7) // 8 + 1
     positive, kept = torch.full((2, rows + 1, bits_ld), 0xAA, dtype=torch.uint8)
     with running(instruction_set):
         module.spmm(
-            size, rows, 4, 2, row_ptr.data_ptr(), columns.data_ptr(), 0, values.data_ptr(), x.data_ptr(), batch, 0,
+            places, size, 1, 1, values.data_ptr(), x.data_ptr(), batch, 0,
             y.data_ptr(), batch + 9, 0, batch, 1, 1, 0, 0.5, 1 << 31, 2.0, 5, positive.data_ptr(), kept.data_ptr(), bits_ld,
         )  # fmt: skip
         assert (y[:rows, batch:] == guard).all()
@@ -336,7 +355,7 @@ def test_nothing_is_written_beside_the_results(instruction_set, batch, dtype):
         assert dbias[rows] == guard
         dbias.fill_(guard)
         module.sddmm(
-            size, rows, 4, 2, row_ptr.data_ptr(), columns.data_ptr(), dy.data_ptr(), batch, 0, x.data_ptr(), batch,
+            places, size, 1, 1, 11, dy.data_ptr(), batch, 0, x.data_ptr(), batch,
             0, dvalues.data_ptr(), dbias.data_ptr(), batch, 1, 1,
         )  # fmt: skip
         assert dbias[rows] == guard

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import matrices, matrix, numbers
+from kernel_cases import BLOCKS, grids, matrices, matrix, numbers
 from torch import Tensor
 
 from noctule import kernels
@@ -31,6 +31,23 @@ def test_reference_is_dense(topology, batch):
     assert kept.kept is None
     torch.testing.assert_close(reference.spmm_t(topology, values, dy), weight.t() @ dy)
     torch.testing.assert_close(reference.sddmm(topology, dy, x), (dy @ x.t()).flatten()[topology.keys()])
+
+
+@given(grids(), st.sampled_from([(2, 3), *BLOCKS]), st.sampled_from([0, 1, 7]))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_blocks_are_the_weights_that_they_hold(topology, block, batch):
+    (r, c), (rows, columns), n = block, topology.shape, topology.size
+    values, bias = numbers(n, r, c).double(), numbers(rows * r, seed=1).double()
+    x, dy = numbers(columns * c, batch, seed=2).double(), numbers(rows * r, batch, seed=3).double()
+    grid = torch.zeros(rows, columns, r, c, dtype=torch.float64)
+    grid[topology.rows(), topology.columns.long()] = values
+    weight = grid.permute(0, 2, 1, 3).reshape(rows * r, columns * c)
+    torch.testing.assert_close(reference.spmm(topology, values, x, bias, IDENTITY, True)[0], weight @ x + bias[:, None])
+    torch.testing.assert_close(reference.spmm_t(topology, values, dy), weight.t() @ dy)
+    expected = (dy @ x.t()).view(rows, r, columns, c).permute(0, 2, 1, 3)[topology.rows(), topology.columns.long()]
+    dvalues, dbias = reference.gradients(topology, dy, x, True)
+    torch.testing.assert_close(dvalues, expected)
+    torch.testing.assert_close(dbias, dy.sum(1))
 
 
 def test_the_chunks_do_not_matter(monkeypatch):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noctule.core.topology import Places
+from noctule.core.topology import Places, Transposed
 from noctule.kernels import reference
 from noctule.kernels.epilogue import IDENTITY, Epilogue, Kept
 from noctule.kernels.frame import LINE, PAGE, Frame
@@ -24,6 +24,8 @@ except ImportError:
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What the kernels are compiled for; all tensors of a call have the same, but a bias may have any."""
+BLOCKS = (4, 8, 16, 32)
+"""Rows and columns that a block has, where a place is one."""
 PARALLEL_FROM = 1 << 19
 """Multiply-adds, some 30 us of one thread, under which it is not worth waking the others. From there on all of them share the
 work: a team of another size than the last would have libgomp end threads and start new ones."""
@@ -60,21 +62,20 @@ def spmm(
 ) -> tuple[Tensor, Kept]:
     """Y (O, B) = W X + bias through the epilogue, and what its backward needs."""
     positive = kept = None
-    bits = topology.shape[0], *x_IB.shape[1:-1], (x_IB.shape[-1] + 7) // 8
+    bits = topology.shape[0] * block_of(values)[0], *x_IB.shape[1:-1], (x_IB.shape[-1] + 7) // 8
     if keep and epilogue.slope != 1.0:
         positive = torch.empty(bits, dtype=torch.uint8, device="cpu")
     if keep and epilogue.drop_below:
         kept = torch.empty(bits, dtype=torch.uint8, device="cpu")
-    index = (topology.row_ptr, topology.columns, None)
-    y_OB = _spmm(topology, index, topology.shape[1], values, x_IB, bias, epilogue, positive, kept)
+    y_OB = _spmm(_places(topology), topology, topology.shape, values, x_IB, bias, epilogue, positive, kept)
     return y_OB, Kept(epilogue, positive, kept)
 
 
 def spmm_t(topology: Places, values: Tensor, dy_OB: Tensor) -> Tensor:
     """dX (I, B) = Wᵀ dY."""
     back = topology.transposed
-    index = (back.row_ptr, back.columns, back.slots)
-    return _spmm(topology, index, back.sources, values, dy_OB, None, IDENTITY, None, None)
+    grid = back.row_ptr.numel() - 1, back.sources
+    return _spmm(_places(back), topology, grid, values, dy_OB, None, IDENTITY, None, None, transposed=True)
 
 
 def sddmm(topology: Places, dy_OB: Tensor, x_IB: Tensor) -> Tensor:
@@ -84,18 +85,17 @@ def sddmm(topology: Places, dy_OB: Tensor, x_IB: Tensor) -> Tensor:
 
 def gradients(topology: Places, dy_OB: Tensor, x_IB: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
     """dW (N,) and, with ``bias``, that of the bias (O,)."""
-    columns_of_line = x_IB.shape[1:]
-    _check("the gradient", dy_OB, topology.shape[0], columns_of_line)
-    _check("the input", x_IB, topology.shape[1], columns_of_line)
-    dvalues = dy_OB.new_empty(topology.size)
-    dbias = dy_OB.new_empty(topology.shape[0]) if bias else None
-    row_ptr, columns = topology.row_ptr, topology.columns
-    dy, x = _packed(dy_OB, topology.size), _packed(x_IB, topology.size)
+    (r, c), columns_of_line = reference.block_of(topology, dy_OB, x_IB), x_IB.shape[1:]
+    _check("the gradient", dy_OB, topology.shape[0] * r, columns_of_line)
+    _check("the input", x_IB, topology.shape[1] * c, columns_of_line)
+    dvalues = dy_OB.new_empty(topology.size if r * c == 1 else (topology.size, r, c))
+    dbias = dy_OB.new_empty(topology.shape[0] * r) if bias else None
+    weights = dvalues.numel()
+    dy, x = _packed(dy_OB, weights), _packed(x_IB, weights)
     (length, lines), (dy_step, x_step) = _lines(dy, x)
     _native.sddmm(
-        dy.element_size(), topology.shape[0], row_ptr.element_size(), columns.element_size(), row_ptr.data_ptr(),
-        columns.data_ptr(), dy.data_ptr(), dy.stride(0), dy_step, x.data_ptr(), x.stride(0), x_step, dvalues.data_ptr(),
-        _address(dbias), length, lines, _threads(topology.size * length * lines),
+        _places(topology), dy.element_size(), r, c, x.shape[0], dy.data_ptr(), dy.stride(0), dy_step, x.data_ptr(), x.stride(0),
+        x_step, dvalues.data_ptr(), _address(dbias), length, lines, _threads(weights * length * lines),
     )  # fmt: skip
     return dvalues, dbias
 
@@ -146,25 +146,43 @@ def place(x_BCHW: Tensor, frame: Frame) -> Tensor:
     return y
 
 
-def _spmm(topology, index, sources, values, x_IB, bias, epilogue, positive, kept) -> Tensor:
-    row_ptr, columns, slots = index
-    rows = row_ptr.numel() - 1
-    _check("the input", x_IB, sources, x_IB.shape[1:])
-    if values.shape != (topology.size,) or (bias is not None and bias.shape != (rows,)):
+def block_of(values: Tensor) -> tuple[int, ...]:
+    """Rows and columns of a place."""
+    return tuple(values.shape[1:]) or (1, 1)
+
+
+def places_of(row_ptr: Tensor, columns: Tensor, slots: Tensor | None) -> Any:
+    """Places as the compiled module knows them; the tensors must live as long."""
+    return _native.Places(
+        row_ptr.numel() - 1, row_ptr.element_size(), columns.element_size(), row_ptr.data_ptr(), columns.data_ptr(),
+        _address(slots),
+    )  # fmt: skip
+
+
+def _places(index: Places | Transposed) -> Any:
+    return places_of(index.row_ptr, index.columns, index.slots if isinstance(index, Transposed) else None)
+
+
+def _spmm(places, topology, grid, values, x_IB, bias, epilogue, positive, kept, *, transposed: bool = False) -> Tensor:
+    (r, c) = block_of(values)
+    out, into = (c, r) if transposed else (r, c)
+    rows = grid[0] * out
+    _check("the input", x_IB, grid[1] * into, x_IB.shape[1:])
+    if len(values) != topology.size or values.dim() not in (1, 3) or (bias is not None and bias.shape != (rows,)):
         raise ValueError(
             f"expected {topology.size} values and {rows} biases, got {tuple(values.shape)} and "
             f"{None if bias is None else tuple(bias.shape)}"
         )
     y = _rows(rows, x_IB.shape[1], x_IB.dtype) if x_IB.dim() == 2 else x_IB.new_empty(rows, *x_IB.shape[1:])
-    x, values = _packed(x_IB, topology.size), values.contiguous()
+    weights = values.numel()
+    x, values = _packed(x_IB, weights), values.contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     bits = positive is not None or kept is not None
     (length, lines), (x_step, y_step) = _lines(x, y, merge=not bits)
     _native.spmm(
-        y.element_size(), rows, row_ptr.element_size(), columns.element_size(), row_ptr.data_ptr(), columns.data_ptr(),
-        _address(slots), values.data_ptr(), x.data_ptr(), x.stride(0), x_step, y.data_ptr(), y.stride(0), y_step, length, lines,
-        _threads(topology.size * length * lines), _address(bias), epilogue.slope, epilogue.drop_below, epilogue.scale,
-        epilogue.seed, _address(positive), _address(kept), (length + 7) // 8 * lines,
+        places, y.element_size(), out, into, values.data_ptr(), x.data_ptr(), x.stride(0), x_step, y.data_ptr(), y.stride(0),
+        y_step, length, lines, _threads(weights * length * lines), _address(bias), epilogue.slope, epilogue.drop_below,
+        epilogue.scale, epilogue.seed, _address(positive), _address(kept), (length + 7) // 8 * lines,
     )  # fmt: skip
     return y
 

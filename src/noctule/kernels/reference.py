@@ -1,5 +1,6 @@
 """The products in plain torch: the oracle of the tests, and what runs where the compiled module cannot.
 
+Places are single weights, values (N,), or blocks of R x C, values (N, R, C) at the places of the grid of blocks.
 Time O(N B), memory O(N + activations): the non-zeros pass in chunks and nothing dense is ever made. Any dtype and device;
 half precision adds up in float32.
 """
@@ -25,6 +26,12 @@ def spmm(
 ) -> tuple[Tensor, Kept]:
     """Y (O, B) = W X + bias through the epilogue, and what its backward needs."""
     z_OB = _accumulate(topology.shape[0], _rows(topology), topology.columns.to(torch.int64), values, x_IB)
+    z_OB, kept = finished(z_OB, bias, epilogue, keep)
+    return z_OB.to(values.dtype), kept
+
+
+def finished(z_OB: Tensor, bias: Tensor | None, epilogue: Epilogue, keep: bool) -> tuple[Tensor, Kept]:
+    """A product through bias, activation and dropout, and what the backward of these needs; z may be written to."""
     if bias is not None:
         z_OB += _beside(bias.to(z_OB.dtype), z_OB)
     positive = kept = None
@@ -37,14 +44,15 @@ def spmm(
         on = words.view_as(z_OB) >= epilogue.drop_below
         z_OB = torch.where(on, z_OB * epilogue.scale, 0.0)
         kept = _pack(on) if keep else None
-    return z_OB.to(values.dtype), Kept(epilogue, positive, kept)
+    return z_OB, Kept(epilogue, positive, kept)
 
 
 def spmm_t(topology: Places, values: Tensor, dy_OB: Tensor) -> Tensor:
     """dX (I, B) = Wᵀ dY."""
     back = topology.transposed
     order = back.slots.to(torch.int64)
-    dx_IB = _accumulate(back.row_ptr.numel() - 1, _rows(back), back.columns.to(torch.int64), values[order], dy_OB)
+    values = values[order] if values.dim() == 1 else values[order].mT
+    dx_IB = _accumulate(back.row_ptr.numel() - 1, _rows(back), back.columns.to(torch.int64), values, dy_OB)
     return dx_IB.to(values.dtype)
 
 
@@ -57,6 +65,13 @@ def gradients(topology: Places, dy_OB: Tensor, x_IB: Tensor, bias: bool) -> tupl
     """dW (N,) and, with ``bias``, that of the bias (O,)."""
     rows, columns = _rows(topology), topology.columns.to(torch.int64)
     dy, over = dy_OB.to(_sum_dtype(dy_OB)), tuple(range(1, dy_OB.dim()))
+    if (block := block_of(topology, dy_OB, x_IB)) != (1, 1):
+        r, c = block
+        dvalues = torch.empty(topology.size, r, c, dtype=dy.dtype, device=dy.device)
+        for part in _chunks(topology.size, (r + c) * dy.shape[1]):
+            x_NCB = x_IB.unflatten(0, (-1, c))[columns[part]].to(dy.dtype)
+            dvalues[part] = dy.unflatten(0, (-1, r))[rows[part]] @ x_NCB.mT
+        return dvalues.to(dy_OB.dtype), dy.sum(over).to(dy_OB.dtype) if bias else None
     dvalues = torch.empty(topology.size, dtype=dy.dtype, device=dy.device)
     for part in _chunks(topology.size, dy[:1].numel()):
         dvalues[part] = (dy[rows[part]] * x_IB[columns[part]].to(dy.dtype)).sum(over)
@@ -108,8 +123,23 @@ def random_words(seed: int | Tensor, rows: int, columns: int, *, device: torch.d
     return x ^ x >> 15
 
 
+def block_of(topology: Places, dy_OB: Tensor, x_IB: Tensor) -> tuple[int, int]:
+    """Rows and columns of a place, where the places are blocks of a weight with these outputs and inputs."""
+    rows, columns = topology.shape
+    whole = rows and columns and dy_OB.shape[0] % rows == x_IB.shape[0] % columns == 0
+    if not whole or dy_OB.dim() != 2 or 0 in (len(dy_OB), len(x_IB)):
+        return 1, 1
+    return len(dy_OB) // rows, len(x_IB) // columns
+
+
 def _accumulate(size: int, to: Tensor, source: Tensor, values: Tensor, x: Tensor) -> Tensor:
-    """y[to[k]] += values[k] * x[source[k]]."""
+    """y[to[k]] += values[k] * x[source[k]]; of blocks (N, R, C), y has R rows for each and x C."""
+    if values.dim() == 3:
+        (r, c), batch = values.shape[1:], x.shape[1]
+        y, x = torch.zeros(size, r, batch, dtype=_sum_dtype(x), device=x.device), x.unflatten(0, (-1, c))
+        for part in _chunks(len(values), (r + c) * batch):
+            y.index_add_(0, to[part], values[part].to(y.dtype) @ x[source[part]].to(y.dtype))
+        return y.flatten(0, 1)
     y = torch.zeros(size, *x.shape[1:], dtype=_sum_dtype(x), device=x.device)
     for part in _chunks(values.numel(), y[:1].numel()):
         y.index_add_(0, to[part], _beside(values[part].to(y.dtype), y) * x[source[part]].to(y.dtype))

@@ -38,15 +38,12 @@ class SparseProduct(torch.autograd.Function):
         watch: Watch | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Keep the feature-major input and two bits for each output at most."""
-        needs_x, x_IB = ctx.needs_input_grad[0], kernels.feature_major(x_BI)
-        y_OB, kept = kernels.spmm(topology, values, x_IB, bias, epilogue, keep=any(ctx.needs_input_grad))
-        y_BO = y_OB.t().data  # not as a view of something in here, which an in-place ReLU may not touch
-        ctx.topology, ctx.epilogue, ctx.watch, ctx.has_bias = topology, epilogue, watch, bias is not None
-        ctx.as_given = needs_x and (x_BI.stride(0) == 1 or x_BI.shape[0] == 1)
-        if ctx.as_given or not needs_x:
-            ctx.save_for_backward(x_BI if ctx.as_given else x_IB, values, kept.positive, kept.kept)
+        needs = ctx.needs_input_grad
+        y_BO, x_IB, kept = kernels.forward(topology, values, x_BI, bias, epilogue, keep=any(needs))
+        ctx.rest = topology, epilogue, watch, bias is not None, x_IB is None
+        if x_IB is None or not needs[0]:
+            ctx.save_for_backward(x_BI if x_IB is None else x_IB, values, kept.positive, kept.kept)
             return y_BO
-        x_IB = x_IB.data
         ctx.save_for_backward(x_IB, values, kept.positive, kept.kept)
         ctx.set_materialize_grads(False)
         return y_BO, x_IB
@@ -57,23 +54,19 @@ class SparseProduct(torch.autograd.Function):
         x, values, positive, kept_bits = ctx.saved_tensors
         if dy_BO is None:
             return None if dx_IB is None else dx_IB.t(), None, None, None, None, None
+        topology, epilogue, watch, has_bias, as_given = ctx.rest
         needs_x, needs_values, needs_bias, *_ = ctx.needs_input_grad
-        needs_bias = needs_bias and ctx.has_bias
-        topology, kept = ctx.topology, Kept(ctx.epilogue, positive, kept_bits)
+        needs, kept = (needs_x, needs_values, needs_bias and has_bias), Kept(epilogue, positive, kept_bits)
         if first_order(dy_BO):
-            x_IB = kernels.feature_major(x) if ctx.as_given else x
-            dz_OB, dbias = kernels.epilogue_backward(
-                kernels.feature_major(dy_BO), kept, bias=needs_bias and not needs_values
+            dz_OB, dx_BI, dvalues, dbias = kernels.backward(
+                topology, values, x, dy_BO, kept, needs, by_batch=not as_given
             )
-            dvalues = None
-            if needs_values:
-                dvalues, dbias = kernels.gradients(topology, dz_OB, x_IB, bias=needs_bias)
-            dx_BI = kernels.spmm_t(topology, values, dz_OB).t() if needs_x else None
         else:
-            x_IB, needs = x.t() if ctx.as_given else x, (needs_x, needs_values, needs_bias)
+            x_IB = x.t() if as_given else x
             dz_OB, dx_BI, dvalues, dbias = derivatives.gradients(dy_BO, x_IB, values, kept, topology, needs)
-        if ctx.watch is not None and has_storage(dz_OB):
-            ctx.watch(dz_OB.detach(), x_IB.detach())
+        if watch is not None and has_storage(dy_BO):
+            dz_OB = kernels.feature_major(dy_BO) if dz_OB is None else dz_OB
+            watch(dz_OB.detach(), (x.t() if as_given else x).detach())
         if dx_IB is not None:
             dx_BI = dx_IB.t() if dx_BI is None else dx_BI + dx_IB.t()
         return dx_BI, dvalues, dbias, None, None, None

@@ -260,7 +260,7 @@ class SparseLayer(nn.Module):
                 dtype = torch.bfloat16
         elif x.dtype is not dtype:
             raise ValueError(f"inputs are {x.dtype} but the layer's values {dtype}: convert one of them with .to()")
-        return x.to(dtype), values.to(dtype)
+        return (x, values) if x.dtype is values.dtype is dtype else (x.to(dtype), values.to(dtype))
 
     def _epilogue_now(self, epilogue: Epilogue) -> Epilogue:
         """An epilogue in this forward: a dropout mask of its own in training, none in evaluation."""
