@@ -31,6 +31,7 @@ BENCHMARKS = (
     "smaller",
     "efficient",
     "inference",
+    "cpu_blocks",
     "gpu_blocks",
     "bat_brain",
     "transformer",
