@@ -77,13 +77,17 @@ def cpu_blocks(
     shown: dict[str, program.Column] = {"what": "{row}", "features": lambda line: str(line["features"][0])}
     shown |= {"density": "{density:g}", "beside single weights": program.TIMES}
     program.targets(written, "cpu_blocks", shown)
+    program.show_errors(written)
 
 
 def _measure(
     lines: program.Lines, size: int, batch: int, blocks: tuple[int, ...], density: float, rounds: int
 ) -> list[dict[str, Any]]:
+    about = {"features": [size, size], "batch": batch, "density": density}
     rows = {f"{block} x {block}": _sparse(size, batch, block, density) for block in (1, *blocks)}
     rows |= {name: _dense(size, batch, dtype) for name, dtype in DENSE.items()}
+    found = [lines.write("cpu_blocks", row=name, **about, error=why) for name, why in _hopeless(rows).items()]
+    rows = {name: parts for name, parts in rows.items() if all(name != line["row"] for line in found)}
     calls = {f"{name} {part}": call for name, parts in rows.items() for part, call in parts.items()}
     once = {name: own.minimum for name, own in interleave(calls, rounds=1, warmup=2).items()}
     repeats = {name: max(1, min(100, int(0.02 / seconds))) for name, seconds in once.items()}
@@ -96,8 +100,6 @@ def _measure(
     taken = interleave(turns, rounds=rounds, warmup=0)
     parts = {n: Timing(tuple(s / repeats[n] for s in timing.samples)) for n, timing in taken.items()}
     whole = {row: Timing(tuple(map(sum, zip(*(parts[f"{row} {p}"].samples for p in PARTS))))) for row in rows}
-    about = {"features": [size, size], "batch": batch, "density": density}
-    found = []
     for row, timing in whole.items():
         beside = ratio(whole["1 x 1"], timing)
         work = 6e-9 * size * size * batch * (1.0 if row in DENSE else density)
@@ -109,6 +111,13 @@ def _measure(
             holds = {"target": target, "holds": beside.value >= target, "speedup": beside.as_dict()}
             found.append(lines.write("cpu_blocks.target", row=row, **about, **holds))
     return found
+
+
+def _hopeless(rows: dict[str, Calls]) -> dict[str, str]:
+    """Dense rows that take more than ten times as long as float32, as bfloat16 does on processors that have none, and why."""
+    taken = {name: sum(t.minimum for t in interleave(rows[name], rounds=1, warmup=0).values()) for name in DENSE}
+    times = {name: seconds / taken["dense float32"] for name, seconds in taken.items()}
+    return {name: f"left out: {t:.0f} times as slow as float32 here" for name, t in times.items() if t > 10.0}
 
 
 def _numbers(features: int, batch: int, dtype: torch.dtype) -> Tensor:
