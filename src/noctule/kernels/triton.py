@@ -26,7 +26,7 @@ PROGRAMS = 264
 """Programs that a product is cut into if it can be: two for each multiprocessor of an H100."""
 LEAST_SPAN = 512
 """Elements of the batch from which it pays that a part of their sum is stored and added later."""
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue] set at run time
 
 
 @triton.jit
