@@ -15,8 +15,8 @@ from torch import Tensor
 from noctule import keep_freed_memory, kernels
 from noctule.core.errors import UsageError
 from noctule.core.topology import Topology
+from noctule.kernels.frame import row_length
 from noctule.kernels.native import BLOCKS
-from noctule.kernels.steps import row_length
 from noctule.measure import interleave, ratio
 from noctule.measure.timing import Timing
 from noctule_bench import program

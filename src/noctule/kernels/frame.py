@@ -6,6 +6,15 @@ LINE, PAGE = 64, 4096
 """Bytes of a cache line and of a page."""
 
 
+def row_length(batch: int, itemsize: int) -> int:
+    """The numbers from one row of so many to the next, so that rows start on cache lines and spread over the sets of the cache."""
+    line = LINE // itemsize
+    if batch < line:
+        return batch
+    length = -(-batch // line) * line
+    return length + line if length * itemsize % PAGE == 0 else length
+
+
 @dataclass(frozen=True)
 class Frame:
     """An image with zeros round it, its batch innermost, cut into phases where a convolution strides.

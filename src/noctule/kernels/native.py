@@ -14,7 +14,7 @@ from torch import Tensor
 from noctule.core.topology import Places, Transposed
 from noctule.kernels import reference
 from noctule.kernels.epilogue import IDENTITY, Epilogue, Kept
-from noctule.kernels.frame import LINE, PAGE, Frame
+from noctule.kernels.frame import LINE, PAGE, Frame, row_length
 
 _native: Any
 try:
@@ -212,10 +212,7 @@ def _check(what: str, x: Tensor, features: int, columns: Sequence[int]) -> None:
 
 def _rows(features: int, batch: int, dtype: torch.dtype) -> Tensor:
     """An empty (features, batch) tensor whose rows start on cache lines and spread over the sets of the cache."""
-    line, ld = LINE // dtype.itemsize, batch
-    if batch >= line:
-        ld = -(-batch // line) * line
-        ld += line if ld * dtype.itemsize % PAGE == 0 else 0
+    ld = row_length(batch, dtype.itemsize)
     y = torch.empty((features, ld), dtype=dtype, device="cpu")  # the defaults are the user's to change
     return y if ld == batch else y[:, :batch]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from noctule.core.topology import Topology
 from noctule.kernels import native
 from noctule.kernels.epilogue import Epilogue, Kept
-from noctule.kernels.frame import LINE, PAGE
+from noctule.kernels.frame import LINE, PAGE, row_length
 
 AS_THEY_ARE, BY_BATCH, MISPLACED, STRIDED = 0, 1, 2, 3
 """How activations are given: feature-major rows that lie well, rows of the batch, feature-major rows that do not; or neither."""
@@ -130,15 +130,6 @@ def backward(
         native.PARALLEL_FROM,
     )  # fmt: skip
     return dz_OB, dx_BI, dvalues, dbias
-
-
-def row_length(batch: int, itemsize: int) -> int:
-    """The numbers from one row of so many to the next, so that rows start on cache lines and spread over the sets of the cache."""
-    line = LINE // itemsize
-    if batch < line:
-        return batch
-    length = -(-batch // line) * line
-    return length + line if length * itemsize % PAGE == 0 else length
 
 
 def _given(x_BF: Tensor, weights: int) -> tuple[int, int]:
