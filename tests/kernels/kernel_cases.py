@@ -1,24 +1,17 @@
 """Sparse matrices, inputs and tolerances for the tests of the kernels."""
 
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import module_from_spec, spec_from_file_location
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-if path := os.environ.get("NOCTULE_EMULATED"):  # see test_kernels_emulated.py
-    spec = spec_from_file_location("noctule._native", path)
-    assert spec
-    assert spec.loader
-    sys.modules["noctule._native"] = emulated = module_from_spec(spec)
-    spec.loader.exec_module(emulated)
-    import noctule
+import emulated
+import noctule
 
-    noctule._native = emulated
+if emulated.PATH:  # see test_kernels_emulated.py
+    noctule._native = emulated.instead_of("noctule._native")
 
 from noctule.core.topology import Topology
 from noctule.kernels import native

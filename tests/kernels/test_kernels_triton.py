@@ -18,7 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or Triton and TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
-from noctule.kernels import triton as ours  # noqa: E402
+from noctule.kernels import triton as ours  # noqa: E402 it imports Triton
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 EPSILON = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}

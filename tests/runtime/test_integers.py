@@ -2,11 +2,8 @@
 
 import ctypes
 import mmap
-import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib.util import module_from_spec, spec_from_file_location
 from itertools import product as pairs_of
 from typing import Any, NamedTuple
 
@@ -16,12 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-if path := os.environ.get("NOCTULE_EMULATED"):  # see test_integers_emulated.py
-    spec = spec_from_file_location("noctule.runtime._native", path)
-    assert spec
-    assert spec.loader
-    sys.modules["noctule.runtime._native"] = emulated = module_from_spec(spec)
-    spec.loader.exec_module(emulated)
+import emulated
+
+if emulated.PATH:  # see test_integers_emulated.py
+    emulated.instead_of("noctule.runtime._native")
 
 from noctule.runtime import _native, integers
 from noctule.runtime.integers import BlockWeight, DenseWeight, Epilogue, Operands, SparseWeight
